@@ -1,0 +1,245 @@
+"""Every way in which mountd says no, and every way in which it fails.
+
+A `MountdError` has a name and typed parameters, which are what the varlink interface declares; its text is
+made here and nowhere else, so that the daemon's journal, the client library, the command line tools and
+mount(8)'s helper all say the same words.
+"""
+
+from __future__ import annotations
+
+import errno as errno_module
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+INTERFACE = "io.mountd.Mount"
+
+
+class MountdError(Exception):
+    """Base of all errors that have a name on the wire.
+
+    `parameters` maps the field names of the varlink error to JSON values; fields that are None are left out.
+    `hint` says how to get out of it, where that is known.
+    """
+
+    wire_name = ""
+
+    def __init__(self, message: str, *, hint: str | None = None, **parameters: object) -> None:
+        """Make the error with its one-line text and its wire parameters."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.parameters = {key: value for key, value in parameters.items() if value is not None}
+        if hint is not None:
+            self.parameters["hint"] = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class DeniedByPolicy(MountdError):
+    """The policy does not allow this image for this caller."""
+
+    wire_name = "DeniedByPolicy"
+
+    def __init__(self, reason: str, *, rule: str | None = None, hint: str | None = None) -> None:
+        """`rule` is the name of the rule that decided; None where no rule applied."""
+        where = f"rule “{rule}”" if rule is not None else "no rule applies"
+        super().__init__(f"denied by policy ({where}): {reason}", hint=hint, rule=rule, reason=reason)
+
+
+class NotImmutable(MountdError):
+    """The image could be changed by its requester after it was judged."""
+
+    wire_name = "NotImmutable"
+
+    def __init__(self, reason: str, *, rule: str | None = None, hint: str | None = None) -> None:
+        """`rule` is the rule that asked for immutability."""
+        super().__init__(f"the image is not immutable: {reason}", hint=hint, rule=rule, reason=reason)
+
+
+class UnsupportedFileSystem(MountdError):
+    """The image holds something that mountd does not mount."""
+
+    wire_name = "UnsupportedFileSystem"
+
+    def __init__(self, reason: str, *, file_system_type: str | None = None, hint: str | None = None) -> None:
+        """`file_system_type` is what was recognised, None if nothing was."""
+        super().__init__(
+            f"unsupported file system: {reason}", hint=hint, reason=reason, fileSystemType=file_system_type
+        )
+
+
+class InvalidImage(MountdError):
+    """The image is damaged, ambiguous or does not fit its own description."""
+
+    wire_name = "InvalidImage"
+
+    def __init__(self, reason: str, *, offset: int | None = None) -> None:
+        """`offset` is where in the image, in bytes."""
+        at = "" if offset is None else f" (at byte {offset})"
+        super().__init__(f"invalid image: {reason}{at}", reason=reason, offset=offset)
+
+
+class BadFileDescriptor(MountdError):
+    """A descriptor is of the wrong kind or was opened the wrong way."""
+
+    wire_name = "BadFileDescriptor"
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        """`parameter` is the field of the request that named the descriptor."""
+        super().__init__(f"bad file descriptor in {parameter}: {reason}", parameter=parameter, reason=reason)
+
+
+class UserNamespaceNotPermitted(MountdError):
+    """The caller may not have ids mapped into this user namespace."""
+
+    wire_name = "UserNamespaceNotPermitted"
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        """`reason` says which ownership or range rule failed."""
+        super().__init__(f"user namespace not permitted: {reason}", hint=hint, reason=reason)
+
+
+class OptionNotPermitted(MountdError):
+    """A mount option is unknown, malformed or not granted."""
+
+    wire_name = "OptionNotPermitted"
+
+    def __init__(self, option: str, reason: str = "no rule grants it", *, hint: str | None = None) -> None:
+        """`option` is the option as it was asked for."""
+        super().__init__(
+            f"mount option “{option}” not permitted: {reason}", hint=hint, option=option, reason=reason
+        )
+
+
+class LimitExceeded(MountdError):
+    """A number that the caller controls would grow past its bound."""
+
+    wire_name = "LimitExceeded"
+
+    def __init__(self, limit: str, maximum: int, *, hint: str | None = None) -> None:
+        """`limit` names what is bounded."""
+        super().__init__(
+            f"limit exceeded: at most {maximum} {limit}", hint=hint, limit=limit, maximum=maximum
+        )
+
+
+class MountFailed(MountdError):
+    """The kernel refused; `log` is what it said about it."""
+
+    wire_name = "MountFailed"
+
+    def __init__(self, call: str, errno_name: str, log: Sequence[str] = ()) -> None:
+        """`call` is the failing call as text, `errno_name` for example "EINVAL"."""
+        said = "".join(f"; the kernel says: {line}" for line in log)
+        super().__init__(
+            f"mount failed: {call}: {errno_name}{said}", call=call, errnoName=errno_name, log=list(log)
+        )
+
+
+class TimedOut(MountdError):
+    """The request took longer than its deadline, and its worker was given up."""
+
+    wire_name = "TimedOut"
+
+    def __init__(self, seconds: int) -> None:
+        """`seconds` is the deadline that passed."""
+        super().__init__(f"timed out after {seconds} seconds", seconds=seconds)
+
+
+class NotFound(MountdError):
+    """What the request refers to does not exist."""
+
+    wire_name = "NotFound"
+
+    def __init__(self, what: str, *, hint: str | None = None) -> None:
+        """`what` is the missing thing."""
+        super().__init__(f"not found: {what}", hint=hint, what=what)
+
+
+class NotSupported(MountdError):
+    """This kernel or this build cannot do what was asked."""
+
+    wire_name = "NotSupported"
+
+    def __init__(self, feature: str, *, hint: str | None = None) -> None:
+        """`feature` names the missing thing: a system call, a kind of source."""
+        super().__init__(f"not supported here: {feature}", hint=hint, feature=feature)
+
+
+class PeerGone(MountdError):
+    """The process that connected has ended or is no longer what it was."""
+
+    wire_name = "PeerGone"
+
+    def __init__(self, reason: str) -> None:
+        """`reason` says what no longer holds."""
+        super().__init__(f"the calling process changed: {reason}", reason=reason)
+
+
+class ShuttingDown(MountdError):
+    """The daemon is stopping and takes no new request."""
+
+    wire_name = "ShuttingDown"
+
+    def __init__(self) -> None:
+        """There is nothing more to say."""
+        super().__init__(
+            "mountd is shutting down", hint="try again: systemd starts it on the next connection"
+        )
+        del self.parameters["hint"]
+
+
+class InvalidParameter(MountdError):
+    """A field of the request is missing, of the wrong type or out of range (org.varlink.service)."""
+
+    wire_name = "org.varlink.service.InvalidParameter"
+
+    def __init__(self, parameter: str, reason: str = "invalid value") -> None:
+        """`parameter` is the path of the field, for example "source.imageFileDescriptor"."""
+        super().__init__(f"invalid parameter {parameter}: {reason}", parameter=parameter, reason=reason)
+
+
+class ProtocolError(MountdError):
+    """The bytes on the socket are not what the protocol allows; the connection cannot go on."""
+
+    wire_name = "org.varlink.service.InvalidParameter"
+
+    def __init__(self, reason: str) -> None:
+        """`reason` says which limit or rule of the framing was broken."""
+        super().__init__(f"protocol error: {reason}", parameter="message", reason=reason)
+
+
+class SyscallError(OSError):
+    """A system call failed. Its text is the call with its arguments, the error and what the kernel logged.
+
+    `call` is the call as text, `log` the messages of the file system context, oldest first.
+    """
+
+    def __init__(self, number: int, call: str, log: Sequence[str] = ()) -> None:
+        """`number` is the errno."""
+        super().__init__(number, os.strerror(number))
+        self.call = call
+        self.log = tuple(log)
+
+    @property
+    def errno_name(self) -> str:
+        """The symbolic name of the errno, such as "EINVAL"."""
+        return errno_module.errorcode.get(self.errno or 0, str(self.errno))
+
+    def __str__(self) -> str:
+        said = "".join(f"; the kernel says: {line}" for line in self.log)
+        return f"{self.call}: {self.errno_name} ({self.strerror}){said}"
+
+
+class RemoteError(MountdError):
+    """An error reply that this version of the client has no class for."""
+
+    def __init__(self, name: str, parameters: Mapping[str, object]) -> None:
+        """`name` is the full varlink name."""
+        detail = ", ".join(f"{key}={value}" for key, value in parameters.items())
+        super().__init__(f"{name}({detail})", **dict(parameters))
+        self.name = name
