@@ -241,5 +241,6 @@ class RemoteError(MountdError):
     def __init__(self, name: str, parameters: Mapping[str, object]) -> None:
         """`name` is the full varlink name."""
         detail = ", ".join(f"{key}={value}" for key, value in parameters.items())
-        super().__init__(f"{name}({detail})", **dict(parameters))
+        super().__init__(f"{name}({detail})")
         self.name = name
+        self.parameters = dict(parameters)

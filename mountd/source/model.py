@@ -1,0 +1,72 @@
+"""What a request wants mounted, as plain facts.
+
+Everything here was measured on the descriptor itself; nothing is what the caller says about it, except the
+`Tmpfs` that it asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class SourceKind(StrEnum):
+    """Where the superblock comes from."""
+
+    IMAGE = "image"
+    TMPFS = "tmpfs"
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """A file system that was recognised in an image (`superblock.recognise`).
+
+    `size` is what the superblock claims, in bytes, and is never larger than the image. `uuid` and `label`
+    are text from the image: names to show, not proof of anything. `needs_recovery` means that, as the
+    superblock says, a journal or log has to be replayed before the contents are whole.
+    """
+
+    type: str
+    size: int
+    block_size: int
+    uuid: str | None
+    label: str | None
+    needs_recovery: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BackingFile:
+    """The regular file or block device behind an image, as fstat(2) and F_GETFL describe its descriptor.
+
+    `writable` is about the descriptor, not about `mode`. `path_hint` is for messages only: the path may name
+    another file by now.
+    """
+
+    size: int
+    dev: int
+    ino: int
+    uid: int
+    gid: int
+    mode: int
+    writable: bool
+    block_device: bool
+    path_hint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tmpfs:
+    """A tmpfs to be made: `size` in bytes, `inodes` None for the kernel's default, `mode` of its root."""
+
+    size: int
+    inodes: int | None
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is to be mounted: `backing` and `file_system` are there for an image, `tmpfs` for a tmpfs."""
+
+    kind: SourceKind
+    backing: BackingFile | None
+    file_system: FileSystem | None
+    tmpfs: Tmpfs | None
