@@ -1,0 +1,52 @@
+"""Paths and what they name: openat2(2), statx(2), F_GETFL."""
+
+import ctypes
+import fcntl
+import os
+
+from mountd.fds import OwnedFd
+from mountd.kernel.abi import open_how
+from mountd.kernel.abi import statx as statx_struct
+from mountd.kernel.flags import AtFlags, Resolve, StatxMask
+from mountd.kernel.libc import call
+from mountd.kernel.mount_api import path_bytes
+
+
+def openat2(dir_fd: int, path: "str | bytes", flags: int, resolve: Resolve, mode: int = 0) -> OwnedFd:
+    """Open `path` below `dir_fd` under the rules of `resolve`, close-on-exec.
+
+    Raises SyscallError: ELOOP for a link that `resolve` forbids, EXDEV for leaving where it may not.
+    """
+    how = open_how(flags | os.O_CLOEXEC, mode, Resolve(resolve))
+    return OwnedFd(call("openat2", dir_fd, path_bytes(path), how, ctypes.sizeof(how)))
+
+
+def statx(
+    dir_fd: int, path: "str | bytes", mask: StatxMask = StatxMask.BASIC_STATS, *, sync: bool = True
+) -> statx_struct:
+    """Return the status of `path` below `dir_fd`, of `dir_fd` itself for "". Links are not followed.
+
+    With `sync` false no file system is asked anything: what FUSE or a network last said is good enough, and
+    a silent server cannot hold the caller up.
+    """
+    result = statx_struct()
+    flags = AtFlags.SYMLINK_NOFOLLOW | AtFlags.NO_AUTOMOUNT
+    if not path:
+        flags |= AtFlags.EMPTY_PATH
+    if not sync:
+        flags |= AtFlags.STATX_DONT_SYNC
+    call("statx", dir_fd, path_bytes(path), flags, StatxMask(mask), result)
+    return result
+
+
+def fd_flags(fd: int) -> int:
+    """Return the status flags and access mode of `fd` (F_GETFL)."""
+    return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+
+def path_hint(fd: int) -> "str | None":
+    """Return what /proc says `fd` was opened as: a hint for messages and for a search, never proof."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return None

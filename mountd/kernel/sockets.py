@@ -1,0 +1,131 @@
+"""AF_UNIX sockets: who is at the other end, and descriptors that cross (unix(7)).
+
+The standard library's recv_fds() yields inheritable descriptors and hides a truncated list; what is here
+does neither.
+"""
+
+import array
+import ctypes
+import errno
+import os
+import socket
+import struct
+import time
+
+from mountd.errors import NotSupported, SyscallError
+from mountd.fds import OwnedFd
+from mountd.kernel.libc import call
+
+SO_PEERGROUPS = 59
+SO_PEERPIDFD = 77
+MAXIMUM_GROUPS = 65536  # NGROUPS_MAX
+
+
+class PeerCredentials:
+    """SO_PEERCRED: who connected, at that moment, as this process's namespaces number it."""
+
+    __slots__ = ("gid", "pid", "uid")
+
+    def __init__(self, pid: int, uid: int, gid: int) -> None:
+        """All three come from the kernel; there is no default to fall back to."""
+        self.pid = pid
+        self.uid = uid
+        self.gid = gid
+
+
+def peer_credentials(connection: socket.socket) -> PeerCredentials:
+    """Return who connected. Raises OSError."""
+    size = struct.calcsize("iII")
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    pid, uid, gid = struct.unpack("iII", raw)
+    return PeerCredentials(pid, uid, gid)
+
+
+def peer_groups(connection: socket.socket) -> frozenset[int]:
+    """Return the supplementary groups that the peer had when it connected. Raises OSError."""
+    groups = array.array("I")
+    try:
+        groups.frombytes(connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, 1024))
+        return frozenset(groups)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+    # The standard library's getsockopt() ends at 1024 bytes.
+    buffer, size = (ctypes.c_uint32 * MAXIMUM_GROUPS)(), ctypes.c_uint32(MAXIMUM_GROUPS * 4)
+    call("getsockopt", connection.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, buffer, size)
+    return frozenset(buffer[: size.value // 4])
+
+
+def peer_pidfd(connection: socket.socket) -> OwnedFd:
+    """Return a pidfd of the process that connected, even if it has ended (Linux 6.5).
+
+    Raises NotSupported on an older kernel, SyscallError (ESRCH, EINVAL) if the process is gone.
+    """
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            raise NotSupported("the socket option SO_PEERPIDFD") from None
+        raise SyscallError(error.errno or 0, "getsockopt(SO_PEERPIDFD)") from None
+    return OwnedFd(struct.unpack("i", raw)[0])
+
+
+def receive(connection: socket.socket, size: int, max_fds: int) -> tuple[bytes, list[OwnedFd], bool]:
+    """Receive up to `size` bytes with the descriptors they carry, close-on-exec from birth.
+
+    Returns the bytes, the descriptors, which the caller owns, and whether some were lost, because there were
+    more than `max_fds`, because this process has none left or because a security module kept one back: then
+    the connection cannot be trusted any further. Raises OSError, and then nothing was kept.
+    """
+    room = socket.CMSG_SPACE(max_fds * 4)
+    data, ancillary, flags, _ = connection.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    fds: list[OwnedFd] = []
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(payload[: len(payload) - len(payload) % 4])
+            fds += [OwnedFd(number) for number in numbers]
+    return data, fds, bool(flags & socket.MSG_CTRUNC)
+
+
+def peek(connection: socket.socket, size: int) -> bytes:
+    """Return up to `size` bytes without taking them; descriptors are not looked at. Raises OSError."""
+    return connection.recv(size, socket.MSG_PEEK)
+
+
+def send(
+    connection: socket.socket, data: bytes, fds: "list[OwnedFd]", deadline: "float | None" = None
+) -> None:
+    """Send all of `data`, with `fds` on its first byte. The descriptors stay the caller's.
+
+    `deadline` is a time.monotonic() by which the last byte has to be taken; raises TimeoutError after it and
+    OSError otherwise.
+    """
+    rest = memoryview(data)
+    rights = array.array("i", [fd.fileno() for fd in fds])
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else []
+    while rest:
+        if deadline is not None:
+            set_deadline(connection, deadline)
+        sent = connection.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
+        rest, ancillary = rest[sent:], []
+
+
+def set_deadline(connection: socket.socket, deadline: float) -> None:
+    """Let the next call on `connection` end with TimeoutError at `deadline`, a time.monotonic()."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    connection.settimeout(left)
+
+
+def connect(path: str, timeout: "float | None" = None) -> socket.socket:
+    """Return a stream connection to the socket at `path`, close-on-exec. Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
