@@ -1,0 +1,22 @@
+"""What a request wants to be done with its source, as far as the policy has a say in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+IDMAP_KINDS = ("none", "namespace", "caller", "ranges")
+
+
+@dataclass(frozen=True, slots=True)
+class MountWishes:
+    """The wishes of a request: its word against which nothing is granted, and which can only narrow.
+
+    `idmap_kind` is one of IDMAP_KINDS. `namespace_given` is whether the request came with a user namespace
+    that `ids.authorize_ids` accepted; one that it did not accept must not get this far.
+    """
+
+    read_only: bool
+    file_system_type: str | None
+    options: tuple[str, ...]
+    idmap_kind: str
+    namespace_given: bool
