@@ -36,7 +36,7 @@ class FileSystem:
 
 @dataclass(frozen=True, slots=True)
 class BackingFile:
-    """The regular file or block device behind an image, as fstat(2) and F_GETFL describe its descriptor.
+    """The regular file behind an image, as fstat(2) and F_GETFL describe its descriptor.
 
     `writable` is about the descriptor, not about `mode`. `path_hint` is for messages only: the path may name
     another file by now.
@@ -49,7 +49,6 @@ class BackingFile:
     gid: int
     mode: int
     writable: bool
-    block_device: bool
     path_hint: str | None
 
 

@@ -20,7 +20,8 @@ ALLOWED = {
     "source": LEAN | {"kernel", "caller.model"},
     "evidence": LEAN | {"kernel", "caller.model", "source.model"},
     "trust": LEAN | {"caller.model", "source.model", "evidence.model"},
-    "plan": LEAN | {"caller.model", "source.model", "evidence.model", "trust"},
+    # The flags are names for numbers, and pure.
+    "plan": LEAN | {"kernel.flags", "caller.model", "source.model", "evidence.model", "trust"},
     "execute": LEAN | {"kernel", "plan"},
     "service": LEAN | {"kernel", "wire", "caller", "source", "evidence", "trust", "plan", "execute"},
     "daemon": LEAN | {"kernel", "wire", "caller", "trust", "execute", "service"},

@@ -1,0 +1,121 @@
+"""Where an image lies: the proof that its path belongs to root from the top to the file itself.
+
+The link in /proc only says where to look. The path is then walked from the root of the daemon's own mount
+namespace, one component at a time, each opened below the one before without following any link, and each
+has to belong to root and be writable by nobody else. What the walk ends at has to be the very inode that the
+caller handed over. A directory that cannot be written to cannot be renamed under our feet either, so that
+there is nothing to race with.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from mountd.errors import NotSupported, SyscallError
+from mountd.evidence.model import Evidence
+from mountd.kernel.abi import AT_FDCWD
+from mountd.kernel.flags import Resolve, StatxMask
+from mountd.kernel.mount_info import statmount
+from mountd.kernel.paths import openat2, statx
+
+if TYPE_CHECKING:
+    from mountd.fds import OwnedFd
+    from mountd.kernel.abi import statx as statx_struct
+    from mountd.source.model import BackingFile
+
+MAXIMUM_COMPONENTS = 64
+NO_LINKS = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
+WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
+# Whoever runs the server decides what is in the file, and when it answers.
+REMOTE = {"fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "afs"}
+
+
+class NotThere(Exception):
+    """The walk found that the path proves nothing; the text says why."""
+
+
+def locate(backing: BackingFile, *, name_paths: bool) -> Evidence:
+    """Find out whether the image that `backing` describes lies under a path that is root's alone.
+
+    `name_paths` says whether the reason may name directories: whoever is in a container has no business with
+    the host's. Raises nothing: whatever goes wrong is a reason why there is no such evidence.
+    """
+    try:
+        path = walk(backing, name_paths)
+        problem = None
+    except NotThere as reason:
+        path, problem = None, str(reason)
+    except SyscallError as error:
+        path, problem = None, f"its path cannot be checked ({error.errno_name})"
+    except NotSupported as error:
+        path, problem = None, f"its path cannot be checked: {error}"
+    return Evidence(path, problem, backing.writable)
+
+
+def walk(backing: BackingFile, name_paths: bool) -> str:
+    """Return the path if every component of it proves to be root's. Raises NotThere, SyscallError."""
+    hint = backing.path_hint
+    if hint is None or not hint.startswith("/"):
+        raise NotThere("it has no path")
+    names = hint.split("/")[1:]
+    if len(names) > MAXIMUM_COMPONENTS or any(name in ("", ".", "..") for name in names):
+        raise NotThere("its path is not a plain one")
+    at = openat2(AT_FDCWD, "/", os.O_PATH | os.O_DIRECTORY, NO_LINKS)
+    try:
+        mount = check(at, "/", 0)
+        for depth, name in enumerate(names, 1):
+            shown = "/" + "/".join(names[:depth]) if name_paths else "a part of its path"
+            below = step(at, name)
+            at.close()
+            at = below
+            mount = check(at, shown, mount)
+        status = statx(at.fileno(), "", WANTED)
+    finally:
+        at.close()
+    dev = os.makedev(status.stx_dev_major, status.stx_dev_minor)
+    if (dev, status.stx_ino) != (backing.dev, backing.ino) or not stat.S_ISREG(status.stx_mode):
+        raise NotThere("another file is at its path, in the mount namespace of mountd")
+    return hint
+
+
+def step(at: OwnedFd, name: str) -> OwnedFd:
+    """Open one component; a missing one and a link both mean that the path does not lead to the image."""
+    try:
+        return openat2(at.fileno(), name, os.O_PATH, NO_LINKS)
+    except SyscallError as error:
+        if error.errno_name in ("ENOENT", "ENOTDIR"):
+            raise NotThere("its path does not exist in the mount namespace of mountd") from None
+        if error.errno_name == "ELOOP":
+            raise NotThere("its path has a symbolic link in it") from None
+        raise
+
+
+def check(at: OwnedFd, shown: str, mount: int) -> int:
+    """Refuse a component that another user or a server has power over; return the mount that it is on."""
+    # Without asking the file system: that is safe only once its mount is known not to be a server's.
+    status = statx(at.fileno(), "", WANTED, sync=False)
+    id = int(status.stx_mnt_id)
+    if id != mount:
+        check_mount(id, shown)
+    check_owner(status, shown)
+    return id
+
+
+def check_mount(id: int, shown: str) -> None:
+    """Refuse a mount whose contents a server decides about."""
+    fs_type = statmount(id).fs_type
+    if fs_type is None or fs_type.split(".")[0] in REMOTE:
+        raise NotThere(
+            f"{shown} is on a file system of type {fs_type}, whose contents somebody else decides"
+        )
+
+
+def check_owner(status: statx_struct, shown: str) -> None:
+    """Refuse what is not root's alone."""
+    if status.stx_uid != 0:
+        raise NotThere(f"{shown} belongs to uid {status.stx_uid}, not to root")
+    if status.stx_mode & 0o022:
+        who = "its group" if status.stx_mode & 0o020 else "everybody"
+        raise NotThere(f"{shown} is writable by {who}")

@@ -1,0 +1,143 @@
+"""Carrying out a plan: the only step of a request that changes the system.
+
+Everything made on the way is held by a descriptor of this process, and is gone with it: a loop device clears
+itself, a detached mount and its superblock are dropped. So a failure at any step, and a kill at any moment,
+leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, TypeVar
+
+from mountd.errors import SyscallError
+from mountd.kernel import loop_device, mount_api, namespaces
+from mountd.kernel.flags import MountAttr
+from mountd.kernel.fs_context import FsContext
+from mountd.kernel.paths import statx
+from mountd.plan.operations import (
+    Backing,
+    CreateSuperblock,
+    MakeMount,
+    MapRanges,
+    MapRootOwner,
+    MapToNamespace,
+    Seal,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mountd.fds import OwnedFd
+    from mountd.plan.operations import Plan
+
+    Rows = Sequence[tuple[int, int, int]]
+
+T = TypeVar("T")
+
+
+class Inputs:
+    """What the operations refer to, all borrowed: the image, the user namespace, and who seals."""
+
+    __slots__ = ("image_fd", "seal", "userns_fd")
+
+    def __init__(
+        self,
+        *,
+        image_fd: int | None,
+        userns_fd: int | None,
+        seal: Callable[[OwnedFd], OwnedFd],
+    ) -> None:
+        """`seal` takes a detached mount over and returns one whose attributes are locked."""
+        self.image_fd = image_fd
+        self.userns_fd = userns_fd
+        self.seal = seal
+
+
+def run(plan: Plan, inputs: Inputs) -> OwnedFd:
+    """Carry out `plan` and return the mount. Raises SyscallError and NotSupported; nothing is left then."""
+    context: FsContext | None = None
+    mount: OwnedFd | None = None
+    try:
+        for operation in plan.operations:
+            if isinstance(operation, CreateSuperblock):
+                context = create(operation, inputs)
+            elif isinstance(operation, MakeMount):
+                mount = _needed(context).mount(operation.attributes)
+            elif isinstance(operation, Seal):
+                # The old descriptor is the sealer's now, whether it succeeds or not.
+                unsealed, mount = _needed(mount), None
+                mount = inputs.seal(unsealed)
+            else:
+                map_ids(operation, _needed(mount).fileno(), inputs)
+        done, mount = _needed(mount), None
+        return done
+    finally:
+        if context is not None:
+            context.close()
+        if mount is not None:
+            mount.close()
+
+
+def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
+    """Return the context of the new superblock."""
+    if operation.backing is Backing.NOTHING:
+        return _create_from(operation, operation.type)
+    image_fd = _needed(inputs.image_fd)
+    if operation.backing is Backing.FILE:
+        try:
+            # This process has no other way to name an open file to erofs (before Linux 7.2).
+            return _create_from(operation, f"/proc/self/fd/{image_fd}")
+        except SyscallError as error:
+            # The file system that the image lies on cannot serve reads of the kernel (tmpfs), or erofs was
+            # built without: then it takes a block device.
+            if error.errno != errno.ENOTBLK:
+                raise
+    loop = loop_device.attach(image_fd, read_only=operation.read_only)
+    try:
+        return _create_from(operation, loop.path)
+    finally:
+        loop.close()
+
+
+def _create_from(operation: CreateSuperblock, source: str) -> FsContext:
+    context = FsContext.open(operation.type)
+    try:
+        context.set_string("source", source)
+        if operation.read_only:
+            context.set_flag("ro")
+        for name, value in operation.options:
+            if value is None:
+                context.set_flag(name)
+            else:
+                context.set_string(name, value)
+        context.create()
+    except BaseException:
+        context.close()
+        raise
+    return context
+
+
+def map_ids(operation: MapToNamespace | MapRanges | MapRootOwner, mount_fd: int, inputs: Inputs) -> None:
+    """Map the ids of the mount, which nobody else has seen yet."""
+    if isinstance(operation, MapToNamespace):
+        _map(mount_fd, _needed(inputs.userns_fd))
+        return
+    if isinstance(operation, MapRanges):
+        uids: Rows = [(each.inner, each.outer, each.count) for each in operation.uids]
+        gids: Rows = [(each.inner, each.outer, each.count) for each in operation.gids]
+    else:
+        root = statx(mount_fd, "")
+        uids, gids = [(root.stx_uid, operation.uid, 1)], [(root.stx_gid, operation.gid, 1)]
+    with namespaces.make_user_namespace(uids, gids) as userns:
+        _map(mount_fd, userns.fileno())
+
+
+def _map(mount_fd: int, userns_fd: int) -> None:
+    mount_api.mount_setattr(mount_fd, set=MountAttr.IDMAP, userns_fd=userns_fd)
+
+
+def _needed(value: T | None) -> T:
+    if value is None:
+        raise ValueError("the plan has its operations in the wrong order")
+    return value

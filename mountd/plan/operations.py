@@ -1,0 +1,111 @@
+"""The steps of a mount, as plain data that can be printed before anything happens.
+
+`execute.run` carries them out in order; a step only ever makes something that is not yet visible to anybody,
+so that dropping the descriptors made so far undoes them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mountd.caller.model import IdExtent
+    from mountd.kernel.flags import MountAttr
+
+
+class Backing(StrEnum):
+    """What the file system is told its source is."""
+
+    NOTHING = "nothing"  # it has none
+    FILE = "file"  # the image itself; where its file system cannot serve reads that way, a loop device
+    LOOP = "loop"  # a loop device over the image
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSuperblock:
+    """Make the file system instance. `options` are names with their value, None for a flag."""
+
+    type: str
+    backing: Backing
+    read_only: bool
+    options: tuple[tuple[str, str | None], ...]
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        words = [name if value is None else f"{name}={value}" for name, value in self.options]
+        mode = "read-only" if self.read_only else "writable"
+        options = ",".join(words) or "no options"
+        return f"make a {mode} superblock of {self.type} from {self.backing} ({options})"
+
+
+@dataclass(frozen=True, slots=True)
+class MakeMount:
+    """Make a detached mount of the superblock; the attributes hold from its first moment on."""
+
+    attributes: MountAttr
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        return f"make a detached mount with attributes {self.attributes!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class MapToNamespace:
+    """Map ids as the user namespace that the caller gave does."""
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        return "map ids as the given user namespace does"
+
+
+@dataclass(frozen=True, slots=True)
+class MapRanges:
+    """Map ids by extents: `inner` is the id on disk, `outer` the id on the host."""
+
+    uids: tuple[IdExtent, ...]
+    gids: tuple[IdExtent, ...]
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        return f"map uids {_ranges(self.uids)} and gids {_ranges(self.gids)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MapRootOwner:
+    """Map whoever owns the root directory of the mount to one host uid and gid."""
+
+    uid: int
+    gid: int
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        return f"map the owner of the root directory to {self.uid}:{self.gid}"
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """Lock the attributes: whoever receives the mount cannot clear them."""
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        return "lock the attributes"
+
+
+Operation = CreateSuperblock | MakeMount | MapToNamespace | MapRanges | MapRootOwner | Seal
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The operations for one mount, in the order in which they are carried out."""
+
+    operations: tuple[Operation, ...]
+
+    def describe(self) -> tuple[str, ...]:
+        """Return one line for each step."""
+        return tuple(operation.describe() for operation in self.operations)
+
+
+def _ranges(extents: tuple[IdExtent, ...]) -> str:
+    return ", ".join(f"{e.inner}→{e.outer} ({e.count})" for e in extents) or "none"

@@ -1,0 +1,96 @@
+"""From what was asked for and what was decided to what is done: pure, and printable."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mountd.kernel.flags import MountAttr
+from mountd.plan.idmap import IdMapKind
+from mountd.plan.operations import (
+    Backing,
+    CreateSuperblock,
+    MakeMount,
+    MapRanges,
+    MapRootOwner,
+    MapToNamespace,
+    Plan,
+    Seal,
+)
+from mountd.source.model import SourceKind
+
+if TYPE_CHECKING:
+    from mountd.caller.model import Caller, IdExtent
+    from mountd.plan.operations import Operation
+    from mountd.source.model import Source
+    from mountd.trust.decide import Decision
+
+ATTRIBUTES = {
+    "nosuid": MountAttr.NOSUID,
+    "nodev": MountAttr.NODEV,
+    "noexec": MountAttr.NOEXEC,
+    "nosymfollow": MountAttr.NOSYMFOLLOW,
+    "noatime": MountAttr.NOATIME,
+    "strictatime": MountAttr.STRICTATIME,
+    "nodiratime": MountAttr.NODIRATIME,
+}
+
+# What mountd always asks for, whatever the image says about itself. An error in an ext4 must not stop the
+# machine, as its superblock may wish; two copies of one xfs have one UUID.
+FORCED: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "ext4": (("errors", "remount-ro"),),
+    "xfs": (("nouuid", None),),
+}
+# A journal is not replayed for a read-only mount: that would write to the image, or need to.
+FORCED_READ_ONLY: dict[str, tuple[tuple[str, str | None], ...]] = {
+    "ext4": (("noload", None),),
+    "xfs": (("norecovery", None),),
+    "btrfs": (("rescue", "nologreplay"),),
+}
+
+
+def plan_mount(
+    source: Source,
+    decision: Decision,
+    caller: Caller,
+    idmap: IdMapKind,
+    uids: tuple[IdExtent, ...] = (),
+    gids: tuple[IdExtent, ...] = (),
+) -> Plan:
+    """Return the operations for a request that was allowed; `uids` and `gids` are for IdMapKind.RANGES."""
+    attributes = MountAttr.RDONLY if decision.read_only else MountAttr(0)
+    for name in decision.attributes:
+        attributes |= ATTRIBUTES[name]
+    operations: list[Operation] = [superblock(source, decision), MakeMount(attributes)]
+    if idmap is IdMapKind.NAMESPACE:
+        operations.append(MapToNamespace())
+    elif idmap is IdMapKind.RANGES:
+        operations.append(MapRanges(uids, gids))
+    elif idmap is IdMapKind.CALLER:
+        operations.append(MapRootOwner(caller.uid, caller.gid))
+    # What is asked of the host's root is nothing: it may clear whatever it likes.
+    if attributes and not caller.is_host_root:
+        operations.append(Seal())
+    return Plan(tuple(operations))
+
+
+def superblock(source: Source, decision: Decision) -> CreateSuperblock:
+    """Return how the file system is made."""
+    granted = tuple(split(option) for option in decision.options)
+    if source.kind is SourceKind.TMPFS and source.tmpfs is not None:
+        wishes: list[tuple[str, str | None]] = [("size", str(source.tmpfs.size))]
+        if source.tmpfs.inodes is not None:
+            wishes.append(("nr_inodes", str(source.tmpfs.inodes)))
+        wishes.append(("mode", f"{source.tmpfs.mode:o}"))
+        return CreateSuperblock("tmpfs", Backing.NOTHING, decision.read_only, (*wishes, *granted))
+    if source.file_system is None:
+        raise ValueError("an image without a file system was allowed")
+    type = source.file_system.type
+    forced = FORCED.get(type, ()) + (FORCED_READ_ONLY.get(type, ()) if decision.read_only else ())
+    backing = Backing.FILE if type == "erofs" else Backing.LOOP
+    return CreateSuperblock(type, backing, decision.read_only, (*forced, *granted))
+
+
+def split(option: str) -> tuple[str, str | None]:
+    """Return name and value of an option, None for a flag."""
+    name, separator, value = option.partition("=")
+    return name, value if separator else None

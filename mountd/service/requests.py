@@ -1,0 +1,150 @@
+"""The calls of io.mountd.Mount as typed requests: every field checked, every descriptor accounted for.
+
+Types were compared with the interface file before (wire/dispatch); here are the rules that it cannot say.
+Descriptors stay the message's: a request borrows their numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mountd.errors import InvalidParameter, NotSupported
+from mountd.plan.idmap import IdMapKind, IdMapWish, IdRange
+from mountd.source.model import SourceKind, Tmpfs
+from mountd.trust.wishes import MountWishes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mountd.fds import OwnedFd
+
+IMAGE_FIELD = "source.imageFileDescriptor"
+NAMESPACE_FIELD = "userNamespaceFileDescriptor"
+SOURCES = (
+    "imageFileDescriptor",
+    "directoryFileDescriptor",
+    "layers",
+    "composefs",
+    "reference",
+    "tmpfs",
+    "network",
+    "contextFileDescriptor",
+)
+COMPANIONS = ("verity", "signature")  # of imageFileDescriptor
+SUPPORTED_SOURCES = ("imageFileDescriptor", "tmpfs")
+DEFAULT_TMPFS_MODE = 0o755
+TMPFS_MODE_BITS = 0o1777
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """A call of Mount or Explain. The descriptors are borrowed from the message."""
+
+    kind: SourceKind
+    image_fd: int | None
+    tmpfs: Tmpfs | None
+    userns_fd: int | None
+    idmap: IdMapWish
+    wishes: MountWishes
+
+    @classmethod
+    def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
+        """Read the parameters. Raises InvalidParameter and NotSupported."""
+        table = Descriptors(fds)
+        kind, image_fd, tmpfs = read_source(parameters["source"], table)
+        userns_fd = table.optional(parameters.get(NAMESPACE_FIELD), NAMESPACE_FIELD)
+        idmap = read_idmap(parameters.get("idMap"), namespace_given=userns_fd is not None)
+        table.check_all_named()
+        if parameters.get("imagePolicy") is not None:
+            raise NotSupported("imagePolicy", hint="leave it out: only the system's policy is applied")
+        read_only = parameters.get("readOnly")
+        wishes = MountWishes(
+            read_only=True if read_only is None else read_only,
+            file_system_type=parameters.get("fileSystemType"),
+            options=tuple(parameters.get("options") or ()),
+            idmap_kind=idmap.kind.value,
+            namespace_given=userns_fd is not None,
+        )
+        return cls(kind, image_fd, tmpfs, userns_fd, idmap, wishes)
+
+
+class Descriptors:
+    """The descriptors of one message, each of which exactly one field may name."""
+
+    def __init__(self, fds: Sequence[OwnedFd]) -> None:
+        """Borrow `fds`."""
+        self._fds = fds
+        self._named: dict[int, str] = {}
+
+    def take(self, index: int, field: str) -> int:
+        """Return the descriptor with this index, borrowed. Raises InvalidParameter naming the field."""
+        if not 0 <= index < len(self._fds):
+            raise InvalidParameter(
+                field, f"there is no descriptor {index}, only {len(self._fds)} came along"
+            )
+        if index in self._named:
+            raise InvalidParameter(field, f"descriptor {index} is {self._named[index]} already")
+        self._named[index] = field
+        return self._fds[index].fileno()
+
+    def optional(self, index: int | None, field: str) -> int | None:
+        """As `take`, for a field that may be missing."""
+        return None if index is None else self.take(index, field)
+
+    def check_all_named(self) -> None:
+        """Refuse a message with a descriptor that no field names."""
+        for index in range(len(self._fds)):
+            if index not in self._named:
+                raise InvalidParameter("fileDescriptors", f"no field names descriptor {index}")
+
+
+def read_source(
+    source: Mapping[str, Any], table: Descriptors
+) -> tuple[SourceKind, int | None, Tmpfs | None]:
+    """Read the one source that a request has."""
+    given = [name for name in SOURCES if source.get(name) is not None]
+    if len(given) != 1:
+        raise InvalidParameter("source", f"exactly one of {', '.join(SOURCES)} has to be given")
+    if given[0] not in SUPPORTED_SOURCES:
+        raise NotSupported(f"source.{given[0]}", hint="hand over the image itself, as imageFileDescriptor")
+    for name in COMPANIONS:
+        if source.get(name) is not None:
+            raise NotSupported(f"source.{name}", hint="leave it out")
+    if given[0] == "tmpfs":
+        return SourceKind.TMPFS, None, read_tmpfs(source["tmpfs"])
+    return SourceKind.IMAGE, table.take(source["imageFileDescriptor"], IMAGE_FIELD), None
+
+
+def read_tmpfs(tmpfs: Mapping[str, Any]) -> Tmpfs:
+    """Read the wishes for a tmpfs; the policy bounds them."""
+    size, inodes, mode = tmpfs["size"], tmpfs.get("inodes"), tmpfs.get("mode")
+    if size < 1:
+        raise InvalidParameter("source.tmpfs.size", "it has to be at least 1 byte")
+    if inodes is not None and inodes < 1:
+        raise InvalidParameter("source.tmpfs.inodes", "there has to be at least 1")
+    mode = DEFAULT_TMPFS_MODE if mode is None else mode
+    if mode & ~TMPFS_MODE_BITS:
+        raise InvalidParameter("source.tmpfs.mode", f"only the bits {TMPFS_MODE_BITS:o} can be set")
+    return Tmpfs(size, inodes, mode)
+
+
+def read_idmap(idmap: Mapping[str, Any] | None, *, namespace_given: bool) -> IdMapWish:
+    """Read how ids are to be mapped."""
+    if idmap is None:
+        return IdMapWish(IdMapKind.NAMESPACE if namespace_given else IdMapKind.NONE)
+    kind = IdMapKind(idmap["kind"])
+    ranges = {name: idmap.get(name) for name in ("uidRanges", "gidRanges")}
+    if kind is not IdMapKind.RANGES:
+        for name, value in ranges.items():
+            if value is not None:
+                raise InvalidParameter(f"idMap.{name}", "it goes with the kind “ranges” only")
+        if kind is IdMapKind.NAMESPACE and not namespace_given:
+            raise InvalidParameter(NAMESPACE_FIELD, "the idMap “namespace” needs it")
+        return IdMapWish(kind)
+    return IdMapWish(kind, read_ranges(ranges["uidRanges"]), read_ranges(ranges["gidRanges"]))
+
+
+def read_ranges(ranges: Sequence[Mapping[str, int]] | None) -> tuple[IdRange, ...]:
+    """Read the ranges of one kind of id; `plan.idmap` judges them."""
+    return tuple(IdRange(each["first"], each["target"], each["count"]) for each in ranges or ())

@@ -1,0 +1,73 @@
+"""What a caller's image descriptor is, found out without waiting for anybody.
+
+A file on a FUSE file system whose server is silent stops whoever reads it, asks for its status or closes it.
+So the descriptor is judged by what the kernel knows by itself: its flags, and a statx(2) that asks no file
+system. Only then is it read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from mountd.errors import BadFileDescriptor
+from mountd.kernel.flags import StatxMask
+from mountd.kernel.paths import fd_flags, path_hint, statx
+from mountd.source.model import BackingFile
+
+FUSE_CONNECTIONS = "/sys/fs/fuse/connections"
+
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFLNK: "a symbolic link",
+}
+# Flags that a descriptor to read an image from does not have, and how to say it.
+REFUSED_FLAGS = (
+    (os.O_PATH, "it was opened with O_PATH, which proves no access"),
+    (os.O_APPEND, "it was opened with O_APPEND"),
+    (os.O_DIRECT, "it was opened with O_DIRECT"),
+)
+
+
+def inspect_descriptor(fd: int, parameter: str) -> BackingFile:
+    """Return what is known about the image descriptor `fd`, borrowed, that the field `parameter` named.
+
+    Raises BadFileDescriptor for all but a regular file, open for reading, on a file system that cannot make
+    mountd wait, and SyscallError.
+    """
+    flags = fd_flags(fd)
+    for flag, reason in REFUSED_FLAGS:
+        if flags & flag:
+            raise BadFileDescriptor(parameter, reason)
+    status = statx(fd, "", StatxMask.BASIC_STATS, sync=False)
+    kind = stat.S_IFMT(status.stx_mode)
+    if kind != stat.S_IFREG:
+        raise BadFileDescriptor(parameter, f"it is {KINDS.get(kind, 'no file')}, not a regular file")
+    if flags & os.O_ACCMODE not in (os.O_RDONLY, os.O_RDWR):
+        raise BadFileDescriptor(parameter, "it is not open for reading")
+    if on_fuse(status.stx_dev_major, status.stx_dev_minor):
+        raise BadFileDescriptor(
+            parameter, "it lies on a FUSE file system, whose server could change the image or stop mountd"
+        )
+    return BackingFile(
+        size=int(status.stx_size),
+        dev=os.makedev(status.stx_dev_major, status.stx_dev_minor),
+        ino=int(status.stx_ino),
+        uid=int(status.stx_uid),
+        gid=int(status.stx_gid),
+        mode=int(status.stx_mode),
+        writable=flags & os.O_ACCMODE == os.O_RDWR,
+        path_hint=path_hint(fd),
+    )
+
+
+def on_fuse(major: int, minor: int) -> bool:
+    """Tell whether the device number belongs to a FUSE connection, by the directory that fusectl has for it.
+
+    Its name is the kernel's dev_t as one number (fuse_ctl_add_conn()).
+    """
+    return os.path.isdir(f"{FUSE_CONNECTIONS}/{major << 20 | minor}")
