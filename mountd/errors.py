@@ -235,6 +235,17 @@ class SyscallError(OSError):
         return f"{self.call}: {self.errno_name} ({self.strerror}){said}"
 
 
+class Unreachable(MountdError):
+    """There is no daemon to ask, or it ended in the middle."""
+
+    def __init__(self, reason: str) -> None:
+        """`reason` says where it was looked for and what happened."""
+        super().__init__(
+            f"cannot reach mountd: {reason}",
+            hint="start mountd.socket; in a container, have the host's /run/mountd at /run/host/mountd",
+        )
+
+
 class RemoteError(MountdError):
     """An error reply that this version of the client has no class for."""
 

@@ -50,6 +50,10 @@ class Seal:
         self._channel = channel
         self._number = int.from_bytes(os.urandom(4), "little") << 32
 
+    def fileno(self) -> int:
+        """Return the descriptor of the socket, which the worker keeps open."""
+        return self._channel.fileno()
+
     def __call__(self, mount: OwnedFd) -> OwnedFd:
         """Take `mount` over and return a mount of the same with its attributes locked.
 

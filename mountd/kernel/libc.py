@@ -27,6 +27,7 @@ _FUNCTIONS = {
         _libc.mount,
         (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p),
     ),
+    "pivot_root": (_libc.pivot_root, (ctypes.c_char_p, ctypes.c_char_p)),
     "prctl": (_libc.prctl, (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)),
     "setns": (_libc.setns, (ctypes.c_int, ctypes.c_int)),
     "statx": (_libc.statx, (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)),

@@ -212,7 +212,9 @@ def close_all_but(keep: "set[int]") -> None:
     """Close every descriptor that is not in `keep`."""
     low = 0
     for fd in sorted(keep):
-        os.closerange(low, fd)
+        # Not for an empty range: CPython 3.11 takes (0, 0) for all there are.
+        if low < fd:
+            os.closerange(low, fd)
         low = fd + 1
     # The kernel has close_range(2) for the rest; Python's closerange() uses it.
     os.closerange(low, 1 << 20)

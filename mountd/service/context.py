@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
+    from mountd.errors import DeniedByPolicy
     from mountd.fds import OwnedFd
+    from mountd.service.phase import Phase
     from mountd.trust.policy import Policy
 
 
-class Phase(IntEnum):
-    """What a worker is doing. Each has a deadline that the listener holds it to."""
+@dataclass(frozen=True, slots=True)
+class PolicyInForce:
+    """The policy that requests are judged by; `refusal` is what everybody gets if it could not be read."""
 
-    IDLE = 0
-    READ = 1
-    VERIFY = 2
-    MOUNT = 3
-    REPLY = 4
-    CLOSE = 5
+    policy: Policy
+    refusal: DeniedByPolicy | None
 
 
 @dataclass(slots=True)
@@ -35,7 +33,7 @@ class RequestContext:
 
     connection: socket.socket
     connected_from: tuple[int, int] | None
-    policy: Policy
+    policy: PolicyInForce
     seal: Callable[[OwnedFd], OwnedFd]
     enter: Callable[[Phase], None]
     notes: dict[str, str] = field(default_factory=dict)

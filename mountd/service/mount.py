@@ -18,7 +18,8 @@ from mountd.execute.run import Inputs, run
 from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mount
-from mountd.service.context import Phase, RequestContext
+from mountd.service.context import RequestContext
+from mountd.service.phase import Phase
 from mountd.service.requests import IMAGE_FIELD, MountRequest
 from mountd.source.confined import recognise_image
 from mountd.source.descriptor import inspect_descriptor
@@ -97,6 +98,8 @@ def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContex
     request = MountRequest.from_call(parameters, fds)
     caller = identify(context.connection, context.connected_from)
     note_caller(context, caller)
+    if context.policy.refusal is not None:
+        raise context.policy.refusal
     if caller.uid == OVERFLOW_ID and not caller.on_host:
         raise UserNamespaceNotPermitted(
             "the caller's uid is not mapped on the host, so nothing can belong to it",
@@ -104,7 +107,7 @@ def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContex
         )
     uids, gids = authorize(request, caller)
     source, evidence = inspect(request, caller)
-    decision = decide(context.policy, caller, source, evidence, request.wishes)
+    decision = decide(context.policy.policy, caller, source, evidence, request.wishes)
     context.notes["verdict"] = decision.verdict.value
     context.notes["file_system"] = file_system_type(source)
     if decision.rule is not None:

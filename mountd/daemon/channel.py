@@ -1,0 +1,59 @@
+"""What the daemon's processes say to each other: fixed structures, never a client's bytes.
+
+listener → fork server: SPAWN a worker in a slot, RELOAD the policy
+fork server → listener: READY, FAILED with a text, SPAWNED with the worker's socket and pidfd, GONE, RELOADED
+listener → worker: a request, with the connection that it came on
+worker → listener: that it is done, and what shall become of the connection and of itself
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from mountd.kernel import sockets
+
+if TYPE_CHECKING:
+    from mountd.fds import OwnedFd
+
+COMMAND = struct.Struct("=Ii")  # Word, number
+REQUEST = struct.Struct("=QQ")  # device and inode of the user namespace that the peer connected from
+DONE = struct.Struct("=??")  # keep the connection; the worker goes on
+MAXIMUM_TEXT = 4096
+
+
+class Word(IntEnum):
+    """First number of a command or a report; the second is a slot, or 0."""
+
+    SPAWN = 1
+    RELOAD = 2
+    READY = 3
+    FAILED = 4
+    SPAWNED = 5
+    GONE = 6
+    RELOADED = 7
+    NOT_RELOADED = 8
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Return two connected sockets that keep messages apart."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+
+def tell(
+    channel: socket.socket, word: Word, number: int = 0, text: str = "", fds: list[OwnedFd] | None = None
+) -> None:
+    """Send a command or a report, with descriptors that stay the caller's. Raises OSError."""
+    data = COMMAND.pack(word, number) + text.encode("utf-8", "replace")[:MAXIMUM_TEXT]
+    sockets.send(channel, data, fds or [])
+
+
+def hear(channel: socket.socket) -> tuple[Word, int, str, list[OwnedFd]] | None:
+    """Receive one, with descriptors that are the caller's; None at the end. Raises OSError."""
+    data, fds, _ = sockets.receive(channel, COMMAND.size + MAXIMUM_TEXT, 4)
+    if len(data) < COMMAND.size:
+        return None
+    word, number = COMMAND.unpack_from(data)
+    return Word(word), number, data[COMMAND.size :].decode("utf-8", "replace"), fds

@@ -1,0 +1,51 @@
+"""A client's connection as the listener has it: who is there, and an answer when no worker can give one.
+
+The listener never receives from it: a descriptor in the queue of the socket may be one that makes its holder
+unkillable. Sending and closing are safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from mountd.wire.framing import encode, error_body
+
+if TYPE_CHECKING:
+    from mountd.daemon.owners import Owner
+    from mountd.errors import MountdError
+
+
+class Connection:
+    """Owns the socket."""
+
+    __slots__ = ("_socket", "namespace", "owner", "since")
+
+    def __init__(self, connection: socket.socket, namespace: tuple[int, int], owner: Owner) -> None:
+        """`namespace` identifies the user namespace that the peer connected from."""
+        self._socket = connection
+        self.namespace = namespace
+        self.owner = owner
+        self.since = time.monotonic()
+
+    def fileno(self) -> int:
+        """Return the descriptor, borrowed."""
+        return self._socket.fileno()
+
+    def answer(self, error: MountdError) -> None:
+        """Send an error reply, if there is room for it without waiting."""
+        answer(self._socket, error)
+
+    def close(self) -> None:
+        """End the connection for everybody: a worker that hangs may hold it, too."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+def answer(connection: socket.socket, error: MountdError) -> None:
+    """Send an error reply without waiting for room."""
+    with contextlib.suppress(OSError):
+        connection.send(encode(error_body(error)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

@@ -1,0 +1,217 @@
+"""The fork server: has everything imported, stages mounts, and forks workers that start in a millisecond.
+
+It never touches a client. It lives in a mount namespace of its own, which the workers share, and starts the
+sealer. When a worker has ended, its staging spot is cleared before the slot is used again. It ends when the
+listener closes its socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from mountd.daemon import channel
+from mountd.daemon.channel import Word
+from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
+from mountd.daemon.limits import SLOTS
+from mountd.daemon.worker import Worker, report_bug
+from mountd.errors import DeniedByPolicy, MountdError, SyscallError
+from mountd.execute.seal import Staging
+from mountd.fds import OwnedFd
+from mountd.kernel import namespaces
+from mountd.kernel.libc import call
+from mountd.service.context import PolicyInForce
+from mountd.service.mount import METHODS
+from mountd.trust.policy import Policy
+from mountd.trust.policy_file import PolicyError, load
+from mountd.wire.dispatch import Dispatcher, interface_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mountd.daemon.board import Board
+    from mountd.service.phase import Phase
+
+PR_SET_PDEATHSIG = 1
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
+
+
+class ForkServer:
+    """One instance for the life of the process."""
+
+    def __init__(self, control: socket.socket, board: Board, policy_dirs: list[Path], staging: Path) -> None:
+        """`control` leads to the listener. Raises SyscallError, NotSupported, OSError."""
+        self._control = control
+        self._board = board
+        self._policy_dirs = policy_dirs
+        self._dispatcher = Dispatcher(interface_directory(), METHODS, report_bug)
+        self._policy = self._first_policy()
+        self._slots: dict[int, int] = {}  # pid of a worker or of its cleaner -> slot
+        self._cleaners: set[int] = set()
+        self._staging = Staging(str(staging), SLOTS)
+        mount_fusectl()
+
+    def run(self) -> None:
+        """Obey until the listener closes the socket or the sealer ends."""
+        woken, wake = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        woken.setblocking(False)
+        wake.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        gc.collect()
+        gc.freeze()
+        channel.tell(self._control, Word.READY)
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        poller.register(woken, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poller.poll()}
+            if woken.fileno() in ready:
+                with contextlib.suppress(BlockingIOError):
+                    woken.recv(4096)
+                self._reap()
+            if self._control.fileno() in ready:
+                heard = channel.hear(self._control)
+                if heard is None:
+                    return
+                self._obey(heard[0], heard[1])
+
+    def _obey(self, word: Word, number: int) -> None:
+        if word is Word.SPAWN:
+            try:
+                self._spawn(number)
+            except OSError as error:
+                log(Priority.ERROR, f"cannot start a worker: {error}", message_id=WORKER_ID)
+                channel.tell(self._control, Word.GONE, number)
+        elif word is Word.RELOAD:
+            try:
+                self._policy = PolicyInForce(load(self._policy_dirs), None)
+                channel.tell(self._control, Word.RELOADED, len(self._policy.policy.rules))
+            except PolicyError as error:
+                channel.tell(self._control, Word.NOT_RELOADED, 0, str(error))
+
+    def _first_policy(self) -> PolicyInForce:
+        """Load the policy; a broken one denies everything, and says so to whoever asks."""
+        try:
+            return PolicyInForce(load(self._policy_dirs), None)
+        except PolicyError as error:
+            log(Priority.ERROR, f"the policy is broken, everything is denied: {error}", message_id=POLICY_ID)
+            refusal = DeniedByPolicy(
+                "the system's policy is broken", hint="an administrator finds the reason in the journal"
+            )
+            return PolicyInForce(Policy(()), refusal)
+
+    def _spawn(self, slot: int) -> None:
+        """Fork a worker for `slot` and tell the listener how to reach it. Raises OSError."""
+        ours, theirs = channel.pair()
+        with ours, theirs:
+            pid = os.fork()
+            if pid == 0:
+                self._be_a_worker(slot, theirs)
+            self._slots[pid] = slot
+            with (
+                OwnedFd(os.dup(ours.fileno())) as end,
+                namespaces.pidfd_open(pid) as pidfd,
+            ):
+                channel.tell(self._control, Word.SPAWNED, slot, fds=[end, pidfd])
+
+    def _be_a_worker(self, slot: int, own: socket.socket) -> NoReturn:
+        code = 1
+        try:
+            end_with_parent()
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            seal = self._staging.seal(slot)
+            namespaces.close_all_but({0, 1, 2, own.fileno(), seal.fileno()})
+
+            def enter(phase: Phase) -> None:
+                self._board.enter(slot, phase)
+
+            Worker(own, enter, self._dispatcher, self._policy, seal).run()
+            code = 0
+        except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
+            if isinstance(error, Exception):
+                report_bug(error)
+        finally:
+            os._exit(code)
+
+    def _reap(self) -> None:
+        """Take note of the children that have ended."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self._staging.pid:
+                raise SystemExit("the sealer has ended")
+            slot = self._slots.pop(pid, None)
+            if slot is None:
+                continue
+            if status and pid not in self._cleaners:
+                self._clean(slot)
+            else:
+                self._cleaners.discard(pid)
+                channel.tell(self._control, Word.GONE, slot)
+
+    def _clean(self, slot: int) -> None:
+        """Let a child detach what a killed worker has left: dropping a file system can take its time."""
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                end_with_parent()
+                self._staging.clean(slot)
+                code = 0
+            finally:
+                os._exit(code)
+        self._slots[pid] = slot
+        self._cleaners.add(pid)
+
+
+def serve(control: socket.socket, board: Board, policy_dirs: list[Path], staging: Path) -> NoReturn:
+    """Be the fork server: for the child of a fork of the listener. Never returns."""
+    code = 1
+    try:
+        end_with_parent()
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_IGN)
+        namespaces.close_all_but({0, 1, 2, control.fileno()})
+        attempt(lambda: ForkServer(control, board, policy_dirs, staging), control).run()
+        code = 0
+    except SystemExit as reason:
+        log(Priority.ERROR, f"the fork server ends: {reason.code}", message_id=WORKER_ID)
+    except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
+        if isinstance(error, Exception):
+            report_bug(error)
+    finally:
+        os._exit(code)
+
+
+def attempt(start: Callable[[], ForkServer], control: socket.socket) -> ForkServer:
+    """Return what `start` makes, or tell the listener in one line why it cannot be made."""
+    try:
+        return start()
+    except (MountdError, SyscallError, OSError) as error:
+        channel.tell(control, Word.FAILED, 0, str(error))
+        raise SystemExit(str(error)) from None
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when its parent does."""
+    call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def mount_fusectl() -> None:
+    """Have the directory that tells which devices are FUSE's, in this mount namespace, if there is FUSE."""
+    directory = "/sys/fs/fuse/connections"
+    with contextlib.suppress(SyscallError):
+        if os.path.isdir(directory) and not os.path.ismount(directory):
+            call("mount", b"fusectl", directory.encode(), b"fusectl", 0, None)

@@ -1,0 +1,26 @@
+"""The numbers that bound what clients can make the daemon do."""
+
+from __future__ import annotations
+
+from mountd.service.phase import Phase
+
+# Seconds that a request may spend in each phase, all in all.
+DEADLINES = {Phase.READ: 10, Phase.VERIFY: 30, Phase.MOUNT: 10, Phase.REPLY: 5, Phase.CLOSE: 5}
+
+MINIMUM_WORKERS = 2  # ready before anybody asks
+MAXIMUM_WORKERS = 8  # serving at the same time
+MAXIMUM_RUNNING_PER_OWNER = 4  # so that one owner cannot have all of them
+MAXIMUM_STUCK_PER_OWNER = 4
+MAXIMUM_STUCK = 32
+SLOTS = MAXIMUM_WORKERS + MAXIMUM_STUCK
+
+REQUESTS_PER_WORKER = 256  # then it is replaced: what leaks, leaks no further
+SECONDS_OF_WORKER = 300
+IDLE_WORKER_SECONDS = 30  # above the minimum
+SECONDS_TO_DIE = 1.0  # after SIGKILL; who takes longer hangs in the kernel
+
+MAXIMUM_CONNECTIONS = 10_000
+MAXIMUM_CONNECTIONS_PER_OWNER = 128
+SPARE_DESCRIPTORS = 256  # for everything but connections
+IDLE_CONNECTION_SECONDS = 30
+DRAIN_SECONDS = 10

@@ -1,0 +1,324 @@
+"""The listener: accepts, knows who is there, and lets workers serve; it never reads what a client sends.
+
+It waits for what can happen (epoll) and for the next deadline, and does one thing at a time. A connection is
+either idle (watched for something to read), queued, or with a worker; the descriptor stays here all the
+time, so that a caller whose worker hangs gets an answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from mountd.caller.identify import peer_namespace
+from mountd.daemon import channel
+from mountd.daemon.channel import Word
+from mountd.daemon.connection import Connection, answer
+from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
+from mountd.daemon.limits import (
+    DRAIN_SECONDS,
+    IDLE_CONNECTION_SECONDS,
+    MAXIMUM_CONNECTIONS_PER_OWNER,
+    MAXIMUM_STUCK,
+    MAXIMUM_STUCK_PER_OWNER,
+)
+from mountd.daemon.owners import FairQueue
+from mountd.daemon.pool import Pool, Worker
+from mountd.errors import LimitExceeded, MountdError, ShuttingDown
+from mountd.fds import close_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mountd.daemon.board import Board
+
+READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+ACCEPT_AT_ONCE = 64  # before anybody else gets a turn
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class ForkServerGone(Exception):
+    """The fork server has ended; `text` says why if it could tell."""
+
+    def __init__(self, text: str) -> None:
+        """`text` may be empty."""
+        super().__init__(text)
+        self.text = text
+
+
+class Listener:
+    """The event loop and all that it watches."""
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        control: socket.socket,
+        board: Board,
+        *,
+        maximum_connections: int,
+        idle_exit: float | None,
+        notify: Callable[[str], None],
+    ) -> None:
+        """`listening` and `control` (to the fork server) are borrowed; `notify` is sd_notify(3)."""
+        self._listening = listening
+        self._control = control
+        self._maximum_connections = maximum_connections
+        self._idle_exit = idle_exit
+        self._notify = notify
+        self._pool = Pool(control, board)
+        self._queue = FairQueue()
+        # By descriptor; those that wait for a request in the order in which they began to.
+        self._connections: dict[int, Connection] = {}
+        self._idle: OrderedDict[int, Connection] = OrderedDict()
+        self._last_activity = time.monotonic()
+        self._draining_until: float | None = None
+        self._listening_paused = False
+        self._reloading = False
+        self._epoll = select.epoll()
+        listening.setblocking(False)
+        self._epoll.register(listening, select.EPOLLIN)
+        self._epoll.register(control, select.EPOLLIN)
+        self._channels: dict[int, Worker] = {}
+        self._woken: socket.socket | None = None
+
+    def wake_on(self, reader: socket.socket) -> None:
+        """Have `turn` return early when there is something to read, which it takes; borrowed."""
+        reader.setblocking(False)
+        self._woken = reader
+        self._epoll.register(reader, select.EPOLLIN)
+
+    def close(self) -> None:
+        """End all connections and give up all workers."""
+        for connection in list(self._connections.values()):
+            self._drop(connection)
+        for worker in self._pool.workers.values():
+            worker.close()
+        self._epoll.close()
+
+    def reload(self) -> None:
+        """Have the policy read again; workers follow once it was."""
+        if not self._reloading and self._draining_until is None:
+            self._reloading = True
+            self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            channel.tell(self._control, Word.RELOAD)
+
+    def drain(self) -> None:
+        """Take no new request, let the running ones end, and then return from `turn` with False."""
+        if self._draining_until is not None:
+            return
+        self._draining_until = time.monotonic() + DRAIN_SECONDS
+        self._notify("STOPPING=1")
+        if not self._listening_paused:
+            self._epoll.unregister(self._listening)
+            self._listening_paused = True
+        for connection in self._queue.drain():
+            self._drop(connection, ShuttingDown())
+        for connection in list(self._idle.values()):
+            self._drop(connection)
+
+    def turn(self, until: float) -> bool:
+        """Wait for something to happen, at most until `until`, and see to it; False at the end of a drain.
+
+        Raises ForkServerGone.
+        """
+        for fd, _ in self._epoll.poll(max(0.0, self._next_time(until) - time.monotonic())):
+            if fd == self._listening.fileno():
+                self._accept()
+            elif fd == self._control.fileno():
+                self._hear()
+            elif fd in self._channels:
+                self._worker_is_done(self._channels[fd])
+            elif fd in self._idle:
+                self._queue.add(self._idle.pop(fd))
+            elif self._woken is not None and fd == self._woken.fileno():
+                self._woken.recv(4096)
+        for connection, error in self._pool.enforce():
+            self._drop(connection, error)
+        self._expire()
+        self._dispatch()
+        if self._draining_until is not None:
+            return self._pool.serving > 0 and time.monotonic() < self._draining_until
+        return True
+
+    @property
+    def idle_long_enough(self) -> bool:
+        """Whether nobody has been there for as long as it takes to end."""
+        if self._idle_exit is None or self._connections or self._pool.stuck:
+            return False
+        return time.monotonic() - self._last_activity >= self._idle_exit
+
+    def _next_time(self, until: float) -> float:
+        times = [until, self._pool.next_deadline()]
+        if self._idle:
+            times.append(next(iter(self._idle.values())).since + IDLE_CONNECTION_SECONDS)
+        if self._idle_exit is not None and not self._connections:
+            times.append(self._last_activity + self._idle_exit)
+        if self._listening_paused or self._draining_until is not None:
+            times.append(time.monotonic() + 0.1)
+        return min(each for each in times if each is not None)
+
+    def _accept(self) -> None:
+        """Take connections in, a few at a time."""
+        for _ in range(ACCEPT_AT_ONCE):
+            try:
+                accepted, _ = self._listening.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    self._pause_listening()
+                    return
+                continue  # this one has gone already
+            self._welcome(accepted)
+
+    def _pause_listening(self) -> None:
+        """Let them wait in the queue of the socket until somebody has left."""
+        log(Priority.WARNING, "no descriptor left for another connection", message_id=WORKER_ID)
+        self._epoll.unregister(self._listening)
+        self._listening_paused = True
+
+    def _welcome(self, accepted: socket.socket) -> None:
+        try:
+            namespace, uid = peer_namespace(accepted)
+            owner = self._queue.owner(uid)
+            if owner.connections >= MAXIMUM_CONNECTIONS_PER_OWNER:
+                raise LimitExceeded("connections of one owner", MAXIMUM_CONNECTIONS_PER_OWNER)
+            if len(self._connections) >= self._maximum_connections:
+                self._queue.forget_if_idle(owner)
+                raise LimitExceeded("connections", self._maximum_connections, hint="try again later")
+        except (MountdError, OSError) as error:
+            if isinstance(error, MountdError):
+                answer(accepted, error)
+            accepted.close()
+            return
+        connection = Connection(accepted, namespace, owner)
+        owner.connections += 1
+        self._connections[connection.fileno()] = connection
+        self._epoll.register(connection.fileno(), READABLE)
+        self._wait_for_request(connection)
+
+    def _wait_for_request(self, connection: Connection) -> None:
+        connection.since = self._last_activity = time.monotonic()
+        self._idle[connection.fileno()] = connection
+
+    def _drop(self, connection: Connection, error: MountdError | None = None) -> None:
+        """End a connection, after an answer if there is one to give."""
+        if error is not None:
+            connection.answer(error)
+        fd = connection.fileno()
+        # Explicitly: a worker that hangs may hold the same socket, which would keep it registered.
+        self._epoll.unregister(fd)
+        del self._connections[fd]
+        self._idle.pop(fd, None)
+        connection.close()
+        connection.owner.connections -= 1
+        self._queue.forget_if_idle(connection.owner)
+        self._last_activity = time.monotonic()
+        if self._listening_paused and self._draining_until is None:
+            self._epoll.register(self._listening, select.EPOLLIN)
+            self._listening_paused = False
+
+    def _expire(self) -> None:
+        """End connections that have had no request for too long."""
+        limit = time.monotonic() - IDLE_CONNECTION_SECONDS
+        while self._idle:
+            connection = next(iter(self._idle.values()))
+            if connection.since > limit:
+                return
+            self._drop(connection)
+
+    def _dispatch(self) -> None:
+        """Give queued connections to workers, in turns; refuse owners whose requests hang."""
+        while (worker := self._pool.free()) is not None:
+            connection = self._queue.next()
+            if connection is None:
+                break
+            refusal = self._too_many_stuck(connection)
+            if refusal is not None:
+                self._drop(connection, refusal)
+                continue
+            try:
+                self._pool.assign(worker, connection)
+            except OSError:
+                worker.retiring = True  # it has ended; the fork server will say so
+                self._queue.add(connection)
+        if self._draining_until is None:
+            self._pool.fill(len(self._queue))
+        self._pool.close_retired()
+
+    def _too_many_stuck(self, connection: Connection) -> LimitExceeded | None:
+        hint = "the file systems of earlier requests do not answer"
+        if connection.owner.stuck >= MAXIMUM_STUCK_PER_OWNER:
+            return LimitExceeded("requests of one owner that hang", MAXIMUM_STUCK_PER_OWNER, hint=hint)
+        if self._pool.stuck >= MAXIMUM_STUCK:
+            return LimitExceeded("requests that hang", MAXIMUM_STUCK, hint=hint)
+        return None
+
+    def _worker_is_done(self, worker: Worker) -> None:
+        try:
+            connection, keep = self._pool.done(worker)
+        except OSError:
+            connection, keep = None, False
+        if connection is None:
+            # Its end; what becomes of it the fork server says.
+            self._forget_channel(worker)
+        elif keep and self._draining_until is None:
+            self._epoll.modify(connection.fileno(), READABLE)
+            self._wait_for_request(connection)
+        else:
+            self._drop(connection)
+
+    def _forget_channel(self, worker: Worker) -> None:
+        if self._channels.pop(worker.channel.fileno(), None) is not None:
+            self._epoll.unregister(worker.channel)
+
+    def _hear(self) -> None:
+        """See to what the fork server reports. Raises ForkServerGone."""
+        heard = channel.hear(self._control)
+        if heard is None:
+            raise ForkServerGone("")
+        word, number, text, fds = heard
+        if word is Word.FAILED:
+            raise ForkServerGone(text)
+        if word is Word.READY:
+            self._notify(f"READY=1\nSTATUS=serving\nMAINPID={os.getpid()}")
+        elif word is Word.SPAWNED:
+            worker = self._pool.spawned(number, fds)
+            self._channels[worker.channel.fileno()] = worker
+            self._epoll.register(worker.channel, select.EPOLLIN)
+        elif word is Word.GONE:
+            self._worker_is_gone(number)
+        elif word in (Word.RELOADED, Word.NOT_RELOADED):
+            self._reloaded(word, number, text)
+        close_all(fds)
+
+    def _worker_is_gone(self, slot: int) -> None:
+        worker = self._pool.workers.get(slot)
+        if worker is None:
+            self._pool.not_spawned(slot)
+            return
+        self._forget_channel(worker)
+        ended = self._pool.gone(worker)
+        if ended is not None:
+            self._drop(*ended)
+        if worker.owner is not None:
+            self._queue.forget_if_idle(worker.owner)
+
+    def _reloaded(self, word: Word, rules: int, text: str) -> None:
+        self._reloading = False
+        if word is Word.RELOADED:
+            log(Priority.INFO, f"the policy was reloaded: {rules} rules", message_id=POLICY_ID)
+            self._pool.retire_all()
+            self._notify("READY=1\nSTATUS=serving")
+        else:
+            log(
+                Priority.ERROR,
+                f"the policy was not reloaded, the old one holds: {text}",
+                message_id=POLICY_ID,
+            )
+            self._notify("READY=1\nSTATUS=serving with the policy from before the last reload, which failed")

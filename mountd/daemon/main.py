@@ -1,0 +1,207 @@
+"""mountd(8): arguments, processes and signals around the listener."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mountd.daemon import channel
+from mountd.daemon.activation import StartFailure, listening_socket
+from mountd.daemon.board import Board
+from mountd.daemon.journal import WORKER_ID, Priority, log
+from mountd.daemon.limits import MAXIMUM_CONNECTIONS, SLOTS, SPARE_DESCRIPTORS
+from mountd.daemon.listener import ForkServerGone, Listener
+from mountd.kernel.libc import call
+from mountd.kernel.namespaces import PR_SET_DUMPABLE
+from mountd.version import VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+POLICY_DIRS = tuple(Path(each, "mountd/policy.d") for each in ("/etc", "/run", "/usr/local/lib", "/usr/lib"))
+SOCKET_NAME = "io.mountd.Mount"
+MAXIMUM_RESTARTS = 3  # of the fork server, within RESTART_SECONDS
+RESTART_SECONDS = 10.0
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="mountd", description="Mounts trusted images for callers who may not mount."
+    )
+    parser.add_argument("--version", action="version", version=f"mountd {VERSION}")
+    parser.add_argument(
+        "--socket", metavar="PATH", help="where to listen; default: RUNTIME-DIR/io.mountd.Mount"
+    )
+    parser.add_argument(
+        "--policy-dir",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        help=f"where to read the policy from, may be repeated; default: {' '.join(map(str, POLICY_DIRS))}",
+    )
+    parser.add_argument("--state-dir", metavar="DIR", type=Path, default=Path("/var/lib/mountd"))
+    parser.add_argument("--runtime-dir", metavar="DIR", type=Path, default=Path("/run/mountd"))
+    parser.add_argument(
+        "--idle-exit", metavar="SECONDS", type=float, help="end when nobody was there for so long"
+    )
+    options = parser.parse_args(argv)
+    if options.idle_exit is not None and options.idle_exit <= 0:
+        parser.error("--idle-exit: it has to be more than 0 seconds")
+    return options
+
+
+class Daemon:
+    """The listener, the fork server, and what signals do."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Get the socket and set the limits. Raises StartFailure."""
+        self._policy_dirs = list(options.policy_dir or POLICY_DIRS)
+        self._idle_exit = options.idle_exit
+        self._staging = prepare_runtime_dir(options.runtime_dir)
+        self._path = options.socket or str(options.runtime_dir / SOCKET_NAME)
+        self._listening, self._bound = listening_socket(self._path)
+        self._maximum_connections = raise_descriptor_limit()
+        self._signals: set[int] = set()
+        self._watchdog = watchdog_seconds()
+
+    def run(self) -> int:
+        """Serve until told to end; return the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: self._signals.add(number))
+        restarts: list[float] = []
+        try:
+            while True:
+                try:
+                    self._serve()
+                    return 0
+                except ForkServerGone as reason:
+                    now = time.monotonic()
+                    restarts = [each for each in restarts if each > now - RESTART_SECONDS] + [now]
+                    if reason.text or len(restarts) > MAXIMUM_RESTARTS:
+                        log(Priority.ERROR, f"cannot serve: {reason.text or 'the fork server keeps ending'}")
+                        return 1
+                    log(Priority.ERROR, "the fork server has ended; starting another", message_id=WORKER_ID)
+        finally:
+            self._listening.close()
+            if self._bound:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path)
+
+    def _serve(self) -> None:
+        """Start a fork server and run the listener over it. Raises ForkServerGone."""
+        ours, theirs = channel.pair()
+        board = Board(SLOTS)
+        pid = os.fork()
+        if pid == 0:
+            from mountd.daemon.fork_server import serve
+
+            serve(theirs, board, self._policy_dirs, self._staging)
+        theirs.close()
+        listener = Listener(
+            self._listening,
+            ours,
+            board,
+            maximum_connections=self._maximum_connections,
+            idle_exit=self._idle_exit,
+            notify=notify,
+        )
+        try:
+            self._loop(listener)
+        finally:
+            listener.close()
+            ours.close()
+            end_child(pid)
+
+    def _loop(self, listener: Listener) -> None:
+        # A signal that arrives between the look at the set and the wait must still wake the wait up.
+        reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        writer.setblocking(False)
+        listener.wake_on(reader)
+        previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            while listener.turn(time.monotonic() + self._watchdog):
+                if self._watchdog < 60:
+                    notify("WATCHDOG=1")
+                if signal.SIGHUP in self._signals:
+                    self._signals.discard(signal.SIGHUP)
+                    listener.reload()
+                if self._signals or listener.idle_long_enough:
+                    listener.drain()
+        finally:
+            signal.set_wakeup_fd(previous)
+            reader.close()
+            writer.close()
+
+
+def prepare_runtime_dir(path: Path) -> Path:
+    """Make the runtime directory, and return the mount point for staging in it. Raises StartFailure."""
+    staging = path / "staging"
+    try:
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        staging.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StartFailure(f"cannot use the runtime directory {path}: {error.strerror}") from None
+    return staging
+
+
+def raise_descriptor_limit() -> int:
+    """Allow as many descriptors as the system lets us; return how many connections that is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(hard, MAXIMUM_CONNECTIONS + SPARE_DESCRIPTORS)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(1, wanted - SPARE_DESCRIPTORS)
+
+
+def watchdog_seconds() -> float:
+    """Return how often to tell systemd that we live: twice in the time it allows (WatchdogSec=)."""
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return 60.0
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    return min(60.0, int(microseconds) / 2e6) if microseconds.isdecimal() else 60.0
+
+
+def notify(state: str) -> None:
+    """Tell the service manager, if there is one (sd_notify(3))."""
+    if "NOTIFY_SOCKET" in os.environ:
+        from systemd import daemon  # type: ignore[import-untyped]
+
+        daemon.notify(state)
+
+
+def end_child(pid: int) -> None:
+    """Wait for the fork server, which ends when its socket does; not for one that hangs."""
+    for _ in range(100):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    options = arguments(sys.argv[1:])
+    if os.geteuid() != 0:
+        sys.exit("mountd: it makes mounts for others, and has to be started as root")
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        os.umask(0o022)
+        daemon = Daemon(options)
+        os.umask(0o077)
+    except StartFailure as reason:
+        sys.exit(f"mountd: {reason}")
+    sys.exit(daemon.run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The workers as the listener has them: which are free, what each is serving, and until when.
+
+A worker that is past the deadline of its phase is killed and its caller answered. One that does not die
+hangs in the kernel: its slot stays taken and is charged to the owner whose request it was, until it is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from mountd.daemon import channel
+from mountd.daemon.channel import Word
+from mountd.daemon.journal import WORKER_ID, Priority, log
+from mountd.daemon.limits import (
+    DEADLINES,
+    IDLE_WORKER_SECONDS,
+    MAXIMUM_WORKERS,
+    MINIMUM_WORKERS,
+    SECONDS_TO_DIE,
+    SLOTS,
+)
+from mountd.errors import MountFailed, TimedOut
+from mountd.fds import OwnedFd
+from mountd.kernel import sockets
+from mountd.service.phase import Phase
+
+if TYPE_CHECKING:
+    from mountd.daemon.board import Board
+    from mountd.daemon.connection import Connection
+    from mountd.daemon.owners import Owner
+    from mountd.errors import MountdError
+
+    # A connection that has had its last request, and what to tell it.
+    Ended = tuple[Connection, MountdError | None]
+
+
+class Worker:
+    """One worker process: what it is serving, and what has become of it."""
+
+    __slots__ = (
+        "channel",
+        "charged",
+        "connection",
+        "free_since",
+        "killed_at",
+        "owner",
+        "pidfd",
+        "retiring",
+        "slot",
+    )
+
+    def __init__(self, slot: int, channel_fd: OwnedFd, pidfd: OwnedFd) -> None:
+        """Take the descriptors over."""
+        self.slot = slot
+        self.channel = socket.socket(fileno=channel_fd.take())
+        self.pidfd = pidfd
+        self.connection: Connection | None = None
+        self.owner: Owner | None = None
+        self.free_since = time.monotonic()
+        self.killed_at: float | None = None
+        self.charged = False
+        self.retiring = False
+
+    def close(self) -> None:
+        """Close the descriptors; a worker that waits for a request ends by that."""
+        self.channel.close()
+        self.pidfd.close()
+
+
+class Pool:
+    """All workers, by slot, and the orders to the fork server."""
+
+    def __init__(self, control: socket.socket, board: Board) -> None:
+        """`control` leads to the fork server."""
+        self._control = control
+        self._board = board
+        self.workers: dict[int, Worker] = {}
+        self._starting: set[int] = set()
+
+    @property
+    def serving(self) -> int:
+        """How many requests are being served."""
+        return sum(worker.connection is not None for worker in self.workers.values())
+
+    @property
+    def stuck(self) -> int:
+        """How many were killed and do not die."""
+        return sum(worker.charged for worker in self.workers.values())
+
+    def free(self) -> Worker | None:
+        """Return a worker that can take a request: the one that was used last, so that others can go."""
+        ready = [
+            w for w in self.workers.values() if w.owner is None and not w.retiring and w.killed_at is None
+        ]
+        return max(ready, key=lambda worker: worker.free_since, default=None)
+
+    def fill(self, waiting: int) -> None:
+        """Start as many workers as are needed for `waiting` requests."""
+        alive = [w for w in self.workers.values() if w.killed_at is None and not w.retiring]
+        busy = sum(worker.owner is not None for worker in alive)
+        wanted = min(MAXIMUM_WORKERS, max(MINIMUM_WORKERS, busy + waiting))
+        for _ in range(wanted - len(alive) - len(self._starting)):
+            slot = next((s for s in range(SLOTS) if s not in self.workers and s not in self._starting), None)
+            if slot is None:
+                return
+            self._starting.add(slot)
+            channel.tell(self._control, Word.SPAWN, slot)
+
+    def not_spawned(self, slot: int) -> None:
+        """Take note that no worker could be started in `slot`."""
+        self._starting.discard(slot)
+
+    def spawned(self, slot: int, fds: list[OwnedFd]) -> Worker:
+        """Take a new worker in. Its descriptors are moved out of `fds`."""
+        self._starting.discard(slot)
+        worker = Worker(slot, fds.pop(0), fds.pop(0))
+        self.workers[slot] = worker
+        return worker
+
+    def gone(self, worker: Worker) -> Ended | None:
+        """Forget a worker whose process is no more; return the connection that it leaves unanswered."""
+        del self.workers[worker.slot]
+        if worker.charged and worker.owner is not None:
+            worker.owner.stuck -= 1
+        elif worker.owner is not None:
+            worker.owner.running -= 1
+        worker.close()
+        if worker.connection is None:
+            return None
+        return worker.connection, MountFailed("serving the request: its process ended", "EIO")
+
+    def assign(self, worker: Worker, connection: Connection) -> None:
+        """Hand a connection to a free worker. Raises OSError if the worker has ended."""
+        # From here on, not from when the worker wakes up: it may never.
+        self._board.enter(worker.slot, Phase.READ)
+        with OwnedFd(_duplicate(connection.fileno())) as theirs:
+            sockets.send(worker.channel, channel.REQUEST.pack(*connection.namespace), [theirs])
+        worker.connection, worker.owner = connection, connection.owner
+        connection.owner.running += 1
+
+    def done(self, worker: Worker) -> tuple[Connection | None, bool]:
+        """Read what a worker says about its request: the connection, and whether to keep it."""
+        data = worker.channel.recv(channel.DONE.size)
+        if len(data) != channel.DONE.size:
+            return None, False  # it has ended; the fork server will say so
+        keep, goes_on = channel.DONE.unpack(data)
+        connection, worker.connection = worker.connection, None
+        if worker.owner is not None and worker.killed_at is None:
+            worker.owner.running -= 1
+            worker.owner = None
+        worker.free_since = time.monotonic()
+        worker.retiring = worker.retiring or not goes_on
+        return connection, keep
+
+    def retire_all(self) -> None:
+        """Have every worker end: at once if it waits, after its request otherwise."""
+        for worker in self.workers.values():
+            worker.retiring = True
+        self.close_retired()
+
+    def close_retired(self) -> None:
+        """Let workers go that are retiring and free, and those that nobody has needed for a while."""
+        now = time.monotonic()
+        free = [w for w in self.workers.values() if w.owner is None and w.killed_at is None]
+        spare = len([w for w in free if not w.retiring]) - MINIMUM_WORKERS
+        for worker in sorted(free, key=lambda w: w.free_since):
+            if not worker.retiring and spare > 0 and now - worker.free_since > IDLE_WORKER_SECONDS:
+                worker.retiring = True
+                spare -= 1
+            if worker.retiring:
+                with contextlib.suppress(OSError):
+                    worker.channel.shutdown(socket.SHUT_WR)
+
+    def next_deadline(self) -> float | None:
+        """Return the time.monotonic() at which `enforce` has to look again."""
+        times = []
+        for worker in self.workers.values():
+            if worker.killed_at is not None:
+                if not worker.charged:
+                    times.append(worker.killed_at + SECONDS_TO_DIE)
+            elif worker.owner is not None:
+                phase, since = self._board.read(worker.slot)
+                times.append(since + DEADLINES.get(phase, DEADLINES[Phase.CLOSE]))
+        return min(times, default=None)
+
+    def enforce(self) -> list[Ended]:
+        """Kill what is past its deadline, charge what does not die; return the connections to drop."""
+        now = time.monotonic()
+        dropped: list[Ended] = []
+        for worker in self.workers.values():
+            if worker.killed_at is not None:
+                if not worker.charged and now >= worker.killed_at + SECONDS_TO_DIE:
+                    self._charge(worker)
+            elif worker.owner is not None:
+                phase, since = self._board.read(worker.slot)
+                seconds = DEADLINES.get(phase, DEADLINES[Phase.CLOSE])
+                if now >= since + seconds:
+                    dropped += self._give_up(worker, phase, seconds)
+        return dropped
+
+    def _give_up(self, worker: Worker, phase: Phase, seconds: int) -> list[Ended]:
+        connection, worker.connection = worker.connection, None
+        worker.killed_at = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(worker.pidfd.fileno(), signal.SIGKILL)
+        uid = str(worker.owner.uid if worker.owner is not None else None)
+        log(
+            Priority.WARNING,
+            f"a request of uid {uid} takes longer than {seconds} s ({phase.name}); its worker is killed",
+            message_id=WORKER_ID,
+            owner_uid=uid,
+            phase=phase.name,
+        )
+        if connection is None:
+            return []
+        # In the last two phases an answer is there already, or a part of one.
+        answered = phase in (Phase.REPLY, Phase.CLOSE)
+        return [(connection, None if answered else TimedOut(seconds))]
+
+    def _charge(self, worker: Worker) -> None:
+        worker.charged = True
+        if worker.owner is not None:
+            worker.owner.running -= 1
+            worker.owner.stuck += 1
+
+
+def _duplicate(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)

@@ -1,0 +1,169 @@
+"""A worker: receives a connection, serves one request on it, gives it back.
+
+It is the only kind of process that receives a client's bytes and descriptors, so it is the one that may hang
+and be killed. It says what it is doing on the board; the listener measures.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from typing import TYPE_CHECKING
+
+from mountd.daemon import channel
+from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
+from mountd.daemon.limits import DEADLINES, REQUESTS_PER_WORKER, SECONDS_OF_WORKER
+from mountd.daemon.transport import DescriptorsLost, read_message
+from mountd.errors import MountdError, TimedOut
+from mountd.fds import close_all
+from mountd.kernel import sockets
+from mountd.service.context import PolicyInForce, RequestContext
+from mountd.service.phase import Phase
+from mountd.wire.framing import encode, error_body
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mountd.execute.seal import Seal
+    from mountd.fds import OwnedFd
+    from mountd.wire.dispatch import Dispatcher
+    from mountd.wire.framing import Message
+
+
+class Worker:
+    """Serves requests until it is told to end, or has served enough."""
+
+    def __init__(
+        self,
+        own: socket.socket,
+        enter: Callable[[Phase], None],
+        dispatcher: Dispatcher,
+        policy: PolicyInForce,
+        seal: Seal,
+    ) -> None:
+        """`own` is the socket to the listener; `enter` writes this worker's row of the board."""
+        self._own = own
+        self._enter = enter
+        self._dispatcher = dispatcher
+        self._policy = policy
+        self._seal = seal
+        self._healthy = True
+
+    def run(self) -> None:
+        """Serve. Returns when the listener has closed the socket, or after the last request."""
+        served, end = 0, time.monotonic() + SECONDS_OF_WORKER
+        going_on = True
+        while going_on:
+            data, fds, _ = sockets.receive(self._own, channel.REQUEST.size, 1)
+            if len(data) != channel.REQUEST.size or len(fds) != 1:
+                close_all(fds)
+                return
+            dev, ino = channel.REQUEST.unpack(data)
+            with socket.socket(fileno=fds.pop().take()) as connection:
+                keep = self._serve(connection, (dev, ino))
+            self._enter(Phase.IDLE)
+            served += 1
+            going_on = self._healthy and served < REQUESTS_PER_WORKER and time.monotonic() < end
+            self._own.send(channel.DONE.pack(keep, going_on), socket.MSG_NOSIGNAL)
+
+    def _serve(self, connection: socket.socket, connected_from: tuple[int, int]) -> bool:
+        """Serve one request; return whether the connection can have another."""
+        self._enter(Phase.READ)
+        try:
+            message = read_message(connection, time.monotonic() + DEADLINES[Phase.READ])
+        except TimeoutError:
+            self._refuse(connection, TimedOut(DEADLINES[Phase.READ]))
+            return False
+        except MountdError as error:
+            self._healthy = not isinstance(error, DescriptorsLost)
+            self._refuse(connection, error)
+            return False
+        except OSError:
+            return False
+        if message is None:
+            return False
+        try:
+            return self._answer(connection, message, connected_from)
+        finally:
+            # After the reply: closing a descriptor can take as long as the server of its file likes.
+            self._enter(Phase.CLOSE)
+            message.close()
+
+    def _answer(self, connection: socket.socket, message: Message, connected_from: tuple[int, int]) -> bool:
+        """Dispatch and reply; return whether the peer has taken the reply."""
+        context = RequestContext(connection, connected_from, self._policy, self._seal, self._enter)
+        begin = time.monotonic()
+        reply, fds = self._dispatcher.handle(message, context)
+        try:
+            taken = self._send(connection, reply, fds)
+        finally:
+            # Dropping a mount that nobody took can write to its disk.
+            self._enter(Phase.CLOSE)
+            close_all(fds)
+        self._note(message, context, reply, time.monotonic() - begin, taken)
+        return taken
+
+    def _send(self, connection: socket.socket, reply: bytes, fds: list[OwnedFd]) -> bool:
+        self._enter(Phase.REPLY)
+        try:
+            sockets.send(connection, reply, fds, time.monotonic() + DEADLINES[Phase.REPLY])
+        except OSError:
+            return False
+        return True
+
+    def _refuse(self, connection: socket.socket, error: MountdError) -> None:
+        """Answer what is no request; who sent it may not listen."""
+        self._send(connection, encode(error_body(error)), [])
+        log(
+            Priority.NOTICE,
+            f"refused what is no request: {error}",
+            message_id=REQUEST_ID,
+            error=error.wire_name,
+            caller_uid=str(sockets.peer_credentials(connection).uid),
+        )
+
+    def _note(
+        self, message: Message, context: RequestContext, reply: bytes, seconds: float, taken: bool
+    ) -> None:
+        """Write the journal's line about a request that the policy had a say in."""
+        notes = context.notes
+        if "caller_uid" not in notes:
+            return
+        method = str(message.body.get("method")).rpartition(".")[2]
+        error = error_name(reply)
+        outcome = f"refused with {error}" if error else notes.get("verdict", "done")
+        if not taken:
+            outcome += ", and the caller did not take the answer"
+        rule = f" by rule “{notes['rule']}”" if "rule" in notes else ""
+        log(
+            Priority.INFO if not error else Priority.NOTICE,
+            f"{method} for uid {notes['caller_uid']} (pid {notes['caller_pid']}): {outcome}{rule}",
+            message_id=REQUEST_ID,
+            method=method,
+            error=error,
+            duration_usec=str(int(seconds * 1e6)),
+            **notes,
+        )
+
+
+def error_name(reply: bytes) -> str:
+    """Return the name of the error that a reply of ours says, "" for none."""
+    prefix = b'{"error":"'
+    if not reply.startswith(prefix):
+        return ""
+    name = reply[len(prefix) :].split(b'"', 1)[0].decode()
+    return name.rpartition(".")[2]
+
+
+def report_bug(error: Exception) -> None:
+    """Put the traceback of a bug into the journal."""
+    text = "".join(traceback.format_exception(error))
+    log(
+        Priority.ERROR,
+        f"internal error: {error!r}",
+        message_id=WORKER_ID,
+        traceback=text,
+        pid=str(os.getpid()),
+    )

@@ -1,0 +1,14 @@
+"""The phases of a request, which the listener measures."""
+
+from enum import IntEnum
+
+
+class Phase(IntEnum):
+    """What a worker is doing. Each but IDLE has a deadline that the listener holds it to."""
+
+    IDLE = 0
+    READ = 1
+    VERIFY = 2
+    MOUNT = 3
+    REPLY = 4
+    CLOSE = 5
