@@ -3,16 +3,43 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 
-.PHONY: test setup clean
+DESTDIR :=
+PREFIX := /usr
+LIB := $(DESTDIR)$(PREFIX)/lib
+SBIN := $(DESTDIR)$(PREFIX)/sbin
+BIN := $(DESTDIR)$(PREFIX)/bin
+
+.PHONY: demo test bench setup install clean
+
+demo: $(STAMP)
+	$(PYTHON) -m tests.demo
 
 test: $(STAMP)
 	$(PYTHON) -m pytest
+
+bench: $(STAMP)
+	$(PYTHON) -m tests.bench
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile tests/packages.txt tests/setup
 	tests/setup $(VENV)
 	touch $@
+
+# For the system's own Python: the modules lie where nothing else is, and the programs ignore the environment.
+install:
+	install -d $(LIB)/mountd $(LIB)/mountd/policy.d $(LIB)/systemd/system $(LIB)/tmpfiles.d $(BIN) $(SBIN)
+	cd mountd && find . -name '*.py' -exec install -D -m 0644 {} $(abspath $(LIB))/mountd/python/mountd/{} \;
+	install -D -m 0644 -t $(LIB)/mountd/python/mountd/protocol protocol/*.varlink
+	install -m 0644 -t $(LIB)/mountd/policy.d units/policy.d/*.toml
+	install -m 0644 -t $(LIB)/tmpfiles.d units/tmpfiles.d/mountd.conf
+	install -m 0644 -t $(LIB)/systemd/system units/systemd/mountd.socket
+	sed 's|@SBINDIR@|$(PREFIX)/sbin|' units/systemd/mountd.service > $(LIB)/systemd/system/mountd.service
+	chmod 0644 $(LIB)/systemd/system/mountd.service
+	units/program mountd.daemon.main $(PREFIX)/lib/mountd/python > $(SBIN)/mountd
+	units/program mountd.cli.mount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/mount.mountd
+	units/program mountd.cli.mountctl $(PREFIX)/lib/mountd/python > $(BIN)/mountctl
+	chmod 0755 $(SBIN)/mountd $(SBIN)/mount.mountd $(BIN)/mountctl
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -53,7 +53,7 @@ def open_image(path: str, *, writable: bool = False) -> OwnedFd:
 
 def in_user_namespace() -> bool:
     """Tell whether this process is in a user namespace that does not map all ids, as the host's does."""
-    with open("/proc/self/uid_map", encoding="ascii") as file:
+    with open("/proc/self/uid_map", encoding="utf-8") as file:
         return file.read().split() != HOST_ID_MAP
 
 
@@ -72,7 +72,7 @@ def attach(mount_fd: int, target: str) -> None:
 
 
 class MountReply:
-    """What Mount returned: `mount` is owned by whoever holds this; `mounts` and `decision` as on the wire."""
+    """What Mount returned: `mount` belongs to whoever holds this; `mounts`, `decision` as on the wire."""
 
     __slots__ = ("decision", "mount", "mounts")
 
@@ -200,7 +200,8 @@ class Request:
         """Open what has to be opened.
 
         `source` is the path of an image or "tmpfs:SIZE"; `userns` the path of a user namespace, "none" for
-        none, None for that of this process if it is not the host's. Raises NotFound, InvalidParameter, OSError.
+        none, None for that of this process if it is not the host's. Raises NotFound, InvalidParameter and
+        OSError.
         """
         self.fds: list[OwnedFd] = []
         self.parameters: dict[str, object] = {

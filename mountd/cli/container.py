@@ -1,7 +1,7 @@
 """`mountctl run`: a command with an image as its root, in a new user and mount namespace.
 
-Two processes. The first stays what it was: it maps the ids of the second, asks mountd as the user, and waits.
-The second makes the namespaces, receives the mount, turns it into its root, and becomes the command.
+Two processes. The first stays what it was: it maps the ids of the second, asks mountd as the user, and
+waits. The second makes the namespaces, receives the mount, turns it into its root, and becomes the command.
 """
 
 from __future__ import annotations

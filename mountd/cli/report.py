@@ -36,7 +36,7 @@ PERMISSION = (
 
 def exit_status(error: BaseException) -> int:
     """Return the exit status that mount(8) documents for such an error."""
-    if isinstance(error, PERMISSION | FileNotFoundError | PermissionError):
+    if isinstance(error, (*PERMISSION, FileNotFoundError, PermissionError)):
         return EXIT_USAGE
     return EXIT_SYSTEM if isinstance(error, Unreachable) else EXIT_FAILURE
 

@@ -11,12 +11,9 @@ from __future__ import annotations
 import socket
 import struct
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
+from mountd.fds import OwnedFd, close_all
 from mountd.kernel import sockets
-
-if TYPE_CHECKING:
-    from mountd.fds import OwnedFd
 
 COMMAND = struct.Struct("=Ii")  # Word, number
 REQUEST = struct.Struct("=QQ")  # device and inode of the user namespace that the peer connected from
@@ -50,9 +47,25 @@ def tell(
     sockets.send(channel, data, fds or [])
 
 
+def next_request(channel: socket.socket) -> tuple[OwnedFd, tuple[int, int]] | None:
+    """Receive a request: the connection, owned, and the user namespace it is from; None at the end."""
+    try:
+        data, fds, _ = sockets.receive(channel, REQUEST.size, 1)
+    except ConnectionResetError:
+        return None
+    if len(data) != REQUEST.size or len(fds) != 1:
+        close_all(fds)
+        return None
+    dev, ino = REQUEST.unpack(data)
+    return fds[0], (dev, ino)
+
+
 def hear(channel: socket.socket) -> tuple[Word, int, str, list[OwnedFd]] | None:
     """Receive one, with descriptors that are the caller's; None at the end. Raises OSError."""
-    data, fds, _ = sockets.receive(channel, COMMAND.size + MAXIMUM_TEXT, 4)
+    try:
+        data, fds, _ = sockets.receive(channel, COMMAND.size + MAXIMUM_TEXT, 4)
+    except ConnectionResetError:
+        return None  # it has ended without reading what it was told
     if len(data) < COMMAND.size:
         return None
     word, number = COMMAND.unpack_from(data)

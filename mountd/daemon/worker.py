@@ -56,17 +56,18 @@ class Worker:
         served, end = 0, time.monotonic() + SECONDS_OF_WORKER
         going_on = True
         while going_on:
-            data, fds, _ = sockets.receive(self._own, channel.REQUEST.size, 1)
-            if len(data) != channel.REQUEST.size or len(fds) != 1:
-                close_all(fds)
+            request = channel.next_request(self._own)
+            if request is None:
                 return
-            dev, ino = channel.REQUEST.unpack(data)
-            with socket.socket(fileno=fds.pop().take()) as connection:
-                keep = self._serve(connection, (dev, ino))
+            with socket.socket(fileno=request[0].take()) as connection:
+                keep = self._serve(connection, request[1])
             self._enter(Phase.IDLE)
             served += 1
             going_on = self._healthy and served < REQUESTS_PER_WORKER and time.monotonic() < end
-            self._own.send(channel.DONE.pack(keep, going_on), socket.MSG_NOSIGNAL)
+            try:
+                self._own.send(channel.DONE.pack(keep, going_on), socket.MSG_NOSIGNAL)
+            except ConnectionError:
+                return  # the daemon has ended
 
     def _serve(self, connection: socket.socket, connected_from: tuple[int, int]) -> bool:
         """Serve one request; return whether the connection can have another."""

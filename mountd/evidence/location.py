@@ -117,5 +117,5 @@ def check_owner(status: statx_struct, shown: str) -> None:
     if status.stx_uid != 0:
         raise NotThere(f"{shown} belongs to uid {status.stx_uid}, not to root")
     if status.stx_mode & 0o022:
-        who = "its group" if status.stx_mode & 0o020 else "everybody"
+        who = "everybody" if status.stx_mode & 0o002 else "its group"
         raise NotThere(f"{shown} is writable by {who}")

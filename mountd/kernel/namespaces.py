@@ -115,7 +115,7 @@ def process_id_maps(pid: int) -> tuple[IdMapRows, IdMapRows]:
     """Return uid and gid map of the user namespace of process `pid`. Raises OSError if it is gone."""
     maps = []
     for name in ("uid_map", "gid_map"):
-        with open(f"/proc/{pid}/{name}", encoding="ascii") as file:
+        with open(f"/proc/{pid}/{name}", encoding="utf-8") as file:
             maps.append(parse_id_map(file.read(MAXIMUM_MAP)))
     return maps[0], maps[1]
 

@@ -56,7 +56,7 @@ def confine(cpu_seconds: int, extra_memory: int) -> None:
     machine = os.uname().machine
     if machine not in ALLOWED:
         raise NotSupported(f"a seccomp filter for {machine}")
-    with open("/proc/self/statm", encoding="ascii") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + extra_memory,) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
