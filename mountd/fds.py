@@ -13,6 +13,7 @@ failure.
 from __future__ import annotations
 
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ class OwnedFd:
         return f"<OwnedFd {self._fd if self._fd >= 0 else 'closed'}>"
 
     def __del__(self) -> None:
-        if self._fd >= 0:
+        if self._fd >= 0 and sys.is_finalizing():
+            self.close()
+        elif self._fd >= 0:
             # Imported here because the warning is the exception and the lean side pays for each import.
             import warnings
 

@@ -95,6 +95,14 @@ class Daemon:
             "descriptors of the workers": max((len(fds_of(pid)) for pid in workers), default=0) <= 7,
         }
 
+    def settled(self) -> dict[str, object]:
+        """What it holds once it has noticed that earlier clients are gone."""
+        last, held = None, self.held()
+        while held != last:
+            time.sleep(0.05)
+            last, held = held, self.held()
+        return held
+
     def signal(self, number: int) -> None:
         """Send a signal to the listener."""
         self.process.send_signal(number)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mountd.fds import OwnedFd
 
+    Rows = list[tuple[int, int, int]]
     Maps = tuple[tuple[IdExtent, ...], tuple[IdExtent, ...]]
     Chain = tuple[tuple[int, int, int], ...]
 
@@ -29,22 +30,29 @@ if TYPE_CHECKING:
 MAXIMUM_DEPTH = 33
 
 
-def identify(connection: socket.socket, connected_from: tuple[int, int] | None = None) -> Caller:
-    """Return who is at the other end of `connection`.
+def pin(connection: socket.socket) -> OwnedFd:
+    """Return a pidfd of the process that connected. Raises PeerGone, NotSupported."""
+    try:
+        return compat.pidfd_of_peer(connection)
+    except SyscallError:
+        raise PeerGone("it has ended") from None
+
+
+def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, int] | None = None) -> Caller:
+    """Return who is at the other end of `connection`; `pidfd` is what `pin` returned, borrowed.
 
     `connected_from` is device and inode of the user namespace that the peer was in when it connected. Raises
     PeerGone if it has ended or moved to another one since, NotSupported, SyscallError.
     """
     credentials = sockets.peer_credentials(connection)
     try:
-        with (
-            compat.pidfd_of_peer(connection) as pidfd,
-            compat.user_namespace_of(pidfd.fileno(), credentials.pid) as userns,
-        ):
+        with compat.user_namespace_of(pidfd, credentials.pid) as userns:
             found = namespaces.identity(userns.fileno())
             if connected_from is not None and found != connected_from:
                 raise PeerGone("it is no longer in the user namespace that it connected from")
-            namespace, chain = describe(userns.fileno(), lambda: _maps_of_peer(credentials.pid, pidfd))
+            namespace, chain = describe(
+                userns.fileno(), lambda: _maps_of_peer(userns.fileno(), credentials.pid, pidfd)
+            )
     except SyscallError as error:
         if error.errno in (errno.ESRCH, errno.EINVAL):
             raise PeerGone("it has ended") from None
@@ -132,19 +140,28 @@ def _extents(rows: list[tuple[int, int, int]]) -> tuple[IdExtent, ...]:
     return tuple(IdExtent(*row) for row in rows)
 
 
-def _maps_of_peer(pid: int, pidfd: OwnedFd) -> Maps:
+def _maps_of_peer(userns_fd: int, pid: int, pidfd: int) -> Maps:
     """Read the maps through /proc; as the pidfd is alive afterwards, `pid` was still the peer's."""
-    uid_map, gid_map = namespaces.process_id_maps(pid)
-    compat.check_alive(pidfd.fileno())
-    return _extents(uid_map), _extents(gid_map)
+
+    def read() -> tuple[Rows, Rows]:
+        maps = namespaces.process_id_maps(pid)
+        compat.check_alive(pidfd)
+        return maps
+
+    return _remembered(userns_fd, read)
+
+
+def _maps_by_entering(userns_fd: int) -> Maps:
+    """Read the maps of a namespace in which no known process is."""
+    return _remembered(userns_fd, lambda: namespaces.read_id_maps(userns_fd))
 
 
 _known_maps: dict[int, Maps] = {}
 MAXIMUM_KNOWN = 256
 
 
-def _maps_by_entering(userns_fd: int) -> Maps:
-    """Read the maps of a namespace in which no known process is.
+def _remembered(userns_fd: int, read: Callable[[], tuple[Rows, Rows]]) -> Maps:
+    """Return the maps of a namespace, from `read` if they are not known yet.
 
     A map is written once and never changes, and the id of a namespace is never used again, so that what was
     read once is remembered; an empty map is not, as it can still be written.
@@ -152,7 +169,7 @@ def _maps_by_entering(userns_fd: int) -> Maps:
     id = namespaces.namespace_id(userns_fd)
     if id in _known_maps:
         return _known_maps[id]
-    uid_map, gid_map = namespaces.read_id_maps(userns_fd)
+    uid_map, gid_map = read()
     maps = _extents(uid_map), _extents(gid_map)
     if id is not None and uid_map and gid_map:
         if len(_known_maps) >= MAXIMUM_KNOWN:

@@ -186,6 +186,8 @@ def serve(control: socket.socket, board: Board, policy_dirs: list[Path], staging
         namespaces.close_all_but({0, 1, 2, control.fileno()})
         attempt(lambda: ForkServer(control, board, policy_dirs, staging), control).run()
         code = 0
+    except ConnectionError:
+        code = 0  # the listener has ended
     except SystemExit as reason:
         log(Priority.ERROR, f"the fork server ends: {reason.code}", message_id=WORKER_ID)
     except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mountd.daemon.board import Board
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+HOUSE_KEEPING_SECONDS = 60.0
 ACCEPT_AT_ONCE = 64  # before anybody else gets a turn
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -79,6 +80,7 @@ class Listener:
         self._draining_until: float | None = None
         self._listening_paused = False
         self._reloading = False
+        self._next_house_keeping = 0.0
         self._epoll = select.epoll()
         listening.setblocking(False)
         self._epoll.register(listening, select.EPOLLIN)
@@ -140,7 +142,9 @@ class Listener:
         for connection, error in self._pool.enforce():
             self._drop(connection, error)
         self._expire()
-        self._dispatch()
+        if self._queue.waiting:
+            self._dispatch()
+        self._keep_house()
         if self._draining_until is not None:
             return self._pool.serving > 0 and time.monotonic() < self._draining_until
         return True
@@ -153,7 +157,7 @@ class Listener:
         return time.monotonic() - self._last_activity >= self._idle_exit
 
     def _next_time(self, until: float) -> float:
-        times = [until, self._pool.next_deadline()]
+        times = [until, self._next_house_keeping, self._pool.next_deadline()]
         if self._idle:
             times.append(next(iter(self._idle.values())).since + IDLE_CONNECTION_SECONDS)
         if self._idle_exit is not None and not self._connections:
@@ -247,9 +251,16 @@ class Listener:
             except OSError:
                 worker.retiring = True  # it has ended; the fork server will say so
                 self._queue.add(connection)
-        if self._draining_until is None:
-            self._pool.fill(len(self._queue))
-        self._pool.close_retired()
+
+    def _keep_house(self) -> None:
+        """Have as many workers as are needed: looked at when something has changed, and now and then."""
+        now = time.monotonic()
+        if self._pool.changed or self._queue.waiting or now >= self._next_house_keeping:
+            self._next_house_keeping = now + (1.0 if self._pool.has_spare else HOUSE_KEEPING_SECONDS)
+            self._pool.changed = False
+            if self._draining_until is None:
+                self._pool.fill(self._queue.waiting)
+            self._pool.close_retired()
 
     def _too_many_stuck(self, connection: Connection) -> LimitExceeded | None:
         hint = "the file systems of earlier requests do not answer"

@@ -47,9 +47,7 @@ class FairQueue:
         """Nobody has come yet."""
         self._owners: dict[int, Owner] = {}
         self._turns: deque[Owner] = deque()
-
-    def __len__(self) -> int:
-        return sum(len(owner.queue) for owner in self._turns)
+        self.waiting = 0  # connections in the queue
 
     def owner(self, uid: int) -> Owner:
         """Return the owner with this uid, new or known."""
@@ -66,6 +64,7 @@ class FairQueue:
         if not owner.queue:
             self._turns.append(owner)
         owner.queue.append(connection)
+        self.waiting += 1
 
     def next(self) -> Connection | None:
         """Take the connection whose turn it is, None if nobody may run."""
@@ -75,6 +74,7 @@ class FairQueue:
                 self._turns.append(owner)
                 continue
             connection = owner.queue.popleft()
+            self.waiting -= 1
             if owner.queue:
                 self._turns.append(owner)
             return connection
@@ -86,4 +86,5 @@ class FairQueue:
         for owner in self._turns:
             owner.queue.clear()
         self._turns.clear()
+        self.waiting = 0
         return taken

@@ -81,6 +81,7 @@ class Pool:
         self._board = board
         self.workers: dict[int, Worker] = {}
         self._starting: set[int] = set()
+        self.changed = True  # a worker has come, gone or is to go: `fill` and `close_retired` have to look
 
     @property
     def serving(self) -> int:
@@ -91,6 +92,11 @@ class Pool:
     def stuck(self) -> int:
         """How many were killed and do not die."""
         return sum(worker.charged for worker in self.workers.values())
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether there are more workers than are kept ready."""
+        return len(self.workers) > MINIMUM_WORKERS
 
     def free(self) -> Worker | None:
         """Return a worker that can take a request: the one that was used last, so that others can go."""
@@ -114,10 +120,12 @@ class Pool:
     def not_spawned(self, slot: int) -> None:
         """Take note that no worker could be started in `slot`."""
         self._starting.discard(slot)
+        self.changed = True
 
     def spawned(self, slot: int, fds: list[OwnedFd]) -> Worker:
         """Take a new worker in. Its descriptors are moved out of `fds`."""
         self._starting.discard(slot)
+        self.changed = True
         worker = Worker(slot, fds.pop(0), fds.pop(0))
         self.workers[slot] = worker
         return worker
@@ -125,6 +133,7 @@ class Pool:
     def gone(self, worker: Worker) -> Ended | None:
         """Forget a worker whose process is no more; return the connection that it leaves unanswered."""
         del self.workers[worker.slot]
+        self.changed = True
         if worker.charged and worker.owner is not None:
             worker.owner.stuck -= 1
         elif worker.owner is not None:
@@ -155,6 +164,7 @@ class Pool:
             worker.owner = None
         worker.free_since = time.monotonic()
         worker.retiring = worker.retiring or not goes_on
+        self.changed = self.changed or worker.retiring
         return connection, keep
 
     def retire_all(self) -> None:
@@ -162,6 +172,7 @@ class Pool:
         for worker in self.workers.values():
             worker.retiring = True
         self.close_retired()
+        self.changed = True
 
     def close_retired(self) -> None:
         """Let workers go that are retiring and free, and those that nobody has needed for a while."""
@@ -206,6 +217,7 @@ class Pool:
     def _give_up(self, worker: Worker, phase: Phase, seconds: int) -> list[Ended]:
         connection, worker.connection = worker.connection, None
         worker.killed_at = time.monotonic()
+        self.changed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker.pidfd.fileno(), signal.SIGKILL)
         uid = str(worker.owner.uid if worker.owner is not None else None)

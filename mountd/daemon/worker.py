@@ -50,6 +50,7 @@ class Worker:
         self._policy = policy
         self._seal = seal
         self._healthy = True
+        self._notes: list[tuple[Message, RequestContext, bytes, float, bool]] = []
 
     def run(self) -> None:
         """Serve. Returns when the listener has closed the socket, or after the last request."""
@@ -59,7 +60,8 @@ class Worker:
             request = channel.next_request(self._own)
             if request is None:
                 return
-            with socket.socket(fileno=request[0].take()) as connection:
+            fd = request[0].take()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection:
                 keep = self._serve(connection, request[1])
             self._enter(Phase.IDLE)
             served += 1
@@ -68,6 +70,8 @@ class Worker:
                 self._own.send(channel.DONE.pack(keep, going_on), socket.MSG_NOSIGNAL)
             except ConnectionError:
                 return  # the daemon has ended
+            # Last, when the next request is on its way already.
+            self._flush_notes()
 
     def _serve(self, connection: socket.socket, connected_from: tuple[int, int]) -> bool:
         """Serve one request; return whether the connection can have another."""
@@ -103,7 +107,9 @@ class Worker:
             # Dropping a mount that nobody took can write to its disk.
             self._enter(Phase.CLOSE)
             close_all(fds)
-        self._note(message, context, reply, time.monotonic() - begin, taken)
+        self._notes.append((message, context, reply, time.monotonic() - begin, taken))
+        if error_name(reply):
+            self._flush_notes()  # closing what was refused may take for ever
         return taken
 
     def _send(self, connection: socket.socket, reply: bytes, fds: list[OwnedFd]) -> bool:
@@ -124,6 +130,10 @@ class Worker:
             error=error.wire_name,
             caller_uid=str(sockets.peer_credentials(connection).uid),
         )
+
+    def _flush_notes(self) -> None:
+        while self._notes:
+            self._note(*self._notes.pop())
 
     def _note(
         self, message: Message, context: RequestContext, reply: bytes, seconds: float, taken: bool

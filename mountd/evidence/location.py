@@ -64,14 +64,13 @@ def walk(backing: BackingFile, name_paths: bool) -> str:
         raise NotThere("its path is not a plain one")
     at = openat2(AT_FDCWD, "/", os.O_PATH | os.O_DIRECTORY, NO_LINKS)
     try:
-        mount = check(at, "/", 0)
+        status = check(at, "/", 0)
         for depth, name in enumerate(names, 1):
             shown = "/" + "/".join(names[:depth]) if name_paths else "a part of its path"
             below = step(at, name)
             at.close()
             at = below
-            mount = check(at, shown, mount)
-        status = statx(at.fileno(), "", WANTED)
+            status = check(at, shown, status.stx_mnt_id)
     finally:
         at.close()
     dev = os.makedev(status.stx_dev_major, status.stx_dev_minor)
@@ -92,15 +91,17 @@ def step(at: OwnedFd, name: str) -> OwnedFd:
         raise
 
 
-def check(at: OwnedFd, shown: str, mount: int) -> int:
-    """Refuse a component that another user or a server has power over; return the mount that it is on."""
+def check(at: OwnedFd, shown: str, mount: int) -> statx_struct:
+    """Refuse a component that another user or a server has power over; return its status.
+
+    `mount` is the mount that the component above it is on.
+    """
     # Without asking the file system: that is safe only once its mount is known not to be a server's.
     status = statx(at.fileno(), "", WANTED, sync=False)
-    id = int(status.stx_mnt_id)
-    if id != mount:
-        check_mount(id, shown)
+    if status.stx_mnt_id != mount:
+        check_mount(status.stx_mnt_id, shown)
     check_owner(status, shown)
-    return id
+    return status
 
 
 def check_mount(id: int, shown: str) -> None:

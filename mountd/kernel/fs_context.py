@@ -42,7 +42,7 @@ class FsContext:
         cls, path: "str | bytes", *, dir_fd: int = AT_FDCWD, flags: FsPick = FsPick.CLOEXEC
     ) -> "FsContext":
         """Begin to reconfigure the superblock mounted at `path`."""
-        return cls(OwnedFd(call("fspick", dir_fd, path_bytes(path), FsPick(flags) | FsPick.CLOEXEC)))
+        return cls(OwnedFd(call("fspick", dir_fd, path_bytes(path), flags | FsPick.CLOEXEC)))
 
     def fileno(self) -> int:
         """Return the descriptor, borrowed."""
@@ -78,7 +78,7 @@ class FsContext:
     def mount(self, attributes: MountAttr) -> OwnedFd:
         """Return a detached mount of the superblock with `attributes`, close-on-exec."""
         try:
-            return OwnedFd(call("fsmount", self.fileno(), FsMount.CLOEXEC, MountAttr(attributes)))
+            return OwnedFd(call("fsmount", self.fileno(), FsMount.CLOEXEC, attributes))
         except SyscallError as error:
             raise self._explained(error) from None
 

@@ -8,35 +8,61 @@
 import ctypes
 import errno
 from enum import IntEnum, IntFlag
+from functools import partial
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.kernel.abi import AT_FDCWD, NUMBERS
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# The arguments of each call: n a number, s a string, p a pointer to something.
+_KINDS = {"n": ctypes.c_long, "s": ctypes.c_char_p, "p": ctypes.c_void_p}
+_SYSCALLS = {
+    "fsconfig": "nnspn",
+    "fsmount": "nnn",
+    "fsopen": "sn",
+    "fspick": "nsn",
+    "listmount": "ppnn",
+    "mount_setattr": "nsnpn",
+    "move_mount": "nsnsn",
+    "open_tree": "nsn",
+    "open_tree_attr": "nsnpn",
+    "openat2": "nspn",
+    "pidfd_open": "nn",
+    "statmount": "ppnn",
+}
 # Calls that are as old as glibc itself and have another number on each architecture.
 _FUNCTIONS = {
-    "getsockopt": (
-        _libc.getsockopt,
-        (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
-    ),
-    "ioctl": (_libc.ioctl, (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)),
-    "mount": (
-        _libc.mount,
-        (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p),
-    ),
-    "pivot_root": (_libc.pivot_root, (ctypes.c_char_p, ctypes.c_char_p)),
-    "prctl": (_libc.prctl, (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)),
-    "setns": (_libc.setns, (ctypes.c_int, ctypes.c_int)),
-    "statx": (_libc.statx, (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)),
-    "umount2": (_libc.umount2, (ctypes.c_char_p, ctypes.c_int)),
-    "unshare": (_libc.unshare, (ctypes.c_int,)),
+    "getsockopt": "nnnpp",
+    "ioctl": "nnp",
+    "mount": "sssns",
+    "pivot_root": "ss",
+    "prctl": "nnnnn",
+    "setns": "nn",
+    "statx": "nsnnp",
+    "umount2": "sn",
+    "unshare": "n",
 }
-for _function, _argtypes in _FUNCTIONS.values():
-    _function.restype = ctypes.c_int
-    _function.argtypes = _argtypes
+
+
+def _prepare() -> "dict[str, Callable[..., int]]":
+    """Return one function object for each call, its conversions fixed once and for all."""
+    calls: dict[str, Callable[..., int]] = {}
+    for name, kinds in _SYSCALLS.items():
+        types = [ctypes.c_long, *(_KINDS[kind] for kind in kinds)]
+        function = ctypes.CFUNCTYPE(ctypes.c_long, *types, use_errno=True)(("syscall", _libc))
+        calls[name] = partial(function, NUMBERS[name])
+    for name, kinds in _FUNCTIONS.items():
+        types = [_KINDS[kind] for kind in kinds]
+        calls[name] = ctypes.CFUNCTYPE(ctypes.c_int, *types, use_errno=True)((name, _libc))
+    return calls
+
+
+_calls = _prepare()
 
 # Name of a call (for an ioctl "ioctl REQUEST") -> errno that it fails with. Filled by tests only.
 inject: dict[str, int] = {}
@@ -46,15 +72,15 @@ def call(name: str, *args: object) -> int:
     """Make the system call `name` and return its result, which is not negative.
 
     Arguments are int (flags as their IntFlag, so that errors name them), bytes without NUL inside, None for
-    a null pointer, or a ctypes object, which is passed by reference. Raises SyscallError, NotSupported where
-    the kernel lacks the call, and ValueError for text with a NUL.
+    a null pointer, a ctypes array, or `ctypes.byref()` of a ctypes object. Raises SyscallError, NotSupported
+    where the kernel lacks the call, and ValueError for text with a NUL.
     """
     for argument in args:
-        if isinstance(argument, bytes) and b"\0" in argument:
+        if type(argument) is bytes and b"\0" in argument:
             raise ValueError(f"{name}: text with a NUL: {argument!r}")
-    number = inject.get(name, 0) if name != "ioctl" else inject.get(f"ioctl {show(args[1])}", 0)
+    number = _injected(name, args) if inject else 0
     while not number:
-        result = _enter(name, args)
+        result = _calls[name](*args)
         if result >= 0:
             return result
         number = ctypes.get_errno()
@@ -65,17 +91,9 @@ def call(name: str, *args: object) -> int:
     raise SyscallError(number, f"{name}({', '.join(map(show, args))})")
 
 
-def _enter(name: str, args: tuple[object, ...]) -> int:
-    """Make the call through its own function or through syscall(2)."""
-    prepared = [
-        ctypes.byref(a) if isinstance(a, ctypes.Structure | ctypes.Array | ctypes._SimpleCData) else a
-        for a in args
-    ]
-    if name in _FUNCTIONS:
-        return int(_FUNCTIONS[name][0](*prepared))
-    # A plain int would be passed as a C int, whose upper half is undefined in a variadic call.
-    longs = [ctypes.c_long(a) if isinstance(a, int) else a for a in prepared]
-    return int(_syscall(ctypes.c_long(NUMBERS[name]), *longs))
+def _injected(name: str, args: tuple[object, ...]) -> int:
+    """Return the errno that a test wants this call to fail with, 0 for none."""
+    return inject.get(f"ioctl {show(args[1])}" if name == "ioctl" else name, 0)
 
 
 def show(argument: object) -> str:
@@ -88,10 +106,10 @@ def show(argument: object) -> str:
         return argument.name
     if isinstance(argument, IntFlag):
         return "|".join(member.name or "?" for member in type(argument) if member in argument) or "0"
-    if argument == AT_FDCWD and not isinstance(argument, ctypes._SimpleCData):
-        return "AT_FDCWD"
+    if isinstance(argument, int):
+        return "AT_FDCWD" if argument == AT_FDCWD else str(argument)
     if isinstance(argument, ctypes.Array):
         return f"[{len(argument)} items]"
-    if isinstance(argument, ctypes._SimpleCData):
-        return "&" + str(argument.value)
-    return repr(argument)
+    # What byref() returns keeps what it points to.
+    target = getattr(argument, "_obj", argument)
+    return f"&{target.value}" if isinstance(target, ctypes._SimpleCData) else repr(target)

@@ -4,6 +4,7 @@ A device is freed by the kernel with its last reference (autoclear), so that not
 never shared between requests: its options would be shared as well.
 """
 
+import ctypes
 import errno
 import os
 
@@ -62,7 +63,7 @@ def attach(
         except FileNotFoundError:
             raise NotSupported(f"loop devices ({path} is missing)") from None
         try:
-            call("ioctl", fd.fileno(), Ioctl.LOOP_CONFIGURE, config)
+            call("ioctl", fd.fileno(), Ioctl.LOOP_CONFIGURE, ctypes.byref(config))
             return LoopDevice(fd, path)
         except SyscallError as error:
             fd.close()

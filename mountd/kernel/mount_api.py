@@ -4,12 +4,18 @@ Descriptors passed in are borrowed; what a function returns as `OwnedFd` belongs
 function raises SyscallError, and NotSupported where the kernel lacks the call.
 """
 
+from ctypes import byref, sizeof
+
 from mountd.fds import OwnedFd
 from mountd.kernel.abi import AT_FDCWD, mount_attr
 from mountd.kernel.flags import AtFlags, MountAttr, MoveMount, OpenTree, Propagation, Unmount
 from mountd.kernel.libc import call
 
+# Combining flags costs more than most system calls do.
 NO_CHANGE = MountAttr(0)
+CLONE = OpenTree.CLONE | OpenTree.NO_AUTOMOUNT | OpenTree.CLOEXEC
+DETACH = Unmount.DETACH | Unmount.NOFOLLOW
+WHOLE_TREE = AtFlags.EMPTY_PATH | AtFlags.RECURSIVE
 
 
 def path_bytes(path: "str | bytes") -> bytes:
@@ -19,12 +25,12 @@ def path_bytes(path: "str | bytes") -> bytes:
 
 def open_tree(dir_fd: int, path: "str | bytes", flags: OpenTree) -> OwnedFd:
     """Return the mount object at `path`, close-on-exec; with CLONE, a detached copy of the mount."""
-    return OwnedFd(call("open_tree", dir_fd, path_bytes(path), OpenTree(flags) | OpenTree.CLOEXEC))
+    return OwnedFd(call("open_tree", dir_fd, path_bytes(path), flags | OpenTree.CLOEXEC))
 
 
 def clone_mount(path: "str | bytes") -> OwnedFd:
     """Return a detached copy of the mount at the absolute `path`, without what is mounted below it."""
-    return open_tree(AT_FDCWD, path, OpenTree.CLONE | OpenTree.NO_AUTOMOUNT)
+    return OwnedFd(call("open_tree", AT_FDCWD, path_bytes(path), CLONE))
 
 
 def open_tree_attr(
@@ -37,9 +43,9 @@ def open_tree_attr(
     userns_fd: int = 0,
 ) -> OwnedFd:
     """As `open_tree`, with the attributes of the copy changed before anybody can see it (Linux 6.15)."""
-    attr = mount_attr(MountAttr(set), MountAttr(clear), 0, userns_fd)
-    flags = OpenTree(flags) | OpenTree.CLOEXEC
-    return OwnedFd(call("open_tree_attr", dir_fd, path_bytes(path), flags, attr, 32))
+    attr = mount_attr(set, clear, 0, userns_fd)
+    flags |= OpenTree.CLOEXEC
+    return OwnedFd(call("open_tree_attr", dir_fd, path_bytes(path), flags, byref(attr), sizeof(attr)))
 
 
 def move_mount(
@@ -50,7 +56,7 @@ def move_mount(
     flags: MoveMount = MoveMount.F_EMPTY_PATH,
 ) -> None:
     """Attach the mount `from_fd` at `to_path`; an empty path with T_EMPTY_PATH means `to_dir_fd` itself."""
-    call("move_mount", from_fd, b"", to_dir_fd, path_bytes(to_path), MoveMount(flags))
+    call("move_mount", from_fd, b"", to_dir_fd, path_bytes(to_path), flags)
 
 
 def mount_setattr(
@@ -63,14 +69,14 @@ def mount_setattr(
     recursive: bool = False,
 ) -> None:
     """Change the attributes of the mount `fd`. `userns_fd` is read with IDMAP only."""
-    attr = mount_attr(MountAttr(set), MountAttr(clear), propagation or 0, userns_fd)
-    flags = AtFlags.EMPTY_PATH | (AtFlags.RECURSIVE if recursive else AtFlags(0))
-    call("mount_setattr", fd, b"", flags, attr, 32)
+    attr = mount_attr(set, clear, propagation or 0, userns_fd)
+    flags = WHOLE_TREE if recursive else AtFlags.EMPTY_PATH
+    call("mount_setattr", fd, b"", flags, byref(attr), sizeof(attr))
 
 
-def umount(path: "str | bytes", flags: Unmount = Unmount.DETACH | Unmount.NOFOLLOW) -> None:
+def umount(path: "str | bytes", flags: Unmount = DETACH) -> None:
     """Detach the topmost mount at `path`."""
-    call("umount2", path_bytes(path), Unmount(flags))
+    call("umount2", path_bytes(path), flags)
 
 
 def set_propagation(path: "str | bytes", propagation: Propagation, *, recursive: bool = False) -> None:

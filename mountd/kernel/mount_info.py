@@ -55,7 +55,7 @@ def statmount(
     while True:
         buffer = (ctypes.c_char * size)()
         try:
-            call("statmount", request, buffer, size, 0)
+            call("statmount", ctypes.byref(request), buffer, size, 0)
         except SyscallError as error:
             if error.errno_name != "EOVERFLOW" or size >= MAXIMUM_REPLY:
                 raise
@@ -71,7 +71,7 @@ def listmount(parent_id: int = LSMT_ROOT) -> list[int]:
     while True:
         request = mnt_id_req(ctypes.sizeof(mnt_id_req), 0, parent_id, found[-1] if found else 0)
         ids = (ctypes.c_uint64 * BATCH)()
-        count = call("listmount", request, ids, BATCH, 0)
+        count = call("listmount", ctypes.byref(request), ids, BATCH, 0)
         found += ids[:count]
         if count < BATCH:
             return found

@@ -69,7 +69,7 @@ def is_user_namespace(fd: int) -> bool:
 def owner_uid(fd: int) -> int:
     """Return the user id, in this process's user namespace, of the owner of the user namespace `fd`."""
     uid = ctypes.c_uint32()
-    call("ioctl", fd, Ioctl.NS_GET_OWNER_UID, uid)
+    call("ioctl", fd, Ioctl.NS_GET_OWNER_UID, ctypes.byref(uid))
     return uid.value
 
 
@@ -87,7 +87,7 @@ def namespace_id(fd: int) -> "int | None":
     """Return the namespace's id, which is never used twice (Linux 6.14), or None on an older kernel."""
     id = ctypes.c_uint64()
     try:
-        call("ioctl", fd, Ioctl.NS_GET_ID, id)
+        call("ioctl", fd, Ioctl.NS_GET_ID, ctypes.byref(id))
     except SyscallError:
         return None
     return id.value

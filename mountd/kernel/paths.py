@@ -11,14 +11,23 @@ from mountd.kernel.flags import AtFlags, Resolve, StatxMask
 from mountd.kernel.libc import call
 from mountd.kernel.mount_api import path_bytes
 
+_NO_LINKS = AtFlags.SYMLINK_NOFOLLOW | AtFlags.NO_AUTOMOUNT
+# By whether there is a path, and whether the file system is asked.
+STATX_FLAGS = {
+    (True, True): _NO_LINKS,
+    (True, False): _NO_LINKS | AtFlags.STATX_DONT_SYNC,
+    (False, True): _NO_LINKS | AtFlags.EMPTY_PATH,
+    (False, False): _NO_LINKS | AtFlags.EMPTY_PATH | AtFlags.STATX_DONT_SYNC,
+}
+
 
 def openat2(dir_fd: int, path: "str | bytes", flags: int, resolve: Resolve, mode: int = 0) -> OwnedFd:
     """Open `path` below `dir_fd` under the rules of `resolve`, close-on-exec.
 
     Raises SyscallError: ELOOP for a link that `resolve` forbids, EXDEV for leaving where it may not.
     """
-    how = open_how(flags | os.O_CLOEXEC, mode, Resolve(resolve))
-    return OwnedFd(call("openat2", dir_fd, path_bytes(path), how, ctypes.sizeof(how)))
+    how = open_how(flags | os.O_CLOEXEC, mode, resolve)
+    return OwnedFd(call("openat2", dir_fd, path_bytes(path), ctypes.byref(how), ctypes.sizeof(how)))
 
 
 def statx(
@@ -30,12 +39,7 @@ def statx(
     a silent server cannot hold the caller up.
     """
     result = statx_struct()
-    flags = AtFlags.SYMLINK_NOFOLLOW | AtFlags.NO_AUTOMOUNT
-    if not path:
-        flags |= AtFlags.EMPTY_PATH
-    if not sync:
-        flags |= AtFlags.STATX_DONT_SYNC
-    call("statx", dir_fd, path_bytes(path), flags, StatxMask(mask), result)
+    call("statx", dir_fd, path_bytes(path), STATX_FLAGS[bool(path), sync], mask, ctypes.byref(result))
     return result
 
 

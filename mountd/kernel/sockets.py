@@ -52,7 +52,7 @@ def peer_groups(connection: socket.socket) -> frozenset[int]:
             raise
     # The standard library's getsockopt() ends at 1024 bytes.
     buffer, size = (ctypes.c_uint32 * MAXIMUM_GROUPS)(), ctypes.c_uint32(MAXIMUM_GROUPS * 4)
-    call("getsockopt", connection.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, buffer, size)
+    call("getsockopt", connection.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, buffer, ctypes.byref(size))
     return frozenset(buffer[: size.value // 4])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mountd.caller.delegated import delegated_ids
-from mountd.caller.identify import given_namespace, identify
+from mountd.caller.identify import given_namespace, identify, pin
 from mountd.caller.model import OVERFLOW_ID, DelegatedIds
 from mountd.errors import PeerGone, SyscallError, UserNamespaceNotPermitted
 from mountd.evidence.location import locate
@@ -28,6 +28,8 @@ from mountd.trust.decide import Decision, decide
 from mountd.trust.ids import authorize_extents, authorize_ids
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mountd.caller.model import Caller, IdExtent, UserNamespace
     from mountd.fds import OwnedFd
 
@@ -53,18 +55,19 @@ def mount(
     parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext
 ) -> tuple[dict[str, object], list[OwnedFd]]:
     """io.mountd.Mount.Mount: return the reply, and the detached mount that goes with it."""
-    judged = judge(parameters, fds, context)
-    if judged.decision.error is not None:
-        raise judged.decision.error
-    check_peer(context)
-    context.enter(Phase.MOUNT)
-    made = make(judged, context)
-    try:
-        id = compat.any_mount_id(made.fileno())
-        check_peer(context)
-    except BaseException:
-        made.close()
-        raise
+    with pin(context.connection) as pidfd:
+        judged = judge(parameters, fds, context, pidfd.fileno())
+        if judged.decision.error is not None:
+            raise judged.decision.error
+        check_peer(pidfd.fileno())
+        context.enter(Phase.MOUNT)
+        made = make(judged, context)
+        try:
+            id = compat.any_mount_id(made.fileno())
+            check_peer(pidfd.fileno())
+        except BaseException:
+            made.close()
+            raise
     described = {
         "mountFileDescriptor": 0,
         "fileSystemType": file_system_type(judged.source),
@@ -78,7 +81,8 @@ def explain(
     parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext
 ) -> tuple[dict[str, object], list[OwnedFd]]:
     """io.mountd.Mount.Explain: return what would be decided, and why."""
-    judged = judge(parameters, fds, context)
+    with pin(context.connection) as pidfd:
+        judged = judge(parameters, fds, context, pidfd.fileno())
     steps = [
         {
             "rule": step.rule,
@@ -92,11 +96,11 @@ def explain(
     return {"decision": decision_reply(judged.decision), "facts": facts(judged), "steps": steps}, []
 
 
-def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Judged:
+def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext, pidfd: int) -> Judged:
     """Find out the facts and decide. Raises for what is no matter of policy: a bad request, a bad image."""
     context.enter(Phase.VERIFY)
     request = MountRequest.from_call(parameters, fds)
-    caller = identify(context.connection, context.connected_from)
+    caller = identify(context.connection, pidfd, context.connected_from)
     note_caller(context, caller)
     if context.policy.refusal is not None:
         raise context.policy.refusal
@@ -117,19 +121,26 @@ def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContex
 
 def authorize(request: MountRequest, caller: Caller) -> tuple[Extents, Extents]:
     """Refuse ids that are not the caller's; return the host extents that explicit ranges ask for."""
-    delegated = DelegatedIds((), ()) if caller.is_host_root else delegated_ids(caller.uid)
     namespace: UserNamespace = caller.user_namespace
     if request.userns_fd is not None:
         given = given_namespace(request.userns_fd, caller)
-        authorize_ids(caller, given, delegated)
+        with_delegated(caller, lambda delegated: authorize_ids(caller, given, delegated))
         namespace = given.namespace
     if request.idmap.kind is not IdMapKind.RANGES:
         return (), ()
     uids = host_extents(request.idmap.uid_ranges, namespace, gids=False)
     gids = host_extents(request.idmap.gid_ranges, namespace, gids=True)
     if request.userns_fd is None:
-        authorize_extents(caller, delegated, uids, gids)
+        with_delegated(caller, lambda delegated: authorize_extents(caller, delegated, uids, gids))
     return uids, gids
+
+
+def with_delegated(caller: Caller, check: Callable[[DelegatedIds], None]) -> None:
+    """Run `check` with the ids delegated to the caller, which are looked up only if it fails without."""
+    try:
+        check(DelegatedIds((), ()))
+    except UserNamespaceNotPermitted:
+        check(delegated_ids(caller.uid))
 
 
 def inspect(request: MountRequest, caller: Caller) -> tuple[Source, Evidence]:
@@ -157,11 +168,10 @@ def make(judged: Judged, context: RequestContext) -> OwnedFd:
     return run(plan, inputs)
 
 
-def check_peer(context: RequestContext) -> None:
+def check_peer(pidfd: int) -> None:
     """Raise PeerGone if nobody waits for the answer any more, so that nothing is made for nobody."""
     try:
-        with compat.pidfd_of_peer(context.connection) as pidfd:
-            compat.check_alive(pidfd.fileno())
+        compat.check_alive(pidfd)
     except SyscallError:
         raise PeerGone("it has ended") from None
 

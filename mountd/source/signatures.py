@@ -106,6 +106,12 @@ RAID_MAGICS = (b"\xfc\x4e\x2b\xa9", b"\xa9\x2b\x4e\xfc")  # MD_SB_MAGIC, which v
 HIDE_PARTITIONS = ("gpt", "vfat", "exfat", "ntfs", "BitLocker", "ReFS")
 
 
+# The same, one row for each place: those that the head always covers, and those to be read.
+_ROWS = [(type, offset, magics) for type, offsets, magics in MAGICS for offset in offsets]
+FAR = [row for row in _ROWS if row[1] + max(map(len, row[2])) > HEAD_LENGTH]
+IN_HEAD = [row for row in _ROWS if row not in FAR]
+
+
 class Image:
     """The bytes of an image that are looked at: the head once, and a few bytes elsewhere."""
 
@@ -154,10 +160,12 @@ def find(image: Image) -> list[Signature]:
 
 def from_table(image: Image) -> Iterable[Signature]:
     """Find what has a magic at a fixed place."""
-    for type, offsets, magics in MAGICS:
-        for offset in offsets:
-            if any(image.has(offset, magic) for magic in magics):
-                yield Signature(type, offset)
+    for type, offset, magics in IN_HEAD:
+        if image.head.startswith(magics, offset):
+            yield Signature(type, offset)
+    for type, offset, magics in FAR:
+        if any(image.has(offset, magic) for magic in magics):
+            yield Signature(type, offset)
 
 
 def from_head(head: bytes) -> Iterable[Signature]:

@@ -19,6 +19,7 @@ or closed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -182,6 +183,8 @@ def _adapter(
             raise ValueError(f"the reply of {method.name} is not as declared: {error}") from error
         return reply
 
+    # The package looks at the signature for each call; it need not be worked out each time.
+    adapter.__signature__ = signature(adapter)  # type: ignore[attr-defined]
     return adapter
 
 

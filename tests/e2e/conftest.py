@@ -86,7 +86,7 @@ def shared_daemon(place: Path, images: dict[str, Path]) -> Iterator[Daemon]:
 @pytest.fixture
 def daemon(shared_daemon: Daemon) -> Iterator[Daemon]:
     """The shared daemon; what it holds is the same afterwards."""
-    before = shared_daemon.held()
+    before = shared_daemon.settled()
     yield shared_daemon
     deadline = time.monotonic() + 5
     while (after := shared_daemon.held()) != before and time.monotonic() < deadline:
