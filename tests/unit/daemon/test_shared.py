@@ -1,0 +1,76 @@
+"""The board, the channels between processes, and what the listener says by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+
+import pytest
+
+from mountd.daemon import channel
+from mountd.daemon.board import Board
+from mountd.daemon.channel import Word
+from mountd.daemon.connection import answer
+from mountd.daemon.limits import DEADLINES, MAXIMUM_STUCK, MAXIMUM_WORKERS, SLOTS
+from mountd.daemon.worker import error_name
+from mountd.errors import TimedOut
+from mountd.fds import OwnedFd, close_all
+from mountd.kernel import sockets
+from mountd.service.phase import Phase
+from mountd.wire.framing import encode, error_body
+
+
+def test_the_board_is_shared_with_a_child() -> None:
+    board = Board(3)
+    pid = os.fork()
+    if pid == 0:
+        board.enter(1, Phase.MOUNT)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    phase, since = board.read(1)
+    assert phase is Phase.MOUNT
+    assert 0 <= time.monotonic() - since < 5
+    assert board.read(0) == (Phase.IDLE, 0.0)
+
+
+def test_commands_keep_their_descriptors_and_texts() -> None:
+    ours, theirs = channel.pair()
+    with ours, theirs:
+        with OwnedFd(os.open("/dev/null", os.O_RDONLY)) as null:
+            channel.tell(ours, Word.SPAWNED, 7, "a text — with ünïcode", [null, null])
+        channel.tell(ours, Word.GONE, 8)
+        word, number, text, fds = channel.hear(theirs) or pytest.fail("nothing was heard")
+        assert (word, number, text, len(fds)) == (Word.SPAWNED, 7, "a text — with ünïcode", 2)
+        close_all(fds)
+        assert channel.hear(theirs) == (Word.GONE, 8, "", [])
+        ours.close()
+        assert channel.hear(theirs) is None
+
+
+def test_a_request_without_its_connection_is_the_end() -> None:
+    ours, theirs = channel.pair()
+    with ours, theirs:
+        sockets.send(ours, channel.REQUEST.pack(1, 2), [])
+        assert channel.next_request(theirs) is None
+
+
+def test_an_answer_never_waits_for_room() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with contextlib.suppress(BlockingIOError):
+            while ours.send(b"x" * 65536, socket.MSG_DONTWAIT):
+                continue
+        answer(ours, TimedOut(10))
+        assert ours.getblocking()
+
+
+def test_every_phase_of_a_request_has_a_deadline() -> None:
+    assert set(DEADLINES) == set(Phase) - {Phase.IDLE}
+    assert SLOTS == MAXIMUM_WORKERS + MAXIMUM_STUCK
+
+
+def test_the_name_of_an_error_is_found_in_a_reply() -> None:
+    assert error_name(encode(error_body(TimedOut(10)))) == "TimedOut"
+    assert error_name(encode({"parameters": {"error": "x"}})) == ""

@@ -1,0 +1,95 @@
+"""The rules of a call that its types cannot say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mountd.errors import InvalidParameter, NotSupported
+from mountd.fds import OwnedFd, close_all
+from mountd.plan.idmap import IdMapKind, IdRange
+from mountd.service.requests import SOURCES, MountRequest
+from mountd.source.model import SourceKind, Tmpfs
+
+IMAGE = {"imageFileDescriptor": 0}
+RANGES = [{"first": 0, "target": 5, "count": 1}]
+
+
+@pytest.fixture
+def fds() -> Iterator[list[OwnedFd]]:
+    owned = [OwnedFd(os.open("/dev/null", os.O_RDONLY)) for _ in range(2)]
+    yield owned
+    close_all(owned)
+
+
+def request(fds: list[OwnedFd], count: int = 1, **parameters: Any) -> MountRequest:
+    return MountRequest.from_call({"source": IMAGE, **parameters}, fds[:count])
+
+
+def test_defaults(fds: list[OwnedFd]) -> None:
+    found = request(fds)
+    assert found.kind is SourceKind.IMAGE
+    assert found.image_fd == fds[0].fileno()
+    assert found.wishes.read_only
+    assert found.idmap.kind is IdMapKind.NONE
+    assert not found.wishes.namespace_given
+
+
+def test_a_namespace_makes_the_default_idmap(fds: list[OwnedFd]) -> None:
+    found = request(fds, 2, userNamespaceFileDescriptor=1)
+    assert found.userns_fd == fds[1].fileno()
+    assert found.idmap.kind is IdMapKind.NAMESPACE
+    assert found.wishes.namespace_given
+
+
+def test_explicit_ranges(fds: list[OwnedFd]) -> None:
+    found = request(fds, idMap={"kind": "ranges", "uidRanges": RANGES, "gidRanges": RANGES})
+    assert found.idmap.uid_ranges == found.idmap.gid_ranges == (IdRange(0, 5, 1),)
+
+
+def test_tmpfs() -> None:
+    found = MountRequest.from_call({"source": {"tmpfs": {"size": 4096, "mode": 0o1777}}}, [])
+    assert (found.kind, found.tmpfs) == (SourceKind.TMPFS, Tmpfs(4096, None, 0o1777))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "count", "parameter"),
+    [
+        ({"source": {}}, 0, "source"),
+        ({"source": {"imageFileDescriptor": 0, "tmpfs": {"size": 1}}}, 1, "source"),
+        ({"source": {"imageFileDescriptor": 1}}, 1, "source.imageFileDescriptor"),
+        ({"source": {"imageFileDescriptor": -1}}, 1, "source.imageFileDescriptor"),
+        ({"source": {"imageFileDescriptor": 1 << 62}}, 1, "source.imageFileDescriptor"),
+        ({"userNamespaceFileDescriptor": 0}, 1, "userNamespaceFileDescriptor"),
+        ({}, 2, "fileDescriptors"),
+        ({"idMap": {"kind": "namespace"}}, 1, "userNamespaceFileDescriptor"),
+        ({"idMap": {"kind": "none", "uidRanges": RANGES}}, 1, "idMap.uidRanges"),
+        ({"idMap": {"kind": "caller", "gidRanges": []}}, 1, "idMap.gidRanges"),
+        ({"source": {"tmpfs": {"size": 0}}}, 0, "source.tmpfs.size"),
+        ({"source": {"tmpfs": {"size": 1, "inodes": 0}}}, 0, "source.tmpfs.inodes"),
+        ({"source": {"tmpfs": {"size": 1, "mode": 0o4755}}}, 0, "source.tmpfs.mode"),
+        ({"source": {"tmpfs": {"size": 1, "mode": -1}}}, 0, "source.tmpfs.mode"),
+    ],
+)
+def test_refused(fds: list[OwnedFd], parameters: dict[str, Any], count: int, parameter: str) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        request(fds, count, **parameters)
+    assert caught.value.parameters["parameter"] == parameter
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("imageFileDescriptor", "tmpfs")])
+def test_sources_of_later_versions_are_named(fds: list[OwnedFd], name: str) -> None:
+    with pytest.raises(NotSupported, match=f"source.{name}"):
+        request(fds, 0, source={name: 0})
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{"imagePolicy": "*"}, {"source": {**IMAGE, "verity": {}}}, {"source": {**IMAGE, "signature": "x"}}],
+)
+def test_what_would_narrow_is_never_ignored(fds: list[OwnedFd], parameters: dict[str, Any]) -> None:
+    with pytest.raises(NotSupported):
+        request(fds, **parameters)
