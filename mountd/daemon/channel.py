@@ -3,7 +3,7 @@
 listener → fork server: SPAWN a worker in a slot, RELOAD the policy
 fork server → listener: READY, FAILED with a text, SPAWNED with the worker's socket and pidfd, GONE, RELOADED
 listener → worker: a request, with the connection that it came on
-worker → listener: that it is done, and what shall become of the connection and of itself
+worker → listener: ANSWERED, and whether the connection can go on; FREE, and whether the worker does
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from mountd.kernel import sockets
 
 COMMAND = struct.Struct("=Ii")  # Word, number
 REQUEST = struct.Struct("=QQ")  # device and inode of the user namespace that the peer connected from
-DONE = struct.Struct("=??")  # keep the connection; the worker goes on
 MAXIMUM_TEXT = 4096
 
 
 class Word(IntEnum):
-    """First number of a command or a report; the second is a slot, or 0."""
+    """First number of a command or a report; the second is a slot, or yes or no."""
 
     SPAWN = 1
     RELOAD = 2
@@ -32,6 +31,8 @@ class Word(IntEnum):
     GONE = 6
     RELOADED = 7
     NOT_RELOADED = 8
+    ANSWERED = 9
+    FREE = 10
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

@@ -1,8 +1,9 @@
 """The fork server: has everything imported, stages mounts, and forks workers that start in a millisecond.
 
 It never touches a client. It lives in a mount namespace of its own, which the workers share, and starts the
-sealer. When a worker has ended, its staging spot is cleared before the slot is used again. It ends when the
-listener closes its socket.
+sealer. When a worker has ended, the children that it has left are killed, and its staging spot is cleared
+before the slot is used again: one that hangs in the kernel keeps the slot, and stays charged to the owner of
+the request. It ends when the listener closes its socket.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mountd.service.phase import Phase
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
 
 
@@ -52,8 +54,10 @@ class ForkServer:
         self._policy_dirs = policy_dirs
         self._dispatcher = Dispatcher(interface_directory(), METHODS, report_bug)
         self._policy = self._first_policy()
-        self._slots: dict[int, int] = {}  # pid of a worker or of its cleaner -> slot
+        # Each worker and each cleaner leads a process group, which its own children are in, too.
+        self._groups: dict[int, int] = {}  # -> slot
         self._cleaners: set[int] = set()
+        self._killed: set[int] = set()  # workers that had no time to clear their spot
         self._staging = Staging(str(staging), SLOTS)
         mount_fusectl()
 
@@ -62,6 +66,7 @@ class ForkServer:
         woken, wake = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         woken.setblocking(False)
         wake.setblocking(False)
+        call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         gc.collect()
@@ -114,7 +119,7 @@ class ForkServer:
             pid = os.fork()
             if pid == 0:
                 self._be_a_worker(slot, theirs)
-            self._slots[pid] = slot
+            self._lead(pid, slot)
             with (
                 OwnedFd(os.dup(ours.fileno())) as end,
                 namespaces.pidfd_open(pid) as pidfd,
@@ -141,25 +146,37 @@ class ForkServer:
         finally:
             os._exit(code)
 
+    def _lead(self, pid: int, slot: int) -> None:
+        """Make a child the leader of its process group, which `slot` belongs to."""
+        os.setpgid(pid, pid)
+        self._groups[pid] = slot
+
     def _reap(self) -> None:
         """Take note of the children that have ended."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if pid == self._staging.pid:
-                raise SystemExit("the sealer has ended")
-            slot = self._slots.pop(pid, None)
-            if slot is None:
-                continue
-            if status and pid not in self._cleaners:
-                self._clean(slot)
-            else:
-                self._cleaners.discard(pid)
-                channel.tell(self._control, Word.GONE, slot)
+        with contextlib.suppress(ChildProcessError):
+            # Looked at first, so that its number is still its own when its group is killed.
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                pid = ended.si_pid
+                group = os.getpgid(pid)
+                if pid in self._groups:
+                    os.killpg(group, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                if pid == self._staging.pid:
+                    raise SystemExit("the sealer has ended")
+                if status and pid in self._groups and pid not in self._cleaners:
+                    self._killed.add(pid)
+                if group in self._groups and not any_child_in(group):
+                    self._group_has_ended(group)
+
+    def _group_has_ended(self, group: int) -> None:
+        """Clear the spot of a worker that was killed; free the slot otherwise."""
+        slot = self._groups.pop(group)
+        self._cleaners.discard(group)
+        if group in self._killed:
+            self._killed.remove(group)
+            self._clean(slot)
+        else:
+            channel.tell(self._control, Word.GONE, slot)
 
     def _clean(self, slot: int) -> None:
         """Let a child detach what a killed worker has left: dropping a file system can take its time."""
@@ -172,7 +189,7 @@ class ForkServer:
                 code = 0
             finally:
                 os._exit(code)
-        self._slots[pid] = slot
+        self._lead(pid, slot)
         self._cleaners.add(pid)
 
 
@@ -204,6 +221,15 @@ def attempt(start: Callable[[], ForkServer], control: socket.socket) -> ForkServ
     except (MountdError, SyscallError, OSError) as error:
         channel.tell(control, Word.FAILED, 0, str(error))
         raise SystemExit(str(error)) from None
+
+
+def any_child_in(group: int) -> bool:
+    """Whether this process has a child in the process group `group`, dead or alive."""
+    try:
+        os.waitid(os.P_PGID, group, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def end_with_parent() -> None:

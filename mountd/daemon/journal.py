@@ -34,7 +34,10 @@ def log(priority: Priority, text: str, *, message_id: str | None = None, **field
             from systemd import journal  # type: ignore[import-untyped]
 
             named = {f"MOUNTD_{name.upper()}": value for name, value in fields.items()}
-            journal.send(line, MESSAGE_ID=message_id, PRIORITY=int(priority), **named)
+            # By itself the library would say “python3”.
+            journal.send(
+                line, MESSAGE_ID=message_id, PRIORITY=int(priority), SYSLOG_IDENTIFIER="mountd", **named
+            )
             return
         sys.stderr.write(f"mountd: {line}\n")
         sys.stderr.flush()

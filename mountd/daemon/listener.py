@@ -7,6 +7,7 @@ time, so that a caller whose worker hangs gets an answer.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -107,7 +108,8 @@ class Listener:
         if not self._reloading and self._draining_until is None:
             self._reloading = True
             self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            channel.tell(self._control, Word.RELOAD)
+            with contextlib.suppress(ConnectionError):  # its end is noticed by the next turn
+                channel.tell(self._control, Word.RELOAD)
 
     def drain(self) -> None:
         """Take no new request, let the running ones end, and then return from `turn` with False."""
@@ -134,7 +136,7 @@ class Listener:
             elif fd == self._control.fileno():
                 self._hear()
             elif fd in self._channels:
-                self._worker_is_done(self._channels[fd])
+                self._hear_worker(self._channels[fd])
             elif fd in self._idle:
                 self._queue.add(self._idle.pop(fd))
             elif self._woken is not None and fd == self._woken.fileno():
@@ -270,15 +272,25 @@ class Listener:
             return LimitExceeded("requests that hang", MAXIMUM_STUCK, hint=hint)
         return None
 
-    def _worker_is_done(self, worker: Worker) -> None:
+    def _hear_worker(self, worker: Worker) -> None:
+        """See to what a worker says: that its reply is sent, and later that it is free."""
         try:
-            connection, keep = self._pool.done(worker)
-        except OSError:
-            connection, keep = None, False
-        if connection is None:
+            heard = channel.hear(worker.channel)
+        except BlockingIOError:
+            return  # the event was about another descriptor, which had the same number a moment ago
+        if heard is None:
             # Its end; what becomes of it the fork server says.
             self._forget_channel(worker)
-        elif keep and self._draining_until is None:
+            return
+        word, yes, _, fds = heard
+        close_all(fds)
+        if word is Word.FREE:
+            self._pool.freed(worker, bool(yes))
+            return
+        connection, worker.connection = worker.connection, None
+        if connection is None:
+            return  # it was given up a moment ago
+        if yes and self._draining_until is None:
             self._epoll.modify(connection.fileno(), READABLE)
             self._wait_for_request(connection)
         else:

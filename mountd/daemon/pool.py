@@ -58,6 +58,7 @@ class Worker:
         """Take the descriptors over."""
         self.slot = slot
         self.channel = socket.socket(fileno=channel_fd.take())
+        self.channel.setblocking(False)
         self.pidfd = pidfd
         self.connection: Connection | None = None
         self.owner: Owner | None = None
@@ -86,7 +87,7 @@ class Pool:
     @property
     def serving(self) -> int:
         """How many requests are being served."""
-        return sum(worker.connection is not None for worker in self.workers.values())
+        return sum(w.owner is not None and w.killed_at is None for w in self.workers.values())
 
     @property
     def stuck(self) -> int:
@@ -114,8 +115,11 @@ class Pool:
             slot = next((s for s in range(SLOTS) if s not in self.workers and s not in self._starting), None)
             if slot is None:
                 return
+            try:
+                channel.tell(self._control, Word.SPAWN, slot)
+            except ConnectionError:
+                return  # the fork server has ended, which the listener is about to hear
             self._starting.add(slot)
-            channel.tell(self._control, Word.SPAWN, slot)
 
     def not_spawned(self, slot: int) -> None:
         """Take note that no worker could be started in `slot`."""
@@ -152,20 +156,14 @@ class Pool:
         worker.connection, worker.owner = connection, connection.owner
         connection.owner.running += 1
 
-    def done(self, worker: Worker) -> tuple[Connection | None, bool]:
-        """Read what a worker says about its request: the connection, and whether to keep it."""
-        data = worker.channel.recv(channel.DONE.size)
-        if len(data) != channel.DONE.size:
-            return None, False  # it has ended; the fork server will say so
-        keep, goes_on = channel.DONE.unpack(data)
-        connection, worker.connection = worker.connection, None
+    def freed(self, worker: Worker, goes_on: bool) -> None:
+        """Take note that a worker has nothing to do any more."""
         if worker.owner is not None and worker.killed_at is None:
             worker.owner.running -= 1
             worker.owner = None
         worker.free_since = time.monotonic()
         worker.retiring = worker.retiring or not goes_on
         self.changed = self.changed or worker.retiring
-        return connection, keep
 
     def retire_all(self) -> None:
         """Have every worker end: at once if it waits, after its request otherwise."""

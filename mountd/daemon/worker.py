@@ -6,6 +6,7 @@ and be killed. It says what it is doing on the board; the listener measures.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -13,6 +14,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from mountd.daemon import channel
+from mountd.daemon.channel import Word
 from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import DEADLINES, REQUESTS_PER_WORKER, SECONDS_OF_WORKER
 from mountd.daemon.transport import DescriptorsLost, read_message
@@ -50,28 +52,34 @@ class Worker:
         self._policy = policy
         self._seal = seal
         self._healthy = True
+        self._left_over: list[OwnedFd] = []
         self._notes: list[tuple[Message, RequestContext, bytes, float, bool]] = []
 
     def run(self) -> None:
-        """Serve. Returns when the listener has closed the socket, or after the last request."""
+        """Serve. Returns when the listener has closed the socket, or after the last request.
+
+        A connection is given back as soon as its reply is sent; what is left to do then can take as long as
+        a hostile server likes, and only this worker waits for it.
+        """
         served, end = 0, time.monotonic() + SECONDS_OF_WORKER
         going_on = True
-        while going_on:
-            request = channel.next_request(self._own)
-            if request is None:
-                return
-            fd = request[0].take()
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection:
-                keep = self._serve(connection, request[1])
-            self._enter(Phase.IDLE)
-            served += 1
-            going_on = self._healthy and served < REQUESTS_PER_WORKER and time.monotonic() < end
-            try:
-                self._own.send(channel.DONE.pack(keep, going_on), socket.MSG_NOSIGNAL)
-            except ConnectionError:
-                return  # the daemon has ended
-            # Last, when the next request is on its way already.
-            self._flush_notes()
+        try:
+            while going_on:
+                request = channel.next_request(self._own)
+                if request is None:
+                    return
+                fd = request[0].take()
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection:
+                    keep = self._serve(connection, request[1])
+                self._enter(Phase.CLOSE)
+                channel.tell(self._own, Word.ANSWERED, keep)
+                self._clean_up()
+                self._enter(Phase.IDLE)
+                served += 1
+                going_on = self._healthy and served < REQUESTS_PER_WORKER and time.monotonic() < end
+                channel.tell(self._own, Word.FREE, going_on)
+        except ConnectionError:
+            return  # the daemon has ended
 
     def _serve(self, connection: socket.socket, connected_from: tuple[int, int]) -> bool:
         """Serve one request; return whether the connection can have another."""
@@ -89,28 +97,30 @@ class Worker:
             return False
         if message is None:
             return False
-        try:
-            return self._answer(connection, message, connected_from)
-        finally:
-            # After the reply: closing a descriptor can take as long as the server of its file likes.
-            self._enter(Phase.CLOSE)
-            message.close()
+        return self._answer(connection, message, connected_from)
 
     def _answer(self, connection: socket.socket, message: Message, connected_from: tuple[int, int]) -> bool:
         """Dispatch and reply; return whether the peer has taken the reply."""
         context = RequestContext(connection, connected_from, self._policy, self._seal, self._enter)
         begin = time.monotonic()
-        reply, fds = self._dispatcher.handle(message, context)
         try:
+            reply, fds = self._dispatcher.handle(message, context)
+            self._left_over += fds
             taken = self._send(connection, reply, fds)
         finally:
-            # Dropping a mount that nobody took can write to its disk.
-            self._enter(Phase.CLOSE)
-            close_all(fds)
+            self._left_over += message.fds
+            message.fds = []
         self._notes.append((message, context, reply, time.monotonic() - begin, taken))
-        if error_name(reply):
-            self._flush_notes()  # closing what was refused may take for ever
         return taken
+
+    def _clean_up(self) -> None:
+        """Write what happened into the journal, and then let go of everything."""
+        while self._notes:
+            self._note(*self._notes.pop())
+        self._seal.clear()
+        while self._left_over:
+            with contextlib.suppress(OSError):  # what the server of the file says to it; it is closed
+                close_all(self._left_over)
 
     def _send(self, connection: socket.socket, reply: bytes, fds: list[OwnedFd]) -> bool:
         self._enter(Phase.REPLY)
@@ -130,10 +140,6 @@ class Worker:
             error=error.wire_name,
             caller_uid=str(sockets.peer_credentials(connection).uid),
         )
-
-    def _flush_notes(self) -> None:
-        while self._notes:
-            self._note(*self._notes.pop())
 
     def _note(
         self, message: Message, context: RequestContext, reply: bytes, seconds: float, taken: bool

@@ -49,6 +49,7 @@ class Seal:
         self.spot = spot
         self._channel = channel
         self._number = int.from_bytes(os.urandom(4), "little") << 32
+        self._occupied = False
 
     def fileno(self) -> int:
         """Return the descriptor of the socket, which the worker keeps open."""
@@ -57,16 +58,22 @@ class Seal:
     def __call__(self, mount: OwnedFd) -> OwnedFd:
         """Take `mount` over and return a mount of the same with its attributes locked.
 
-        Raises SyscallError, and ConnectionError if the sealer has ended.
+        `clear` has to follow; it is apart as it takes time that nobody need wait for. Raises SyscallError,
+        and ConnectionError if the sealer has ended.
         """
+        self.clear()
         try:
             mount_api.move_mount(mount.fileno(), self.spot)
+            self._occupied = True
         finally:
             mount.close()
-        try:
-            return self._ask()
-        finally:
+        return self._ask()
+
+    def clear(self) -> None:
+        """Detach what the last call has left at the spot. Raises SyscallError."""
+        if self._occupied:
             mount_api.umount(self.spot)
+            self._occupied = False
 
     def _ask(self) -> OwnedFd:
         self._number += 1
