@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Daemon:
-    """One instance: a listener, a fork server, a sealer and workers."""
+    """One instance: a listener, a fork server and workers."""
 
     def __init__(self, directory: Path, policy: str, arguments: Sequence[str] = (), **run: object) -> None:
         """Start it with its files in `directory` and the rules `policy`, and wait until it serves."""
@@ -27,18 +27,24 @@ class Daemon:
         self.set_policy(policy)
         self.socket = directory / "run/io.mountd.Mount"
         self.log_path = directory / "log"
+        self._command = [
+            *(sys.executable, "-m", "mountd.daemon.main"),
+            *("--runtime-dir", directory / "run", "--policy-dir", self.policy_dir, *arguments),
+        ]
+        self._run = run
+        self.launch()
+
+    def launch(self) -> None:
+        """Start it, again if it has ended, and wait until it serves."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mountd.daemon.main"),
-                    *("--runtime-dir", directory / "run", "--policy-dir", self.policy_dir, *arguments),
-                ],
+                self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
                 env={"PATH": os.environ["PATH"]},
-                **run,  # type: ignore[call-overload]
+                **self._run,  # type: ignore[call-overload]
             )
         self.wait_until_served()
 
@@ -80,8 +86,8 @@ class Daemon:
 
     @property
     def workers(self) -> list[int]:
-        """The pids of the workers; the first child of the fork server is the sealer."""
-        return self.children(self.fork_server)[1:]
+        """The pids of the workers."""
+        return self.children(self.fork_server)
 
     def held(self) -> dict[str, object]:
         """What must be the same after a test as before, whatever the number of workers is."""

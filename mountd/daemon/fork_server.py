@@ -1,6 +1,6 @@
 """The fork server: has everything imported, stages mounts, and forks workers that start in a millisecond.
 
-It never touches a client. It lives in a mount namespace of its own, which the workers share, and starts the
+It never touches a client. It lives in a mount namespace of its own, which the workers share, and makes the
 sealer. When a worker has ended, the children that it has left are killed, and its staging spot is cleared
 before the slot is used again: one that hangs in the kernel keeps the slot, and stays charged to the owner of
 the request. It ends when the listener closes its socket.
@@ -62,7 +62,7 @@ class ForkServer:
         mount_fusectl()
 
     def run(self) -> None:
-        """Obey until the listener closes the socket or the sealer ends."""
+        """Obey until the listener closes the socket."""
         woken, wake = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         woken.setblocking(False)
         wake.setblocking(False)
@@ -133,7 +133,7 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             seal = self._staging.seal(slot)
-            namespaces.close_all_but({0, 1, 2, own.fileno(), seal.fileno()})
+            namespaces.close_all_but({0, 1, 2, own.fileno(), *seal.fds})
 
             def enter(phase: Phase) -> None:
                 self._board.enter(slot, phase)
@@ -161,8 +161,6 @@ class ForkServer:
                 if pid in self._groups:
                     os.killpg(group, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
-                if pid == self._staging.pid:
-                    raise SystemExit("the sealer has ended")
                 if status and pid in self._groups and pid not in self._cleaners:
                     self._killed.add(pid)
                 if group in self._groups and not any_child_in(group):

@@ -16,6 +16,9 @@ SLOTS = MAXIMUM_WORKERS + MAXIMUM_STUCK
 
 REQUESTS_PER_WORKER = 256  # then it is replaced: what leaks, leaks no further
 SECONDS_OF_WORKER = 300
+# How long a worker stays with a connection that it has just answered, and for how many requests.
+LINGER_MILLISECONDS = 2
+REQUESTS_IN_A_ROW = 16
 IDLE_WORKER_SECONDS = 30  # above the minimum
 SECONDS_TO_DIE = 1.0  # after SIGKILL; who takes longer hangs in the kernel
 

@@ -273,24 +273,29 @@ class Listener:
         return None
 
     def _hear_worker(self, worker: Worker) -> None:
-        """See to what a worker says: that its reply is sent, and later that it is free."""
-        try:
-            heard = channel.hear(worker.channel)
-        except BlockingIOError:
-            return  # the event was about another descriptor, which had the same number a moment ago
-        if heard is None:
-            # Its end; what becomes of it the fork server says.
-            self._forget_channel(worker)
-            return
-        word, yes, _, fds = heard
-        close_all(fds)
-        if word is Word.FREE:
-            self._pool.freed(worker, bool(yes))
-            return
+        """See to all that a worker says: that its reply is sent, and that it is free."""
+        while True:
+            try:
+                heard = channel.hear(worker.channel)
+            except BlockingIOError:
+                return
+            if heard is None:
+                # Its end; what becomes of it the fork server says.
+                self._forget_channel(worker)
+                return
+            word, yes, _, fds = heard
+            close_all(fds)
+            if word is Word.FREE:
+                self._pool.freed(worker, bool(yes))
+            else:
+                self._take_back(worker, keep=bool(yes))
+
+    def _take_back(self, worker: Worker, *, keep: bool) -> None:
+        """Wait for the next request of the connection that a worker has answered, or end it."""
         connection, worker.connection = worker.connection, None
         if connection is None:
             return  # it was given up a moment ago
-        if yes and self._draining_until is None:
+        if keep and self._draining_until is None:
             self._epoll.modify(connection.fileno(), READABLE)
             self._wait_for_request(connection)
         else:

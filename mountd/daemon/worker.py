@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import time
 import traceback
@@ -16,7 +17,13 @@ from typing import TYPE_CHECKING
 from mountd.daemon import channel
 from mountd.daemon.channel import Word
 from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
-from mountd.daemon.limits import DEADLINES, REQUESTS_PER_WORKER, SECONDS_OF_WORKER
+from mountd.daemon.limits import (
+    DEADLINES,
+    LINGER_MILLISECONDS,
+    REQUESTS_IN_A_ROW,
+    REQUESTS_PER_WORKER,
+    SECONDS_OF_WORKER,
+)
 from mountd.daemon.transport import DescriptorsLost, read_message
 from mountd.errors import MountdError, TimedOut
 from mountd.fds import close_all
@@ -52,16 +59,17 @@ class Worker:
         self._policy = policy
         self._seal = seal
         self._healthy = True
+        self._refused = False  # the last request
+        self._served = 0
         self._left_over: list[OwnedFd] = []
-        self._notes: list[tuple[Message, RequestContext, bytes, float, bool]] = []
 
     def run(self) -> None:
         """Serve. Returns when the listener has closed the socket, or after the last request.
 
-        A connection is given back as soon as its reply is sent; what is left to do then can take as long as
-        a hostile server likes, and only this worker waits for it.
+        A connection is given back before anything is cleaned up: that can take as long as a hostile server
+        likes, and only this worker waits for it.
         """
-        served, end = 0, time.monotonic() + SECONDS_OF_WORKER
+        end = time.monotonic() + SECONDS_OF_WORKER
         going_on = True
         try:
             while going_on:
@@ -70,19 +78,38 @@ class Worker:
                     return
                 fd = request[0].take()
                 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection:
-                    keep = self._serve(connection, request[1])
+                    keep = self._serve_in_a_row(connection, request[1])
                 self._enter(Phase.CLOSE)
                 channel.tell(self._own, Word.ANSWERED, keep)
                 self._clean_up()
                 self._enter(Phase.IDLE)
-                served += 1
-                going_on = self._healthy and served < REQUESTS_PER_WORKER and time.monotonic() < end
+                young = self._served < REQUESTS_PER_WORKER and time.monotonic() < end
+                going_on = self._healthy and young
                 channel.tell(self._own, Word.FREE, going_on)
         except ConnectionError:
             return  # the daemon has ended
 
+    def _serve_in_a_row(self, connection: socket.socket, connected_from: tuple[int, int]) -> bool:
+        """Serve a request and those that follow at once; return whether the connection can have another.
+
+        Who asks for several mounts one after the other finds the worker still there: handing the connection
+        back and forth takes as long as a mount.
+        """
+        for _ in range(REQUESTS_IN_A_ROW):
+            if not self._serve(connection, connected_from):
+                return False
+            if self._refused:
+                return True
+            self._enter(Phase.IDLE)
+            poller = select.poll()
+            poller.register(connection, select.POLLIN)
+            if not poller.poll(LINGER_MILLISECONDS):
+                return True
+        return True
+
     def _serve(self, connection: socket.socket, connected_from: tuple[int, int]) -> bool:
         """Serve one request; return whether the connection can have another."""
+        self._served += 1
         self._enter(Phase.READ)
         try:
             message = read_message(connection, time.monotonic() + DEADLINES[Phase.READ])
@@ -110,13 +137,12 @@ class Worker:
         finally:
             self._left_over += message.fds
             message.fds = []
-        self._notes.append((message, context, reply, time.monotonic() - begin, taken))
+        self._note(message, context, reply, time.monotonic() - begin, taken)
+        self._refused = bool(error_name(reply))
         return taken
 
     def _clean_up(self) -> None:
-        """Write what happened into the journal, and then let go of everything."""
-        while self._notes:
-            self._note(*self._notes.pop())
+        """Let go of everything that the last requests have left."""
         self._seal.clear()
         while self._left_over:
             with contextlib.suppress(OSError):  # what the server of the file says to it; it is closed

@@ -4,180 +4,155 @@ The flags of a mount bind only those who do not own its mount namespace: a conta
 namespaces takes nosuid and nodev off a mount that it was handed, and opens a device node on it. The kernel
 locks them only where it *copies* a mount into a less privileged mount namespace (mount_namespaces(7)).
 
-So there is one process, the sealer, whose mount namespace belongs to a user namespace of its own and is a
-slave copy of the daemon's. In both there is a staging directory, a shared mount, with one spot for each
-worker:
+So there is a second mount namespace, the sealer, which belongs to a user namespace of its own and is a slave
+copy of the daemon's. No process is in it; a descriptor keeps it. In both there is a staging directory, a
+shared mount, with one spot for each worker. A worker
 
-    worker: attach the mount at the spot         it propagates into the sealer's copy and is locked there
-    worker: ask                                  sealer: clone what is at the spot, send the clone
-    worker: detach the spot                      it propagates as well; the clone stays
+1. attaches the mount at its spot: it propagates into the sealer, and is locked there;
+2. enters the sealer, clones what is at the spot, and comes back: a clone of a locked mount is locked;
+3. detaches the spot, some time after the reply: that propagates as well, and the clone stays.
 
-A clone of a locked mount is locked. An answer carries the number of its question, so that one that a dead
-worker did not wait for is never taken for the answer to its successor's.
+Between entering and coming back nothing happens but one system call. The sealer shows the same files as the
+daemon's own namespace, and nobody else can get into it.
 """
 
 from __future__ import annotations
 
 import os
-import select
-import signal
-import socket
-import struct
 from typing import TYPE_CHECKING
 
 from mountd.errors import NotSupported, SyscallError
-from mountd.fds import close_all
-from mountd.kernel import mount_api, namespaces, sockets
-from mountd.kernel.flags import Clone, Propagation, Unmount
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api, namespaces
+from mountd.kernel.flags import Clone, Propagation
 from mountd.kernel.libc import call
 
 if TYPE_CHECKING:
-    from mountd.fds import OwnedFd
+    from typing import NoReturn
 
-QUESTION = struct.Struct("=Q")
-ANSWER = struct.Struct("=Qi")  # number of the question, errno
-PR_SET_PDEATHSIG = 1
-MAXIMUM_DETACH = 16
+MAXIMUM_STAGED = 16
 NOT_A_MOUNT = 22  # EINVAL of umount2(2)
+LOST = 70  # exit status of a worker that cannot come back
 
 
 class Seal:
-    """A worker's way to the sealer: its spot and its socket."""
+    """A worker's way to a locked mount: its spot, and both mount namespaces, borrowed from the `Staging`."""
 
-    def __init__(self, spot: str, channel: socket.socket) -> None:
-        """`channel` is borrowed from the `Staging`."""
+    __slots__ = ("_own_fd", "_sealer_fd", "_staged", "spot")
+
+    def __init__(self, spot: str, own_fd: int, sealer_fd: int) -> None:
+        """`own_fd` is the mount namespace of this process."""
         self.spot = spot
-        self._channel = channel
-        self._number = int.from_bytes(os.urandom(4), "little") << 32
-        self._occupied = False
+        self._own_fd = own_fd
+        self._sealer_fd = sealer_fd
+        self._staged = 0  # mounts at the spot, one on top of the other
 
-    def fileno(self) -> int:
-        """Return the descriptor of the socket, which the worker keeps open."""
-        return self._channel.fileno()
+    @property
+    def fds(self) -> set[int]:
+        """The descriptors that the worker has to keep open."""
+        return {self._own_fd, self._sealer_fd}
 
     def __call__(self, mount: OwnedFd) -> OwnedFd:
-        """Take `mount` over and return a mount of the same with its attributes locked.
+        """Take `mount` over and return a mount of the same with its attributes locked, private, detached.
 
-        `clear` has to follow; it is apart as it takes time that nobody need wait for. Raises SyscallError,
-        and ConnectionError if the sealer has ended.
+        `clear` has to follow, and does by itself after MAXIMUM_STAGED calls; it is apart as it takes time
+        that nobody need wait for. Raises SyscallError.
         """
-        self.clear()
+        if self._staged == MAXIMUM_STAGED:
+            self.clear()
         try:
             mount_api.move_mount(mount.fileno(), self.spot)
-            self._occupied = True
+            self._staged += 1
         finally:
             mount.close()
-        return self._ask()
+        sealed = self._clone()
+        try:
+            # Until the spot is cleared, it would have what is at the spot for its master.
+            mount_api.mount_setattr(sealed.fileno(), propagation=Propagation.PRIVATE)
+        except BaseException:
+            sealed.close()
+            raise
+        return sealed
+
+    def _clone(self) -> OwnedFd:
+        namespaces.setns(self._sealer_fd, Clone.NEWNS)
+        try:
+            return mount_api.clone_mount(self.spot)
+        finally:
+            try:
+                namespaces.setns(self._own_fd, Clone.NEWNS)
+            except SyscallError:
+                self._be_lost()
+
+    @staticmethod
+    def _be_lost() -> NoReturn:
+        """End at once: a worker in the wrong mount namespace must not see another request."""
+        os._exit(LOST)
 
     def clear(self) -> None:
-        """Detach what the last call has left at the spot. Raises SyscallError."""
-        if self._occupied:
+        """Detach what the calls have left at the spot. Raises SyscallError."""
+        while self._staged:
+            self._staged -= 1
             mount_api.umount(self.spot)
-            self._occupied = False
-
-    def _ask(self) -> OwnedFd:
-        self._number += 1
-        self._channel.send(QUESTION.pack(self._number), socket.MSG_NOSIGNAL)
-        while True:
-            data, fds, _ = sockets.receive(self._channel, ANSWER.size, 1)
-            if len(data) != ANSWER.size:
-                close_all(fds)
-                raise ConnectionResetError("the sealer has ended")
-            number, failure = ANSWER.unpack(data)
-            if number != self._number:
-                close_all(fds)
-                continue
-            if failure or len(fds) != 1:
-                close_all(fds)
-                raise SyscallError(failure, "open_tree(spot of the sealer, OPEN_TREE_CLONE)")
-            return fds.pop()
 
 
 class Staging:
-    """The staging directory in a mount namespace that is nobody else's, and the sealer process."""
+    """The staging directory in a mount namespace that is nobody else's, and the sealer."""
 
     def __init__(self, directory: str, spots: int) -> None:
-        """Leave the mount namespace for a private one, stage at `directory`, and start the sealer.
+        """Leave the mount namespace for a private one, stage at `directory`, and make the sealer.
 
-        Raises SyscallError, NotSupported and OSError.
+        Raises SyscallError, OSError, and NotSupported without user namespaces or in a chroot.
         """
         self.directory = directory
         namespaces.unshare(Clone.NEWNS)
         # What happens outside still arrives; what is mounted here never leaves.
         mount_api.set_propagation("/", Propagation.SLAVE, recursive=True)
+        self._own = OwnedFd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+        self._refuse_chroot()
         call("mount", b"mountd", directory.encode(), b"tmpfs", 0, b"mode=0700,size=64k")
         mount_api.set_propagation(directory, Propagation.SHARED)
-        self._channels: list[tuple[socket.socket, socket.socket]] = []
         for number in range(spots):
             os.mkdir(f"{directory}/{number}", 0o700)
-            pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-            self._channels.append(pair)
-        self.pid = self._start()
+        self._sealer = self._make_sealer()
 
     def seal(self, number: int) -> Seal:
-        """Return the way to the sealer for the worker with this number, in that worker."""
-        return Seal(f"{self.directory}/{number}", self._channels[number][0])
+        """Return the way to the sealer for the worker with this number."""
+        return Seal(f"{self.directory}/{number}", self._own.fileno(), self._sealer.fileno())
 
     def clean(self, number: int) -> None:
         """Detach what a worker that was killed has left at its spot. Raises SyscallError."""
-        for _ in range(MAXIMUM_DETACH):
+        for _ in range(MAXIMUM_STAGED + 1):
             try:
-                mount_api.umount(f"{self.directory}/{number}", Unmount.DETACH | Unmount.NOFOLLOW)
+                mount_api.umount(f"{self.directory}/{number}")
             except SyscallError as error:
                 if error.errno == NOT_A_MOUNT:
                     return
                 raise
 
-    def _start(self) -> int:
-        ready, started = os.pipe2(os.O_CLOEXEC)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.close(ready)
-                self._be_the_sealer(started)
-            finally:
-                os._exit(1)
-        os.close(started)
-        with open(ready, "rb") as file:
-            answer = file.read(4)
-        if answer != b"\0\0\0\0":
-            os.waitpid(pid, 0)
-            number = int.from_bytes(answer, "little")
-            if number in (0, 38):
-                raise NotSupported("user namespaces, which locking the flags of a mount needs")
-            raise SyscallError(number, "unshare(NEWUSER|NEWNS)")
-        for _, theirs in self._channels:
-            theirs.close()
-        return pid
+    def close(self) -> None:
+        """Give up the sealer; the staging directory goes with the last process in this mount namespace."""
+        self._sealer.close()
+        self._own.close()
 
-    def _be_the_sealer(self, started: int) -> None:
-        """Answer until the daemon is gone. Nothing is imported here, and no exception leaves."""
-        keep = {started, *(theirs.fileno() for _, theirs in self._channels)}
-        namespaces.close_all_but(keep)
-        try:
-            namespaces.unshare(Clone.NEWUSER | Clone.NEWNS)
-        except SyscallError as error:
-            os.write(started, (error.errno or 38).to_bytes(4, "little"))
-            return
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        os.write(started, b"\0\0\0\0")
-        os.close(started)
-        spots = {theirs.fileno(): number for number, (_, theirs) in enumerate(self._channels)}
-        poller = select.epoll()
-        for fd in spots:
-            poller.register(fd, select.EPOLLIN)
-        while True:
-            for fd, _ in poller.poll():
-                self._answer(self._channels[spots[fd]][1], f"{self.directory}/{spots[fd]}")
+    def _refuse_chroot(self) -> None:
+        """Refuse to go on where coming back from the sealer would lead to another root directory."""
+        before = os.stat("/")
+        namespaces.setns(self._own.fileno(), Clone.NEWNS)
+        after = os.stat("/")
+        if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+            raise NotSupported(
+                "running in a chroot", hint="give mountd a mount namespace of its own instead"
+            )
 
     @staticmethod
-    def _answer(channel: socket.socket, spot: str) -> None:
-        question = channel.recv(QUESTION.size)
-        if len(question) != QUESTION.size:
-            os._exit(0)  # the daemon has ended
-        (number,) = QUESTION.unpack(question)
+    def _make_sealer() -> OwnedFd:
         try:
-            with mount_api.clone_mount(spot) as clone:
-                sockets.send(channel, ANSWER.pack(number, 0), [clone])
+            with namespaces.Child(lambda: namespaces.unshare(Clone.NEWUSER | Clone.NEWNS), keep=[]) as child:
+                return OwnedFd(os.open(f"/proc/{child.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
         except SyscallError as error:
-            sockets.send(channel, ANSWER.pack(number, error.errno or 5), [])
+            if error.errno_name in ("ENOSYS", "EINVAL", "ENOSPC", "EPERM"):
+                raise NotSupported(
+                    f"user namespaces, which locking the flags of a mount needs ({error.errno_name})"
+                ) from None
+            raise

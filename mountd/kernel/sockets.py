@@ -18,6 +18,11 @@ from mountd.kernel.libc import call
 
 SO_PEERGROUPS = 59
 SO_PEERPIDFD = 77
+# As plain numbers: the enumeration's operators cost more than the system calls.
+MSG_CMSG_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+MSG_CTRUNC = int(socket.MSG_CTRUNC)
+MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
+MSG_PEEK = int(socket.MSG_PEEK)
 MAXIMUM_GROUPS = 65536  # NGROUPS_MAX
 
 
@@ -78,19 +83,19 @@ def receive(connection: socket.socket, size: int, max_fds: int) -> tuple[bytes, 
     the connection cannot be trusted any further. Raises OSError, and then nothing was kept.
     """
     room = socket.CMSG_SPACE(max_fds * 4)
-    data, ancillary, flags, _ = connection.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = connection.recvmsg(size, room, MSG_CMSG_CLOEXEC)
     fds: list[OwnedFd] = []
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers = array.array("i")
             numbers.frombytes(payload[: len(payload) - len(payload) % 4])
             fds += [OwnedFd(number) for number in numbers]
-    return data, fds, bool(flags & socket.MSG_CTRUNC)
+    return data, fds, bool(flags & MSG_CTRUNC)
 
 
 def peek(connection: socket.socket, size: int) -> bytes:
     """Return up to `size` bytes without taking them; descriptors are not looked at. Raises OSError."""
-    return connection.recv(size, socket.MSG_PEEK)
+    return connection.recv(size, MSG_PEEK)
 
 
 def send(
@@ -107,7 +112,7 @@ def send(
     while rest:
         if deadline is not None:
             set_deadline(connection, deadline)
-        sent = connection.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL)
+        sent = connection.sendmsg([rest], ancillary, MSG_NOSIGNAL)
         rest, ancillary = rest[sent:], []
 
 

@@ -187,11 +187,9 @@ def report(daemon: Daemon, directory: Path, image: Path) -> bool:
     first, second = activation(directory, image)
     print(f"socket activation: first reply after {first * 1e3:.0f} ms, first decision {second * 1e3:.0f} ms")
     print(f"{'memory, KiB':<42}{'RSS':>11}{'PSS':>11}")
-    sealer = daemon.children(daemon.fork_server)[0]
     for name, pid in (
         ("listener", daemon.process.pid),
         ("fork server", daemon.fork_server),
-        ("sealer", sealer),
         ("a worker", daemon.workers[0]),
     ):
         resident, proportional = memory(pid)
