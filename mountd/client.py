@@ -1,9 +1,15 @@
 """Asking mountd for a mount: the Python interface of io.mountd.Mount, standard library only.
 
-with Client() as client, open_image("/var/lib/machines/base.raw") as image:
-    reply = client.mount(image_source(), [image])
-    with reply.mount:
+    from mountd.client import mount_image
+    mount_image("/var/lib/machines/base.raw", "/mnt")
+
+mounts an image in the mount namespace of this process. To have the mount itself, and attach it later or pass
+it on:
+
+    with Client() as client, client.mount_image("/var/lib/machines/base.raw") as reply:
         attach(reply.mount.fileno(), "/mnt")
+
+Every refusal is a MountdError: its text is one line, and `hint` says how to get out of it.
 """
 
 from __future__ import annotations
@@ -12,15 +18,26 @@ import errno
 import os
 import time
 
-from mountd.errors import INTERFACE, InvalidParameter, NotFound, ProtocolError, SyscallError, Unreachable
+from mountd.errors import (
+    INTERFACE,
+    InvalidParameter,
+    MountdError,
+    NotFound,
+    OptionNotPermitted,
+    ProtocolError,
+    SyscallError,
+    Unreachable,
+)
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import mount_api, sockets
 from mountd.kernel.flags import MoveMount
-from mountd.wire.framing import MAX_FDS, MessageReader, boundary, encode, parse_reply
+from mountd.wire.framing import MAX_FDS, MessageReader, boundary, encode, is_text, parse_reply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from mountd.wire.framing import Message
 
@@ -28,6 +45,11 @@ ENVIRONMENT = "MOUNTD_SOCKET"
 SOCKETS = ("/run/mountd/io.mountd.Mount", "/run/host/mountd/io.mountd.Mount")
 TIMEOUT = 90.0  # seconds; the daemon's own deadlines are shorter
 HOST_ID_MAP = ["0", "0", "4294967295"]
+IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
+TMPFS = "tmpfs:"
+TRY_AGAIN = "try again; the journal of mountd says what it was doing"
+ENDED = "it closed the connection without an answer"
+MAXIMUM_INTEGER = (1 << 63) - 1
 
 
 def socket_paths() -> tuple[str, ...]:
@@ -57,22 +79,49 @@ def in_user_namespace() -> bool:
         return file.read().split() != HOST_ID_MAP
 
 
+def open_target(path: str) -> OwnedFd:
+    """Open the directory to attach a mount at. Raises NotFound, OSError."""
+    try:
+        return OwnedFd(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise NotFound(path, hint="make the directory first") from None
+
+
+def attach_at(mount_fd: int, directory_fd: int, path: str) -> None:
+    """Attach a mount at an open directory; `path` is what errors call it. Raises SyscallError."""
+    flags = MoveMount.F_EMPTY_PATH | MoveMount.T_EMPTY_PATH
+    try:
+        mount_api.move_mount(mount_fd, "", to_dir_fd=directory_fd, flags=flags)
+    except SyscallError as error:
+        # The numbers of descriptors would tell the user nothing.
+        raise SyscallError(error.errno or 0, f"move_mount({path})", error.log) from None
+
+
 def attach(mount_fd: int, target: str) -> None:
     """Attach a mount at the directory `target`, in this process's mount namespace.
 
     Raises NotFound, NotADirectoryError, SyscallError (EPERM without CAP_SYS_ADMIN over the mount namespace).
     """
-    try:
-        directory = OwnedFd(os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    except FileNotFoundError:
-        raise NotFound(target) from None
-    with directory:
-        flags = MoveMount.F_EMPTY_PATH | MoveMount.T_EMPTY_PATH
-        mount_api.move_mount(mount_fd, "", to_dir_fd=directory.fileno(), flags=flags)
+    with open_target(target) as directory:
+        attach_at(mount_fd, directory.fileno(), target)
+
+
+def mount_image(source: str | os.PathLike[str], target: str | os.PathLike[str], **wishes: Any) -> MountReply:
+    """Mount `source` at the directory `target`, and return what mountd decided.
+
+    `wishes` are the arguments of `Request`. Raises what `Client`, `Client.mount_image` and `attach` raise.
+    """
+    path = os.fspath(target)
+    with open_target(path) as directory, Client() as client, client.mount_image(source, **wishes) as reply:
+        attach_at(reply.mount.fileno(), directory.fileno(), path)
+        return reply
 
 
 class MountReply:
-    """What Mount returned: `mount` belongs to whoever holds this; `mounts`, `decision` as on the wire."""
+    """What Mount returned: `mount` belongs to whoever holds this; `mounts`, `decision` as on the wire.
+
+    In a with statement, the descriptor is closed at the end; what was attached stays.
+    """
 
     __slots__ = ("decision", "mount", "mounts")
 
@@ -84,6 +133,16 @@ class MountReply:
         self.mounts = mounts
         self.decision = decision
 
+    def close(self) -> None:
+        """Close the descriptor: a mount that was not attached is gone."""
+        self.mount.close()
+
+    def __enter__(self) -> MountReply:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class Client:
     """One connection to the daemon, usable in a with statement."""
@@ -91,10 +150,11 @@ class Client:
     def __init__(self, path: str | None = None, timeout: float = TIMEOUT) -> None:
         """Connect to `path`, or to the first socket that is there. Raises Unreachable."""
         self._timeout = timeout
+        deadline = time.monotonic() + timeout
         failures = []
         for candidate in (path,) if path else socket_paths():
             try:
-                self._socket = sockets.connect(candidate, timeout)
+                self._socket = connect(candidate, deadline)
                 return
             except OSError as error:
                 failures.append(f"{candidate}: {error.strerror or error}")
@@ -117,13 +177,14 @@ class Client:
         """
         reply, received = self.call("Mount", {"source": source, **fields}, fds)
         try:
-            mounts = reply["mounts"]
-            decision = reply["decision"]
-            if not isinstance(mounts, list) or not isinstance(decision, dict) or len(received) != 1:
+            mounts, decision = reply.get("mounts"), reply.get("decision")
+            if (
+                not (isinstance(mounts, list) and mounts and all(isinstance(each, dict) for each in mounts))
+                or not isinstance(decision, dict)
+                or len(received) != 1
+            ):
                 raise ProtocolError("the reply is not what Mount returns")
             return MountReply(received.pop(), mounts, decision)
-        except KeyError:
-            raise ProtocolError("the reply is not what Mount returns") from None
         finally:
             close_all(received)
 
@@ -133,7 +194,22 @@ class Client:
         """Call Explain, with the parameters of `mount`. Raises the same."""
         reply, received = self.call("Explain", {"source": source, **fields}, fds)
         close_all(received)
+        if not isinstance(reply.get("decision"), dict):
+            raise ProtocolError("the reply is not what Explain returns")
         return reply
+
+    def mount_image(self, source: str | os.PathLike[str], **wishes: Any) -> MountReply:
+        """Mount the image at path `source`; `wishes` are the arguments of `Request`.
+
+        The reply's mount is attached nowhere yet. Raises what `Request` and `mount` raise.
+        """
+        with Request(os.fspath(source), **wishes) as request:
+            return self.mount(request.source, request.fds, **request.parameters)
+
+    def explain_image(self, source: str | os.PathLike[str], **wishes: Any) -> dict[str, object]:
+        """Say what `mount_image` would do, and why. Raises the same, but a refusal is an answer."""
+        with Request(os.fspath(source), **wishes) as request:
+            return self.explain(request.source, request.fds, **request.parameters)
 
     def call(
         self, method: str, parameters: Mapping[str, object], fds: list[OwnedFd]
@@ -163,7 +239,7 @@ class Client:
                 sockets.set_deadline(self._socket, deadline)
                 peeked = sockets.peek(self._socket, 65536)
                 if not peeked:
-                    raise Unreachable("it closed the connection without an answer")
+                    raise Unreachable(ENDED, hint=TRY_AGAIN)
                 data, fds, lost = sockets.receive(self._socket, boundary(peeked) or len(peeked), MAX_FDS + 1)
                 reader.feed(data, fds)
                 if lost:
@@ -173,10 +249,23 @@ class Client:
                     return message
         except OSError as error:
             if error.errno == errno.ETIMEDOUT or isinstance(error, TimeoutError):
-                raise Unreachable("it did not answer in time") from None
+                raise Unreachable("it did not answer in time", hint=TRY_AGAIN) from None
+            if error.errno == errno.ECONNRESET:
+                raise Unreachable(ENDED, hint=TRY_AGAIN) from None
             raise Unreachable(error.strerror or str(error)) from None
         finally:
             reader.close()
+
+
+def connect(path: str, deadline: float) -> socket.socket:
+    """Return a connection to the daemon; while it has too many to accept, try again. Raises OSError."""
+    while True:
+        try:
+            return sockets.connect(path, max(0.001, deadline - time.monotonic()))
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
 
 
 class Request:
@@ -191,7 +280,7 @@ class Request:
         self,
         source: str,
         *,
-        read_only: bool = True,
+        read_only: bool | None = None,
         file_system_type: str | None = None,
         options: Sequence[str] = (),
         userns: str | None = None,
@@ -199,10 +288,14 @@ class Request:
     ) -> None:
         """Open what has to be opened.
 
-        `source` is the path of an image or "tmpfs:SIZE"; `userns` the path of a user namespace, "none" for
-        none, None for that of this process if it is not the host's. Raises NotFound, InvalidParameter and
-        OSError.
+        `source` is the path of an image or "tmpfs:SIZE"; `read_only` is None for what fits: images are
+        mounted read-only, a tmpfs is not. `userns` is the path of a user namespace, "none" for none, None
+        for that of this process if it is not the host's. Raises NotFound, InvalidParameter,
+        OptionNotPermitted and OSError.
         """
+        check_text(options, file_system_type)
+        if read_only is None:
+            read_only = not source.startswith(TMPFS)
         self.fds: list[OwnedFd] = []
         self.parameters: dict[str, object] = {
             "readOnly": read_only,
@@ -212,7 +305,7 @@ class Request:
         }
         try:
             self.source = self._read_source(source, read_only)
-            if userns is None and idmap in (None, "namespace", "ranges") and in_user_namespace():
+            if userns is None and idmap in (None, "namespace") and in_user_namespace():
                 userns = "/proc/self/ns/user"
             if userns not in (None, "none"):
                 self.parameters["userNamespaceFileDescriptor"] = self._add(open_image(str(userns)))
@@ -221,9 +314,15 @@ class Request:
             raise
 
     def _read_source(self, source: str, read_only: bool) -> dict[str, object]:
-        if source.startswith("tmpfs:"):
-            return {"tmpfs": {"size": parse_size(source.removeprefix("tmpfs:"))}}
-        return {"imageFileDescriptor": self._add(open_image(source, writable=not read_only))}
+        if source.startswith(TMPFS):
+            return {"tmpfs": {"size": parse_size(source.removeprefix(TMPFS))}}
+        try:
+            return {"imageFileDescriptor": self._add(open_image(source, writable=not read_only))}
+        except OSError as error:
+            if read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+                raise
+            reason = f"{source}: {error.strerror}"
+            raise OptionNotPermitted("rw", reason, hint="ask for a read-only mount") from None
 
     def add_namespace(self, userns: OwnedFd) -> None:
         """Have ids mapped into this user namespace, which is taken over."""
@@ -244,23 +343,35 @@ class Request:
         self.close()
 
 
+def check_text(options: Sequence[str], file_system_type: str | None) -> None:
+    """Raise OptionNotPermitted or InvalidParameter for what cannot be said on the wire, which is UTF-8."""
+    for option in options:
+        if not is_text(option):
+            raise OptionNotPermitted(option, "it is no text", hint="write it in UTF-8")
+    if file_system_type is not None and not is_text(file_system_type):
+        raise InvalidParameter("fileSystemType", "it is no text")
+
+
 def parse_size(text: str) -> int:
     """Return a number of bytes; K, M, G and T are powers of 1024. Raises InvalidParameter."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     unit = units.get(text[-1:].upper(), 1)
     digits = text[:-1] if unit > 1 else text
-    if not digits.isdecimal() or len(digits) > 15:
-        raise InvalidParameter("SOURCE", f"“tmpfs:{text}” has no size such as 64M")
-    return int(digits) * unit
+    size = int(digits) * unit if digits.isdecimal() and len(digits) <= 18 else 0
+    if not 0 < size <= MAXIMUM_INTEGER:
+        raise InvalidParameter("SOURCE", f"“{TMPFS}{text}” has no size such as 64M")
+    return size
 
 
 __all__ = [
     "Client",
     "MountReply",
+    "MountdError",
     "Request",
     "SyscallError",
     "attach",
     "in_user_namespace",
+    "mount_image",
     "open_image",
     "socket_paths",
 ]

@@ -238,12 +238,10 @@ class SyscallError(OSError):
 class Unreachable(MountdError):
     """There is no daemon to ask, or it ended in the middle."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
         """`reason` says where it was looked for and what happened."""
-        super().__init__(
-            f"cannot reach mountd: {reason}",
-            hint="start mountd.socket; in a container, have the host's /run/mountd at /run/host/mountd",
-        )
+        usual = "start mountd.socket; in a container, have the host's /run/mountd at /run/host/mountd"
+        super().__init__(f"cannot reach mountd: {reason}", hint=hint or usual)
 
 
 class RemoteError(MountdError):

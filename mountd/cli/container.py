@@ -6,13 +6,14 @@ waits. The second makes the namespaces, receives the mount, turns it into its ro
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-import shutil
 import signal
 import socket
 
 from mountd.client import Client, Request
-from mountd.errors import MountdError, NotFound, SyscallError
+from mountd.errors import MountdError, SyscallError
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import mount_api, namespaces, sockets
 from mountd.kernel.abi import AT_FDCWD
@@ -23,98 +24,153 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    Range = tuple[int, int]  # first id and number of ids
+
 EXIT_CANNOT_RUN = 126
 EXIT_NO_COMMAND = 127
-STAGE = "/tmp"  # noqa: S108 - any directory does: what is attached there is seen by this process alone
 # From outside, where the image has a directory of that name.
 FROM_OUTSIDE = ("proc", "sys", "dev")
+PROGRAM_DIRS = ("/usr/bin", "/bin", "/usr/local/bin")
 SUBORDINATE = 65536
 ATTACH = MoveMount.F_EMPTY_PATH | MoveMount.T_EMPTY_PATH
+HINT = "\0"  # between the text of an error and its hint
+NO_NAMESPACES = "this system may not let users make user namespaces (sysctl user.max_user_namespaces)"
+
+
+class CannotRun(MountdError):
+    """The image is there, but the command cannot be executed in it."""
+
+    def __init__(self, command: str, number: int) -> None:
+        """`number` is the errno of execve(2)."""
+        if missing := number == errno.ENOENT:
+            hint = "it has to be in the image, and so does the interpreter or loader that it names"
+            super().__init__(f"not found in the image: {command}", hint=hint)
+        else:
+            super().__init__(f"cannot run {command} in the image: {os.strerror(number)}")
+        self.exit_status = EXIT_NO_COMMAND if missing else EXIT_CANNOT_RUN
 
 
 def run_in_image(request: Request, client: Client, command: Sequence[str]) -> int:
     """Run `command` in the image that `request` describes and return its exit status.
 
-    Raises what Mount raises, and OSError.
+    Raises what Mount raises, CannotRun and OSError.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     pid = os.fork()
     if pid == 0:
-        ours.close()
-        _be_the_command(theirs, command)
+        try:
+            ours.close()
+            _be_the_command(theirs, command)
+        finally:
+            os._exit(EXIT_CANNOT_RUN)
     theirs.close()
     try:
         with ours:
-            _expect(ours, b"namespaces")
-            map_ids(pid)
-            request.add_namespace(OwnedFd(os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)))
-            reply = client.mount(request.source, request.fds, **request.parameters)
-            with reply.mount:
-                sockets.send(ours, b"mount", [reply.mount])
-            _expect(ours, b"ready")
+            _prepare(ours, pid, request, client)
             # What the user types is for the command; this process only waits.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, lambda number, _: os.kill(pid, number))
             ours.send(b"go")
+            said = ours.recv(64)  # nothing, once the command is running
+        _, status = os.waitpid(pid, 0)
     except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         raise
-    _, status = os.waitpid(pid, 0)
+    if said:
+        raise CannotRun(command[0], int(said))
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def _prepare(channel: socket.socket, pid: int, request: Request, client: Client) -> None:
+    """Have process `pid` be in the image."""
+    _expect(channel, b"namespaces")
+    map_ids(pid)
+    request.add_namespace(OwnedFd(os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)))
+    with client.mount(request.source, request.fds, **request.parameters) as reply:
+        sockets.send(channel, b"mount", [reply.mount])
+    _expect(channel, b"ready")
 
 
 def _expect(channel: socket.socket, word: bytes) -> None:
     """Wait for the command's process to say `word`; raise what it says instead."""
     said = channel.recv(4096)
     if said != word:
-        raise MountdError(said.decode("utf-8", "replace") or "the process of the command has ended")
+        text, _, hint = said.decode("utf-8", "replace").partition(HINT)
+        raise MountdError(text or "the process of the command was killed", hint=hint or None)
 
 
 def map_ids(pid: int) -> None:
-    """Map ids of the new namespace: root is the caller, and the rest its subordinate ids if it has some.
+    """Map ids of the new namespace: as many as this process may.
 
-    Raises OSError.
+    For root, all that its own namespace has. For others, root is the caller, and the rest are its
+    subordinate ids if it has some. Raises MountdError, OSError.
     """
     uid, gid = os.geteuid(), os.getegid()
-    if uid == 0 or not _map_with_helpers(pid, uid, gid):
-        # One id, which everybody may map (user_namespaces(7)).
-        _write(f"/proc/{pid}/setgroups", "deny")
-        _write(f"/proc/{pid}/uid_map", f"0 {uid} 1")
-        _write(f"/proc/{pid}/gid_map", f"0 {gid} 1")
+    if uid == 0:
+        with contextlib.suppress(PermissionError):  # root without capabilities
+            uids, gids = namespaces.process_id_maps(os.getpid())
+            _write(f"/proc/{pid}/uid_map", "".join(f"{id} {id} {count}\n" for id, _, count in uids))
+            _write(f"/proc/{pid}/gid_map", "".join(f"{id} {id} {count}\n" for id, _, count in gids))
+            return
+    elif _map_with_helpers(pid, uid, gid):
+        return
+    # One id, which everybody may map (user_namespaces(7)).
+    _write(f"/proc/{pid}/setgroups", "deny")
+    _write(f"/proc/{pid}/uid_map", f"0 {uid} 1")
+    _write(f"/proc/{pid}/gid_map", f"0 {gid} 1")
 
 
 def _map_with_helpers(pid: int, uid: int, gid: int) -> bool:
-    """Map with newuidmap(1) and newgidmap(1); say whether that worked."""
-    for program, id, file in (("newuidmap", uid, "/etc/subuid"), ("newgidmap", gid, "/etc/subgid")):
-        path = shutil.which(program, path="/usr/bin:/bin:/usr/local/bin")
-        first = first_subordinate(file, uid)
-        if path is None or first is None:
-            return False
-        arguments = [program, str(pid), "0", str(id), "1", "1", str(first), str(SUBORDINATE)]
-        if os.spawnv(os.P_WAIT, path, arguments):
-            return False
+    """Map with newuidmap(1) and newgidmap(1), False if nothing was mapped. Raises MountdError, OSError."""
+    uids, gids = subordinate("/etc/subuid", uid), subordinate("/etc/subgid", uid)
+    programs = [find_program("newuidmap"), find_program("newgidmap")]
+    if uids is None or gids is None or None in programs:
+        return False
+    for path, id, (first, count) in ((programs[0], uid, uids), (programs[1], gid, gids)):
+        words = [str(path), str(pid), "0", str(id), "1", "1", str(first), str(count)]
+        quiet = [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+        helper = os.posix_spawn(words[0], words, {}, file_actions=quiet)
+        if os.waitpid(helper, 0)[1]:
+            if path == programs[0]:
+                return False
+            raise MountdError(f"{' '.join(words)} failed", hint="correct the user's lines in /etc/subgid")
     return True
 
 
-def first_subordinate(file: str, uid: int) -> int | None:
-    """Return the first id of a range for `uid` that is long enough, None if there is none."""
+def find_program(name: str) -> str | None:
+    """Return the path of a program of the system."""
+    for directory in PROGRAM_DIRS:
+        path = f"{directory}/{name}"
+        if os.access(path, os.X_OK):
+            return path
+    return None
+
+
+def subordinate(file: str, uid: int) -> Range | None:
+    """Return the longest range of ids that subuid(5) gives to `uid`, None if it gives none."""
     import pwd
 
-    try:
-        names = (str(uid), pwd.getpwuid(uid).pw_name)
-    except KeyError:
-        names = (str(uid), str(uid))
+    names = {str(uid)}
+    with contextlib.suppress(KeyError):
+        names.add(pwd.getpwuid(uid).pw_name)
+    best = None
     try:
         with open(file, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 fields = line.strip().split(":")
-                if len(fields) == 3 and fields[0] in names and int(fields[2]) >= SUBORDINATE:
-                    return int(fields[1])
-    except (OSError, ValueError):
+                if len(fields) != 3 or fields[0] not in names or not all(map(str.isdecimal, fields[1:])):
+                    continue
+                first, count = int(fields[1]), min(int(fields[2]), SUBORDINATE)
+                if count and (best is None or count > best[1]):
+                    best = (first, count)
+    except OSError:
         return None
-    return None
+    return best
 
 
 def _write(path: str, text: str) -> None:
@@ -126,32 +182,43 @@ def _write(path: str, text: str) -> None:
 
 
 def _be_the_command(channel: socket.socket, command: Sequence[str]) -> None:
-    """Be the second process; never returns."""
+    """Be the second process. Returns if that cannot be, after saying so on the channel."""
+    # The command gets what Python has changed as it was; until then, Ctrl-C ends this process in silence.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        namespaces.unshare(Clone.NEWUSER | Clone.NEWNS)
-        channel.send(b"namespaces")
-        data, fds, _ = sockets.receive(channel, 16, 1)
-        if data != b"mount" or len(fds) != 1:
-            close_all(fds)
-            os._exit(EXIT_CANNOT_RUN)
-        with fds.pop() as mount:
-            make_root(mount.fileno())
-        os.setresgid(0, 0, 0)
-        os.setresuid(0, 0, 0)
-        channel.send(b"ready")
-        channel.recv(2)
+        if not _enter_image(channel):
+            return
     except (SyscallError, MountdError, OSError) as error:
-        channel.send(str(error).encode()[:4000])
-        os._exit(EXIT_CANNOT_RUN)
+        hint = NO_NAMESPACES if isinstance(error, SyscallError) and "unshare" in error.call else ""
+        channel.send(f"{error}{HINT}{hint}".encode("utf-8", "replace")[:4000])
+        return
     try:
         os.execvp(command[0], list(command))
-    except FileNotFoundError:
-        os.write(2, f"mountctl: {NotFound(command[0] + ' in the image')}\n".encode())
-        os._exit(EXIT_NO_COMMAND)
     except OSError as error:
-        os.write(2, f"mountctl: {command[0]}: {error.strerror}\n".encode())
-    finally:
-        os._exit(EXIT_CANNOT_RUN)
+        channel.send(str(error.errno).encode())
+
+
+def _enter_image(channel: socket.socket) -> bool:
+    """Make the namespaces, have the image as root, and tell whether to go on. Raises OSError."""
+    namespaces.unshare(Clone.NEWUSER | Clone.NEWNS)
+    channel.send(b"namespaces")
+    data, fds, _ = sockets.receive(channel, 16, 1)
+    if data != b"mount" or len(fds) != 1:
+        close_all(fds)
+        return False
+    with fds.pop() as mount:
+        make_root(mount.fileno())
+    with contextlib.suppress(PermissionError):  # not with one id only
+        os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+    # Not to outlive the process that whoever wants to end the command knows.
+    call("prctl", namespaces.PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    channel.send(b"ready")
+    return channel.recv(2) == b"go"
 
 
 def make_root(mount_fd: int) -> None:
@@ -160,10 +227,11 @@ def make_root(mount_fd: int) -> None:
     outside = []
     for name in FROM_OUTSIDE:
         flags = OpenTree.CLONE | OpenTree.RECURSIVE | OpenTree.NO_AUTOMOUNT
-        outside.append((name, mount_api.open_tree(AT_FDCWD, f"/{name}", flags)))
-    stage = os.open(STAGE, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    mount_api.move_mount(mount_fd, "", to_dir_fd=stage, flags=ATTACH)
-    os.close(stage)
+        if os.path.isdir(f"/{name}"):
+            outside.append((name, mount_api.open_tree(AT_FDCWD, f"/{name}", flags)))
+    # On top of everything, where this process alone sees it.
+    with OwnedFd(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
+        mount_api.move_mount(mount_fd, "", to_dir_fd=top.fileno(), flags=ATTACH)
     for name, tree in outside:
         with tree:
             attach_below(mount_fd, name, tree.fileno())

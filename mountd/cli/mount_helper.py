@@ -11,19 +11,39 @@ from __future__ import annotations
 import getopt
 import sys
 
-from mountd.cli.report import EXIT_INTERRUPTED, EXIT_USAGE, fail
-from mountd.client import Client, Request, attach
+from mountd.cli.report import EXIT_USAGE, complain, end, exit_status, fail, printable, say
+from mountd.client import IDMAPS, Client, Request, attach_at, open_target
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted
 from mountd.version import VERSION
 
-USAGE = "usage: mount.mountd SPEC DIR [-sfnvrw] [-o OPTIONS] [-t TYPE]"
-# For mount(8), for the init system, or without meaning here.
-IGNORED = {"defaults", "auto", "noauto", "_netdev", "nofail", "user", "nouser", "users", "owner", "group"}
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import TypeVar
+
+    Reply = TypeVar("Reply")
+
+PROGRAM = "mount.mountd"
+USAGE = f"usage: {PROGRAM} SPEC DIR [-sfnvrw] [-o OPTIONS] [-t TYPE]"
+ACCESS = {"read-only": True, "read-write": False}
+# What options of our own may say; None for anything.
+OWN: Mapping[str, tuple[str, ...] | None] = {
+    "mountd.userns": None,
+    "mountd.idmap": IDMAPS,
+    "mountd.access": tuple(ACCESS),
+}
+# For mount(8), for the init system, or the default anyway.
+IGNORED = {
+    *("defaults", "auto", "noauto", "async", "exec", "loud", "nomand", "_netdev", "nofail"),
+    *("user", "nouser", "users", "owner", "group"),
+}
 IGNORED_NAMES = {"user", "uhelper", "helper", "comment"}
+RECURSIVE = "=recursive"  # a mount that is only just made has nothing below it
 NOT_DONE = {
     "remount": "mount it again instead",
     "bind": "mount it without -t mountd",
-    "move": "use mount(8) -M",
+    "rbind": "mount it without -t mountd",
+    "move": "use “mount --move”",
 }
 
 
@@ -33,7 +53,7 @@ class Wishes:
     def __init__(self) -> None:
         """The defaults of mount.mountd."""
         self.fake = self.sloppy = self.verbose = False
-        self.read_only = True
+        self.read_only: bool | None = None
         self.type: str | None = None
         self.options: list[str] = []
         self.userns: str | None = None
@@ -41,106 +61,144 @@ class Wishes:
 
     def read_option(self, option: str) -> None:
         """Take one entry of -o. Raises OptionNotPermitted."""
+        option = option.removesuffix(RECURSIVE)
         name, _, value = option.partition("=")
-        if option in ("ro", "rw"):
-            self.read_only = option == "ro"
+        if option == "ro":
+            self.read_only = True
+        elif option == "rw":
+            return  # mount(8) says so whenever nobody asked for ro
         elif option in IGNORED or name in IGNORED_NAMES:
             return
         elif option in NOT_DONE:
-            raise OptionNotPermitted(option, "mount.mountd does not do that", hint=NOT_DONE[option])
-        elif name == "mountd.userns" and value:
-            self.userns = value
-        elif name == "mountd.idmap" and value:
-            self.idmap = value
+            raise OptionNotPermitted(option, f"{PROGRAM} does not do that", hint=NOT_DONE[option])
         elif name.startswith("mountd."):
-            if not self.sloppy:
-                raise OptionNotPermitted(
-                    option, "mount.mountd does not know it", hint="it knows mountd.userns= and mountd.idmap="
-                )
+            self._read_own(option, name, value)
         else:
             self.options.append(option)
+
+    def _read_own(self, option: str, name: str, value: str) -> None:
+        if name not in OWN:
+            if not self.sloppy:
+                known = "=, ".join(OWN)
+                raise OptionNotPermitted(option, "there is no such option", hint=f"there are {known}=")
+            return
+        allowed = OWN[name]
+        if not value or (allowed is not None and value not in allowed):
+            words = ", ".join(allowed) if allowed is not None else "the path of a user namespace, or none"
+            raise OptionNotPermitted(option, "it does not have such a value", hint=f"give {words}")
+        if name == "mountd.userns":
+            self.userns = value
+        elif name == "mountd.idmap":
+            self.idmap = value
+        else:
+            self.read_only = ACCESS[value]
 
 
 def parse(argv: list[str]) -> tuple[Wishes, list[str]]:
     """Read the command line. Raises getopt.GetoptError, OptionNotPermitted."""
-    flags, positional = getopt.gnu_getopt(argv, "sfnvrwhVo:t:N:", ["help", "version"])
+    flags, positional = getopt.gnu_getopt(argv, "sfnvrwo:t:N:")
     wishes = Wishes()
     wishes.sloppy = any(flag == "-s" for flag, _ in flags)
     for flag, value in flags:
-        if flag in ("-h", "--help"):
-            print(USAGE)  # noqa: T201
-            sys.exit(0)
-        elif flag in ("-V", "--version"):
-            print(f"mount.mountd {VERSION}")  # noqa: T201
-            sys.exit(0)
-        elif flag == "-N":
-            raise getopt.GetoptError("-N is not supported: run it within the mount namespace instead")
-        elif flag in ("-r", "-w"):
+        if flag == "-N":
+            raise getopt.GetoptError("-N is not supported, run it within the mount namespace instead")
+        if flag in ("-r", "-w"):
             wishes.read_only = flag == "-r"
         elif flag == "-f":
             wishes.fake = True
         elif flag == "-v":
             wishes.verbose = True
         elif flag == "-t":
-            wishes.type = value.removeprefix("mountd").removeprefix(".") or None
+            wishes.type = read_type(value)
         elif flag == "-o":
             for option in filter(None, value.split(",")):
                 wishes.read_option(option)
     if len(positional) != 2:
-        raise getopt.GetoptError("SPEC and DIR are needed")
+        raise getopt.GetoptError("SPEC and DIR are needed, and nothing else")
     return wishes, positional
 
 
+def read_type(text: str) -> str | None:
+    """Return the type of file system that -t asks for: “mountd.erofs” is an erofs, “mountd” anything."""
+    own, _, subtype = text.partition(".")
+    return (subtype if own == "mountd" else text) or None
+
+
 def run(argv: list[str]) -> int:
-    """Do what the command line says and return the exit status."""
+    """Do what the command line says and return the exit status. Raises KeyboardInterrupt."""
+    if argv[:1] in (["-h"], ["--help"]):
+        say(USAGE)
+        return 0
+    if argv[:1] in (["-V"], ["--version"]):
+        say(f"{PROGRAM} {VERSION}")
+        return 0
     try:
         wishes, (spec, directory) = parse(argv)
     except getopt.GetoptError as error:
-        print(f"mount.mountd: {error}; {USAGE}", file=sys.stderr)  # noqa: T201
+        complain(f"{PROGRAM}: {error}; {USAGE}")
         return EXIT_USAGE
     except MountdError as error:
-        return fail("mount.mountd", error, as_json=False)
+        return fail(PROGRAM, error)
     try:
-        with (
-            Request(
-                spec,
-                read_only=wishes.read_only,
-                file_system_type=wishes.type,
-                options=wishes.options,
-                userns=wishes.userns,
-                idmap=wishes.idmap,
-            ) as request,
-            Client() as client,
-        ):
-            return act(client, request, wishes, directory)
+        return mount(wishes, spec, directory)
     except (MountdError, OSError) as error:
-        return fail(f"mount.mountd: {directory}", error, as_json=False)
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+        return fail(PROGRAM, error, where=directory)
 
 
-def act(client: Client, request: Request, wishes: Wishes, directory: str) -> int:
-    """Mount and attach, or with -f only ask whether that would be allowed."""
-    if wishes.fake:
-        decision = client.explain(request.source, request.fds, **request.parameters)["decision"]
-        if isinstance(decision, dict) and decision.get("verdict") != "allow":
-            raise DeniedByPolicy(
-                str(decision.get("reason")), rule=decision.get("rule"), hint=decision.get("hint")
-            )
-        return 0
-    reply = client.mount(request.source, request.fds, **request.parameters)
-    with reply.mount:
-        attach(reply.mount.fileno(), directory)
+def mount(wishes: Wishes, spec: str, directory: str) -> int:
+    """Mount and attach, or with -f only ask whether that would be allowed. Raises MountdError, OSError."""
+    with (
+        open_target(directory) as target,
+        Request(
+            spec,
+            read_only=wishes.read_only,
+            file_system_type=wishes.type,
+            options=wishes.options,
+            userns=wishes.userns,
+            idmap=wishes.idmap,
+        ) as request,
+        Client() as client,
+    ):
+        if wishes.fake:
+            explained = ask(client.explain, request, wishes.sloppy)
+            return judge(explained["decision"], directory)
+        with ask(client.mount, request, wishes.sloppy) as reply:
+            attach_at(reply.mount.fileno(), target.fileno(), directory)
     if wishes.verbose:
-        kind = reply.mounts[0].get("fileSystemType")
+        made = reply.mounts[0]
+        how = "read-only" if made.get("readOnly") else "read-write"
         rule = reply.decision.get("rule")
-        print(f"mount.mountd: {kind} mounted on {directory} (rule “{rule}”)")  # noqa: T201
+        kind = made.get("fileSystemType")
+        say(printable(f"{PROGRAM}: {kind} mounted {how} on {directory} (rule “{rule}”)"))
     return 0
+
+
+def ask(method: Callable[..., Reply], request: Request, sloppy: bool) -> Reply:
+    """Call Mount or Explain; with -s, without the options that are not permitted. Raises what it raises."""
+    while True:
+        try:
+            return method(request.source, request.fds, **request.parameters)
+        except OptionNotPermitted as error:
+            options = request.parameters["options"]
+            refused = error.parameters.get("option")
+            if not sloppy or not isinstance(options, list) or refused not in options:
+                raise
+            request.parameters["options"] = [each for each in options if each != refused]
+
+
+def judge(decision: object, directory: str) -> int:
+    """Return the exit status of a call with -f, and say why it is not 0."""
+    if isinstance(decision, dict) and decision.get("verdict") == "allow":
+        return 0
+    fields = decision if isinstance(decision, dict) else {}
+    error = DeniedByPolicy(str(fields.get("reason")), rule=fields.get("rule"), hint=fields.get("hint"))
+    fail(PROGRAM, error, where=directory)
+    return exit_status(error)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    end(PROGRAM, lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

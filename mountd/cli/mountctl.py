@@ -4,67 +4,132 @@ from __future__ import annotations
 
 import sys
 
-from mountd.cli.report import EXIT_INTERRUPTED, EXIT_USAGE, fail, printable, show_json
-from mountd.client import Client, Request, attach
+from mountd.cli.report import EXIT_USAGE, end, fail, printable, say, show_json
+from mountd.client import IDMAPS, Client, Request, attach_at, open_target
 from mountd.errors import MountdError
 from mountd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
+    from typing import Any, NoReturn
 
-IDMAPS = ("none", "namespace", "caller")
+PROGRAM = "mountctl"
+EXAMPLES = """\
+examples:
+  mountctl explain /var/lib/machines/base.raw
+  mountctl run /var/lib/machines/base.raw -- ls -l /
+  unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt
+  mountctl mount -o noexec tmpfs:64M /mnt
+
+exit status:
+  0 done, 1 wrong usage or not allowed, 2 mountd cannot be reached, 8 interrupted, 32 the mount failed.
+  “run” returns that of the command, 126 or 127 if it cannot be run, 128+N if signal N ended it.
+"""
+
+
+class UsageError(MountdError):
+    """The command line cannot be understood."""
+
+    exit_status = EXIT_USAGE
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    top = argparse.ArgumentParser(prog="mountctl", description="Mount trusted images without being root.")
-    top.add_argument("--version", action="version", version=f"mountctl {VERSION}")
+    class Parser(argparse.ArgumentParser):
+        """One line for an error, and no options that only begin like one."""
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(allow_abbrev=False, **settings)
+
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message, hint=f"see “{self.prog} --help”")
+
+    top = Parser(
+        prog=PROGRAM,
+        description="Mount trusted images without being root.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     mount = verbs.add_parser("mount", help="mount an image at a directory of your own mount namespace")
     add_request(mount)
+    add_namespace(mount)
     mount.add_argument("target", metavar="TARGET", help="an existing directory")
-    run = verbs.add_parser("run", help="run a command in an image, in new user and mount namespaces")
+    run = verbs.add_parser(
+        "run",
+        help="run a command in an image, in new user and mount namespaces",
+        usage="%(prog)s [OPTION…] SOURCE [--] COMMAND [ARGUMENT…]",
+    )
     add_request(run)
-    run.add_argument("command", metavar="COMMAND", nargs="+", help="the command and its arguments, after --")
+    run.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command, after --")
     explain = verbs.add_parser("explain", help="say whether an image could be mounted, and why")
     add_request(explain)
+    add_namespace(explain)
     return top
 
 
 def add_request(verb: argparse.ArgumentParser) -> None:
     """Add what all verbs have: the source, and how it shall be mounted."""
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument("--json", action="store_true", help="print JSON, for errors as well")
     verb.add_argument("-w", "--read-write", action="store_true", help="ask for a writable mount")
     verb.add_argument("-t", "--type", help="refuse to mount another type of file system")
     verb.add_argument("-o", "--options", metavar="OPTION[,…]", action="append", help="mount options")
-    verb.add_argument("--userns", metavar="PATH", help="user namespace to map ids for, or “none”")
     verb.add_argument("--idmap", choices=IDMAPS, help="how to map ids")
-    verb.add_argument("source", metavar="SOURCE", help="an image, or tmpfs:SIZE")
+    verb.add_argument("source", metavar="SOURCE", help="an image, or tmpfs:SIZE, such as tmpfs:64M")
+
+
+def add_namespace(verb: argparse.ArgumentParser) -> None:
+    """Add what a verb has that makes no user namespace itself."""
+    verb.add_argument(
+        "--userns", metavar="PATH", help="user namespace to map ids for, “none” for none; default: your own"
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line. Raises UsageError, and SystemExit after --help and --version."""
+    if argv[:1] == ["run"] and "--" in argv:
+        # argparse has changed its mind about what becomes of these more than once.
+        cut = list(argv).index("--")
+        options = parser().parse_args(argv[:cut])
+        options.command += argv[cut if options.command else cut + 1 :]
+    else:
+        options = parser().parse_args(argv)
+    if options.verb == "run" and not options.command:
+        raise UsageError("there is no COMMAND", hint="write it after SOURCE and --")
+    return options
 
 
 def request_of(options: argparse.Namespace) -> Request:
     """Return the request that the command line describes. Raises what `Request` does."""
     words = [word for group in options.options or () for word in group.split(",") if word]
-    # The new namespace of `run` is handed over once it is there.
-    userns = "none" if options.verb == "run" and options.userns is None else options.userns
+    read_only = None
+    if options.read_write or "rw" in words:
+        read_only = False
+    elif "ro" in words:
+        read_only = True
     return Request(
         options.source,
-        read_only=not options.read_write,
+        read_only=read_only,
         file_system_type=options.type,
         options=words,
-        userns=userns,
+        # The new namespace of `run` is handed over once it is there.
+        userns="none" if options.verb == "run" else options.userns,
         idmap=options.idmap,
     )
 
 
 def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
     """Mount and attach."""
-    reply = client.mount(request.source, request.fds, **request.parameters)
-    with reply.mount:
-        attach(reply.mount.fileno(), options.target)
+    with (
+        open_target(options.target) as target,
+        client.mount(request.source, request.fds, **request.parameters) as reply,
+    ):
+        attach_at(reply.mount.fileno(), target.fileno(), options.target)
     if options.json:
         show_json({"target": options.target, "mounts": reply.mounts, "decision": reply.decision})
     return 0
@@ -83,7 +148,7 @@ def explain(options: argparse.Namespace, request: Request, client: Client) -> in
     if options.json:
         show_json(reply)
     else:
-        print(explanation(reply))  # noqa: T201
+        say(explanation(reply))
     decision = reply.get("decision")
     return 0 if isinstance(decision, dict) and decision.get("verdict") == "allow" else EXIT_USAGE
 
@@ -97,10 +162,10 @@ def explanation(reply: dict[str, object]) -> str:
         lines.append(f"{decision.get('verdict')}: {by}: {decision.get('reason')}")
         if decision.get("hint"):
             lines.append(f"hint: {decision['hint']}")
-    lines.append("facts:")
     if isinstance(facts, dict):
-        lines += [f"  {name}: {value}" for name, value in facts.items()]
-    lines.append("rules, in order:")
+        lines += ["facts:", *(f"  {name}: {value}" for name, value in facts.items())]
+    if isinstance(steps, list) and steps:
+        lines.append("rules, in order:")
     for step in steps if isinstance(steps, list) else ():
         mark = "applies" if step.get("applies") else "does not apply"
         lines.append(f"  “{step.get('rule')}” ({step.get('origin')}) {mark}: {step.get('reason')}")
@@ -112,16 +177,21 @@ def explanation(reply: dict[str, object]) -> str:
 VERBS = {"mount": mount, "run": run, "explain": explain}
 
 
+def act(argv: Sequence[str]) -> int:
+    """Do what the command line says and return the exit status. Raises KeyboardInterrupt, SystemExit."""
+    as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
+    try:
+        options = parse(argv)
+        as_json = options.json
+        with request_of(options) as request, Client() as client:
+            return VERBS[options.verb](options, request, client)
+    except (MountdError, OSError) as error:
+        return fail(PROGRAM, error, as_json=as_json)
+
+
 def main() -> None:
     """Entry point of the console script."""
-    options = parser().parse_args()
-    try:
-        with request_of(options) as request, Client() as client:
-            sys.exit(VERBS[options.verb](options, request, client))
-    except (MountdError, OSError) as error:
-        sys.exit(fail("mountctl", error, as_json=options.json))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+    end(PROGRAM, lambda: act(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 
 from mountd.errors import (
+    BadFileDescriptor,
     DeniedByPolicy,
     InvalidParameter,
+    LimitExceeded,
     MountdError,
     NotFound,
     NotImmutable,
     OptionNotPermitted,
+    PeerGone,
+    ProtocolError,
+    ShuttingDown,
     SyscallError,
+    TimedOut,
     Unreachable,
     UserNamespaceNotPermitted,
 )
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # mount(8), EXIT STATUS
 EXIT_USAGE = 1  # incorrect invocation or permissions
 EXIT_SYSTEM = 2  # out of memory, no daemon
+EXIT_BUG = 4
 EXIT_INTERRUPTED = 8
 EXIT_FAILURE = 32  # mount failure
 
 PERMISSION = (
+    BadFileDescriptor,
     DeniedByPolicy,
     InvalidParameter,
     NotFound,
     NotImmutable,
     OptionNotPermitted,
     UserNamespaceNotPermitted,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+SYSTEM = (LimitExceeded, PeerGone, ProtocolError, ShuttingDown, TimedOut, Unreachable)
+EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
+
+ATTACHING = (
+    "attaching needs a mount namespace of your own: use “mountctl run”, "
+    "or “unshare --user --map-root-user --mount”"
 )
 
 
 def exit_status(error: BaseException) -> int:
     """Return the exit status that mount(8) documents for such an error."""
-    if isinstance(error, (*PERMISSION, FileNotFoundError, PermissionError)):
+    own = getattr(error, "exit_status", None)
+    if isinstance(own, int):
+        return own
+    if isinstance(error, PERMISSION):
         return EXIT_USAGE
-    return EXIT_SYSTEM if isinstance(error, Unreachable) else EXIT_FAILURE
+    if isinstance(error, SYSTEM) or (isinstance(error, OSError) and error.errno in EXHAUSTED):
+        return EXIT_SYSTEM
+    return EXIT_FAILURE
 
 
 def explain_error(error: BaseException) -> tuple[str, str | None]:
@@ -46,24 +75,23 @@ def explain_error(error: BaseException) -> tuple[str, str | None]:
     if isinstance(error, SyscallError):
         hint = None
         if error.errno_name == "EPERM" and error.call.startswith("move_mount"):
-            hint = (
-                "attaching needs a mount namespace of your own: use “mountctl run”, "
-                "or “unshare --user --map-root-user --mount”"
-            )
+            hint = ATTACHING
         return str(error), hint
     if isinstance(error, MountdError):
         return error.message, error.hint
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}", None
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror, None
     return str(error), None
 
 
-def fail(program: str, error: BaseException, *, as_json: bool) -> int:
-    """Report `error` and return the exit status."""
+def fail(program: str, error: BaseException, *, where: str = "", as_json: bool = False) -> int:
+    """Report `error`, which happened to the target `where`, and return the exit status."""
     text, hint = explain_error(error)
-    line = f"{program}: {text}" + (f" (hint: {hint})" if hint else "")
-    # Names of files may have been anything; the terminal gets one line.
-    print(printable(line), file=sys.stderr)  # noqa: T201
+    named = not where or text.startswith(f"{where}: ") or text.endswith(f": {where}")
+    about = "" if named else f"{where}: "
+    complain(f"{program}: {about}{text}" + (f" (hint: {hint})" if hint else ""))
     if as_json:
         name = getattr(error, "name", None) or getattr(error, "wire_name", "") or type(error).__name__
         parameters = error.parameters if isinstance(error, MountdError) else {}
@@ -71,11 +99,69 @@ def fail(program: str, error: BaseException, *, as_json: bool) -> int:
     return exit_status(error)
 
 
+def complain(line: str) -> None:
+    """Print one line on standard error, if there is one."""
+    if sys.stderr is not None:
+        try:
+            # Names of files may have been anything; the terminal gets one line.
+            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+        except OSError:
+            discard(2)
+
+
+def say(text: str) -> None:
+    """Print `text` on standard output, if somebody listens. Raises OSError."""
+    if sys.stdout is None:
+        return
+    encoding = sys.stdout.encoding
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)  # noqa: T201
+    except BrokenPipeError:
+        discard(1)  # who has read enough has gone, as with “| head”
+    except OSError as error:
+        discard(1)
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
 def show_json(value: object) -> None:
-    """Print one JSON document."""
-    print(json.dumps(value, ensure_ascii=False))  # noqa: T201
+    """Print one JSON document. Raises OSError."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding if sys.stdout is not None else "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    say(text)
 
 
 def printable(text: str) -> str:
     """Return `text` with whatever could upset a terminal replaced."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def discard(fd: int) -> None:
+    """Lead a standard descriptor into nothing, or Python would try to write to it once more at its end."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def occupy_standard_descriptors() -> None:
+    """Keep whatever is opened from being taken for standard input, output or error."""
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        pass
+    os.close(fd)
+
+
+def end(program: str, work: Callable[[], int]) -> None:
+    """Do `work` and end with the status it returns; whatever goes wrong is one line. Never returns."""
+    status = EXIT_BUG
+    try:
+        occupy_standard_descriptors()
+        status = work()
+    except (MountdError, OSError) as error:
+        status = fail(program, error)
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - a user has no use for a traceback
+        complain(f"{program}: this is a bug of mountd, please report it: {error!r}")
+    sys.exit(status)

@@ -6,6 +6,8 @@ from mountd.service.phase import Phase
 
 # Seconds that a request may spend in each phase, all in all.
 DEADLINES = {Phase.READ: 10, Phase.VERIFY: 30, Phase.MOUNT: 10, Phase.REPLY: 5, Phase.CLOSE: 5}
+# What the listener adds to them: a worker that can end the phase by itself does, and need not be killed.
+GRACE_SECONDS = 0.5
 
 MINIMUM_WORKERS = 2  # ready before anybody asks
 MAXIMUM_WORKERS = 8  # serving at the same time
@@ -17,7 +19,7 @@ SLOTS = MAXIMUM_WORKERS + MAXIMUM_STUCK
 REQUESTS_PER_WORKER = 256  # then it is replaced: what leaks, leaks no further
 SECONDS_OF_WORKER = 300
 # How long a worker stays with a connection that it has just answered, and for how many requests.
-LINGER_MILLISECONDS = 2
+LINGER_MILLISECONDS = 1
 REQUESTS_IN_A_ROW = 16
 IDLE_WORKER_SECONDS = 30  # above the minimum
 SECONDS_TO_DIE = 1.0  # after SIGKILL; who takes longer hangs in the kernel

@@ -31,8 +31,12 @@ class Owner:
 
     @property
     def may_run(self) -> bool:
-        """Whether it has something to run and may."""
-        return bool(self.queue) and self.running < MAXIMUM_RUNNING_PER_OWNER
+        """Whether it has something to run and may.
+
+        What hangs counts as well, so that not more can hang than may; who has too many of those gets an
+        answer, which needs a turn, too.
+        """
+        return bool(self.queue) and self.running < max(1, MAXIMUM_RUNNING_PER_OWNER - self.stuck)
 
     @property
     def idle(self) -> bool:

@@ -18,6 +18,7 @@ from mountd.daemon.channel import Word
 from mountd.daemon.journal import WORKER_ID, Priority, log
 from mountd.daemon.limits import (
     DEADLINES,
+    GRACE_SECONDS,
     IDLE_WORKER_SECONDS,
     MAXIMUM_WORKERS,
     MINIMUM_WORKERS,
@@ -194,7 +195,7 @@ class Pool:
                     times.append(worker.killed_at + SECONDS_TO_DIE)
             elif worker.owner is not None:
                 phase, since = self._board.read(worker.slot)
-                times.append(since + DEADLINES.get(phase, DEADLINES[Phase.CLOSE]))
+                times.append(since + DEADLINES.get(phase, DEADLINES[Phase.CLOSE]) + GRACE_SECONDS)
         return min(times, default=None)
 
     def enforce(self) -> list[Ended]:
@@ -208,7 +209,7 @@ class Pool:
             elif worker.owner is not None:
                 phase, since = self._board.read(worker.slot)
                 seconds = DEADLINES.get(phase, DEADLINES[Phase.CLOSE])
-                if now >= since + seconds:
+                if now >= since + seconds + GRACE_SECONDS:
                     dropped += self._give_up(worker, phase, seconds)
         return dropped
 

@@ -59,7 +59,7 @@ class Worker:
         self._policy = policy
         self._seal = seal
         self._healthy = True
-        self._refused = False  # the last request
+        self._may_linger = False  # after the last request
         self._served = 0
         self._left_over: list[OwnedFd] = []
 
@@ -98,7 +98,7 @@ class Worker:
         for _ in range(REQUESTS_IN_A_ROW):
             if not self._serve(connection, connected_from):
                 return False
-            if self._refused:
+            if not self._may_linger:
                 return True
             self._enter(Phase.IDLE)
             poller = select.poll()
@@ -132,13 +132,18 @@ class Worker:
         begin = time.monotonic()
         try:
             reply, fds = self._dispatcher.handle(message, context)
-            self._left_over += fds
-            taken = self._send(connection, reply, fds)
+            try:
+                taken = self._send(connection, reply, fds)
+            finally:
+                # At once: whoever has attached the mount may want to detach it in a moment.
+                close_all(fds)
         finally:
             self._left_over += message.fds
             message.fds = []
         self._note(message, context, reply, time.monotonic() - begin, taken)
-        self._refused = bool(error_name(reply))
+        # What was refused may hang when it is closed; what can be written to has to be on disk once the
+        # caller has detached it, and the spot holds it until it is cleared.
+        self._may_linger = not error_name(reply) and not context.writable
         return taken
 
     def _clean_up(self) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mountd.caller.model import UserNamespace
 
 MAXIMUM_RANGES = 340  # what the kernel takes for one map (user_namespaces(7))
+MAXIMUM_MAP = 4095  # bytes of its text: one write(2) of less than a page (user_namespaces(7))
 MAXIMUM_ID = (1 << 32) - 2
 
 
@@ -49,7 +50,7 @@ def host_extents(
     """Return `ranges` with their targets, numbers of `namespace`, as host ids.
 
     Raises InvalidParameter for ranges that are empty, overlap or have a target that the namespace does not
-    map, and LimitExceeded for too many.
+    map, and LimitExceeded for more than the kernel takes.
     """
     parameter = "idMap.gidRanges" if gids else "idMap.uidRanges"
     if not ranges:
@@ -64,6 +65,10 @@ def host_extents(
         extents += translate(parameter, each, id_map)
     if len(extents) > MAXIMUM_RANGES:
         raise LimitExceeded(f"ranges in {parameter}", MAXIMUM_RANGES)
+    if sum(len(f"{each.inner} {each.outer} {each.count}\n") for each in extents) > MAXIMUM_MAP:
+        raise LimitExceeded(
+            f"bytes in the map of {parameter}", MAXIMUM_MAP, hint="ask for fewer ranges or smaller numbers"
+        )
     return tuple(extents)
 
 

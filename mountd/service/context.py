@@ -28,7 +28,8 @@ class RequestContext:
     """One request. `connection` is borrowed.
 
     `connected_from` identifies the user namespace that the peer was in when it connected; `enter` is called
-    at the border of each phase. `notes` is what the journal says about the request.
+    at the border of each phase. `notes` is what the journal says about the request, `writable` whether a
+    mount was made that can be written to.
     """
 
     connection: socket.socket
@@ -37,3 +38,4 @@ class RequestContext:
     seal: Callable[[OwnedFd], OwnedFd]
     enter: Callable[[Phase], None]
     notes: dict[str, str] = field(default_factory=dict)
+    writable: bool = False

@@ -61,6 +61,7 @@ def mount(
             raise judged.decision.error
         check_peer(pidfd.fileno())
         context.enter(Phase.MOUNT)
+        context.writable = not judged.decision.read_only
         made = make(judged, context)
         try:
             id = compat.any_mount_id(made.fileno())

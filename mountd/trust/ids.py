@@ -26,12 +26,15 @@ def authorize_ids(caller: Caller, given: GivenNamespace, delegated: DelegatedIds
 
     `delegated` are the ids that the host's administrator gave to the caller. The host's root may use any.
     """
-    if caller.is_host_root:
-        return
     if given.namespace.is_host:
         raise UserNamespaceNotPermitted(
-            "it is the host's, which is for the host's root only", hint="make a user namespace of your own"
+            "it is the host's, in which every id is itself",
+            hint="leave it out, or make a user namespace of your own",
         )
+    check_not_empty("uids", given.namespace.uid_map)
+    check_not_empty("gids", given.namespace.gid_map)
+    if caller.is_host_root:
+        return
     if caller.uid == OVERFLOW_ID:
         raise UserNamespaceNotPermitted(
             f"the caller's uid {OVERFLOW_ID} stands for every unknown id, so nothing can belong to it",
@@ -105,12 +108,17 @@ def check_ownership(caller: Caller, given: GivenNamespace) -> None:
     )
 
 
-def check_ids(what: str, extents: tuple[IdExtent, ...], allowed: Iterable[range], file: str) -> None:
-    """Raise unless all host ids of `extents` are in `allowed`; `file` is where more can be given."""
+def check_not_empty(what: str, extents: tuple[IdExtent, ...]) -> None:
+    """Raise if a map has not been written yet: nobody knows what will be in it."""
     if not any(extent.count > 0 for extent in extents):
         raise UserNamespaceNotPermitted(
             f"it maps no ids: its map of {what} is empty", hint="write its uid_map and its gid_map first"
         )
+
+
+def check_ids(what: str, extents: tuple[IdExtent, ...], allowed: Iterable[range], file: str) -> None:
+    """Raise unless all host ids of `extents` are in `allowed`; `file` is where more can be given."""
+    check_not_empty(what, extents)
     ordered = sorted((ids for ids in allowed if ids.stop <= UNMAPPED_ID), key=lambda ids: ids.start)
     for ids in mapped(extents):
         outside = first_outside(ids, ordered)

@@ -28,6 +28,8 @@ MAXIMUM_OPTIONS = 64  # far more than all tables together have
 
 # Each of these takes something away from whoever uses the mount.
 RESTRICTING = frozenset({"nosuid", "nodev", "noexec", "nosymfollow", "noatime", "nodiratime"})
+# The kernel has no lock for these (MNT_LOCK_* in linux/mount.h): whoever receives the mount clears them.
+CLEARABLE = frozenset({"nosymfollow"})
 LIFTING = frozenset({"suid", "dev", "exec", "symfollow"})
 # Only one of these can hold; relatime is what the kernel does by itself.
 ACCESS_TIMES = ("noatime", "relatime", "strictatime")

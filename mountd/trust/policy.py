@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from mountd.caller.model import OVERFLOW_ID
 from mountd.trust import location as location_pattern
-from mountd.trust.options import RESTRICTING, check_grant
+from mountd.trust.options import CLEARABLE, RESTRICTING, check_grant
 from mountd.trust.wishes import IDMAP_KINDS
 
 NOT_SUPPORTED = "not supported by this version of mountd"
@@ -137,9 +137,14 @@ class Grant:
     max_inodes: int | None = None
 
     def __post_init__(self) -> None:
+        for flag in CLEARABLE.intersection(self.flags):
+            raise PolicyValueError(
+                "grant.flags",
+                f"“{flag}” cannot be locked: the kernel lets whoever receives the mount clear it; remove it",
+            )
         for key, values, known in (
             ("file-systems", self.file_systems, FILE_SYSTEMS),
-            ("flags", self.flags, tuple(sorted(RESTRICTING))),
+            ("flags", self.flags, tuple(sorted(RESTRICTING - CLEARABLE))),
             ("idmap", self.idmap, IDMAP_KINDS),
         ):
             for value in values:
