@@ -1,0 +1,73 @@
+"""What a call of mount.mountd costs, from the start of the process to its end."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.container import in_container
+from tests.daemon import Daemon
+from tests.programs import environment
+from tests.unit.test_import_budget import HEAVY, foreign
+
+MAXIMUM_CPU_SECONDS = 0.060
+RUNS = 12
+
+
+def in_place(daemon: Daemon, place: Path, work: Callable[[Path], object]) -> object:
+    """Run `work` in a container, with a directory to mount at."""
+    target = place / "cost"
+    target.mkdir(exist_ok=True)
+    return in_container(lambda: work(target))
+
+
+def test_cpu_time_of_a_mount(
+    daemon: Daemon, installed: Path, images: dict[str, Path], place: Path, containers: None
+) -> None:
+    """The least of several runs, so that what else the machine does plays no part."""
+    helper = str(installed / "sbin/mount.mountd")
+
+    def used() -> float:
+        total = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return total.ru_utime + total.ru_stime
+
+    def work(target: Path) -> float:
+        seconds = []
+        for _ in range(RUNS):
+            before = used()
+            arguments = [helper, str(images["erofs"]), str(target), "-o", "rw"]
+            assert os.waitpid(os.posix_spawn(helper, arguments, environment(daemon.socket)), 0)[1] == 0
+            seconds.append(used() - before)
+            assert (target / "hello").exists()
+        return min(seconds)
+
+    least = in_place(daemon, place, work)
+    assert isinstance(least, float)
+    assert 0 < least <= MAXIMUM_CPU_SECONDS
+
+
+def test_modules_of_a_mount(
+    daemon: Daemon, installed: Path, images: dict[str, Path], place: Path, containers: None
+) -> None:
+    """A whole mount by the system's Python loads nothing heavy, and nothing from elsewhere."""
+
+    def work(target: Path) -> str:
+        script = str(installed / "sbin/mount.mountd")
+        command = ["/usr/bin/python3", "-IS", "-X", "importtime", script, str(images["erofs"]), str(target)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment(daemon.socket)
+        )
+        assert (target / "hello").exists()
+        return done.stderr
+
+    said = in_place(daemon, place, work)
+    assert isinstance(said, str)
+    loaded = {
+        line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import time:")
+    }
+    assert {"mountd.cli.mount_helper", "mountd.client", "socket"} <= loaded
+    assert not loaded & HEAVY
+    assert not foreign(loaded - {"imported package"})
