@@ -6,11 +6,13 @@ import contextlib
 import os
 import pickle
 import signal
+import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from mountd.kernel import mount_api, namespaces
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api, namespaces, sockets
 from mountd.kernel.flags import Clone, Propagation
 
 T = TypeVar("T")
@@ -61,6 +63,66 @@ def make_container(work: Callable[[], T], uids: IdMap, gids: IdMap, kinds: Clone
     set_dumpable()
     mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
     return work()
+
+
+def user_namespace(
+    uids: IdMap,
+    gids: IdMap | None = None,
+    *,
+    owner: int | None = None,
+    below: int | None = None,
+) -> OwnedFd:
+    """Return a user namespace without processes that `owner` made, with maps written by this process.
+
+    An empty map is not written. `below` is the namespace to make it in, whose maps are then written as its
+    root would; `owner` is a number of that one.
+    """
+    if below is not None:
+        return _made_below(uids, uids if gids is None else gids, owner, below)
+    maps = {"uid_map": uids, "gid_map": uids if gids is None else gids}
+    entered, enters = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if owner is not None:
+                os.setresgid(owner, owner, owner)
+                os.setresuid(owner, owner, owner)
+            namespaces.unshare(Clone.NEWUSER)
+            set_dumpable()
+            os.write(enters, b"k")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(enters)
+    try:
+        assert os.read(entered, 1) == b"k", "there is no namespace"
+        for name, rows in maps.items():
+            if rows:
+                with open(f"/proc/{pid}/{name}", "w") as file:
+                    file.write("".join(f"{a} {b} {c}\n" for a, b, c in rows))
+        return OwnedFd(os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC))
+    finally:
+        os.close(entered)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _made_below(uids: IdMap, gids: IdMap, owner: int | None, below: int) -> OwnedFd:
+    """Make it in a child that has entered `below`, and take it over from there."""
+    ours, theirs = socket.socketpair()
+
+    def enter() -> None:
+        namespaces.setns(below, Clone.NEWUSER)
+        os.setresgid(0, 0, 0)
+        os.setresuid(0, 0, 0)
+        set_dumpable()
+        with user_namespace(uids, gids, owner=owner) as made:
+            sockets.send(theirs, b"k", [made])
+
+    with ours, theirs:
+        forked(enter)
+        _, fds, _ = sockets.receive(ours, 1, 1)
+        return fds[0]
 
 
 _mapper: list[tuple[int, int]] = []  # pipe ends of the process that writes maps: (to it, from it)

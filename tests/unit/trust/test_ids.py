@@ -59,8 +59,6 @@ class Row:
 
 ROWS = [
     Row("host root, any", caller(0, HOST), chain(OTHERS)),
-    Row("host root, the host's", caller(0, HOST), GivenNamespace(HOST, ())),
-    Row("host root, empty", caller(0, HOST), chain(namespace(30))),
     Row("user, own single", IN_HOST, chain(SINGLE)),
     Row("user, own with subids", IN_HOST, chain(ROOTLESS), DELEGATED),
     Row("user, below its own", IN_HOST,
@@ -80,6 +78,9 @@ ROWS = [
     Row("two adjacent extents", IN_HOST, chain(namespace(35, (0, 1000, 3))),
         DelegatedIds((range(1001, 1002), range(1002, 1003)), (range(1001, 1003),))),
     # Refusals.
+    Row("host root, the host's", caller(0, HOST), GivenNamespace(HOST, ()), refused="it is the host's"),
+    Row("host root, empty", caller(0, HOST), chain(namespace(30)), refused="it maps no ids"),
+    Row("host root, no gids", caller(0, HOST), chain(replace(SINGLE, gid_map=())), refused="map of gids"),
     Row("user, the host's", IN_HOST, GivenNamespace(HOST, ()), DELEGATED, "it is the host's"),
     Row("container root, the host's", IN_CONTAINER, GivenNamespace(HOST, ()), refused="it is the host's"),
     Row("overflow on the host", caller(OVERFLOW_ID, HOST),

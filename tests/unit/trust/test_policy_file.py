@@ -245,6 +245,7 @@ BROKEN = [
     (IMAGE, '["ext4"]', '["ext4"], access = "rw"', "rule 1: grant.access", "'read-only' or 'read-write'"),
     (IMAGE, '["ext4"]', '["ext4"], flags = ["suid"]', "rule 1: grant.flags", "“suid” is not one of"),
     (IMAGE, '["ext4"]', r'["ext4"], flags = ["a\nb"]', "rule 1: grant.flags", r"“a\nb” is not one of"),
+    (IMAGE, '["ext4"]', '["ext4"], flags = ["nosymfollow"]', "rule 1: grant.flags", "cannot be locked"),
     (IMAGE, '["ext4"]', '["ext4"], idmap = []', "rule 1: grant.idmap", "the list is empty"),
     (IMAGE, '["ext4"]', '["ext4"], idmap = ["all"]', "rule 1: grant.idmap", "“all” is not one of"),
     (IMAGE, '["ext4"]', '["ext4"], options = ["context"]', "rule 1: grant.options", "“context”"),
