@@ -1,0 +1,74 @@
+"""A machine with mountd installed on it, its users and its images."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.systemd.machine import HERE, Machine
+
+ROOT = HERE.parents[1]
+TYPES = ("erofs", "squashfs", "ext4", "xfs", "btrfs")
+IMAGES = "/var/lib/machines"
+USER = "alice"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.systemd)
+
+
+@pytest.fixture(scope="session")
+def booted() -> Iterator[Machine]:
+    """A copy of the Debian root with mountd installed and enabled, booted."""
+    built = subprocess.run([HERE / "build_root"], stdout=subprocess.PIPE, text=True, check=True)
+    # On a disk: not every file system can be mounted from a file in memory.
+    place = Path(tempfile.mkdtemp(prefix="mountd-systemd-", dir="/var/tmp"))
+    place.chmod(0o755)
+    root = place / "root"
+    try:
+        subprocess.run(["cp", "-a", "--reflink=auto", built.stdout.strip(), root], check=True)
+        subprocess.run(["make", "-s", "install", f"DESTDIR={root}"], cwd=ROOT, check=True)
+        enable = ["chroot", root, "systemctl", "--quiet", "enable", "mountd.socket"]
+        subprocess.run(enable, check=True)
+        machine = Machine(root)
+        try:
+            yield machine
+            bugs = [each["MESSAGE"] for each in machine.journal("--priority=err", "MESSAGE_ID=" + WORKER_ID)]
+            assert bugs == []
+        finally:
+            machine.stop()
+    finally:
+        shutil.rmtree(place)
+
+
+# mountd/daemon/journal.py: what is wrong with the daemon itself.
+WORKER_ID = "b8a9c1f2d6e04d3f9a7b5c4e3d2f1a08"
+
+
+@pytest.fixture
+def machine(booted: Machine) -> Iterator[Machine]:
+    """The machine, whose service is not running yet; put back afterwards."""
+    booted.put_back()
+    yield booted
+    booted.put_back()
+
+
+@pytest.fixture(scope="session")
+def user(booted: Machine) -> str:
+    """An ordinary user of the machine."""
+    booted.sh(f"useradd --create-home --shell /bin/sh {USER}")
+    return USER
+
+
+@pytest.fixture(scope="session")
+def images(booted: Machine) -> dict[str, str]:
+    """One image of each file system, made by the machine's own tools, owned by root."""
+    booted.run(["sh", "-eu", "-s", IMAGES], input=(HERE / "inside/build_images").read_text())
+    return {type: f"{IMAGES}/{type}.raw" for type in TYPES}

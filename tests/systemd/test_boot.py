@@ -1,0 +1,54 @@
+"""The units: they boot, they are what systemd's own tools call good, and they shut the service in."""
+
+from __future__ import annotations
+
+from tests.systemd.machine import SERVICE, SOCKET, Machine
+
+MAXIMUM_EXPOSURE = 40  # tenths, as --threshold= has them
+
+
+def test_boots_without_a_failed_unit(machine: Machine) -> None:
+    assert machine.run(["systemctl", "is-system-running"], check=False).stdout.strip() == "running"
+    assert machine.sh("systemctl list-units --failed --plain --no-legend") == ""
+
+
+def test_the_enabled_socket_listens_for_everybody(machine: Machine) -> None:
+    assert machine.run(["systemctl", "is-enabled", SOCKET]).stdout.strip() == "enabled"
+    assert machine.state(SOCKET) == "active"
+    assert machine.sh("stat -c '%F %a %U' /run/mountd/io.mountd.Mount").strip() == "socket 666 root"
+    assert machine.sh("readlink -f /run/varlink/registry/io.mountd.Mount").strip() == (
+        "/run/mountd/io.mountd.Mount"
+    )
+
+
+def test_directories(machine: Machine) -> None:
+    stat = "stat -c '%n %a %U' /run/mountd /var/lib/mountd /etc/mountd/policy.d"
+    expected = "/run/mountd 755 root\n/var/lib/mountd 700 root\n/etc/mountd/policy.d 755 root\n"
+    assert machine.sh(stat) == expected
+    machine.explain("tmpfs:4096")
+    assert machine.sh(stat) == expected
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(machine: Machine) -> None:
+    done = machine.run(["systemd-analyze", "verify", SERVICE, SOCKET])
+    assert done.stdout + done.stderr == ""
+
+
+def test_exposure(machine: Machine) -> None:
+    threshold = f"--threshold={MAXIMUM_EXPOSURE}"
+    machine.run(["systemd-analyze", "security", "--offline=yes", threshold, SERVICE])
+    machine.explain("tmpfs:4096")
+    machine.run(["systemd-analyze", "security", threshold, SERVICE])
+
+
+def test_what_the_service_may_not(machine: Machine) -> None:
+    machine.explain("tmpfs:4096")
+    status = machine.sh(f"cat /proc/{machine.main_pid()}/status")
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    # KILL, SETGID, SETUID, SYS_CHROOT, SYS_PTRACE, SYS_ADMIN and nothing else, now and for ever.
+    wanted = sum(1 << number for number in (5, 6, 7, 18, 19, 21))
+    assert (int(fields["CapEff"], 16), int(fields["CapBnd"], 16)) == (wanted, wanted)
+    assert (fields["NoNewPrivs"], fields["Seccomp"]) == ("1", "2")
+    inside = ["nsenter", f"--target={machine.main_pid()}", "--mount", "--net", "--"]
+    assert machine.run([*inside, "touch", "/etc/x", "/usr/x"], check=False).stderr.count("Read-only") == 2
+    assert machine.run([*inside, "ip", "-br", "link"]).stdout.split()[0] == "lo"

@@ -1,0 +1,50 @@
+"""What the administrator finds in the journal about each request."""
+
+from __future__ import annotations
+
+from tests.systemd.machine import Machine
+
+# mountd/daemon/journal.py
+REQUEST_ID = "6f0d0a4e5b1c4a7f8f3a51d7c9b2e640"
+POLICY_ID = "0e1b7d5d86a44f0cb7d10f3b52c1a9d3"
+
+
+def test_a_mount_and_a_refusal(machine: Machine, images: dict[str, str], user: str) -> None:
+    uid = machine.sh(f"id -u {user}").strip()
+    mount = ["unshare", "-Urm", "mount", "-t", "mountd"]
+    machine.run([*mount, images["squashfs"], "/mnt"], user=user)
+    machine.run([*mount, "tmpfs:4096", "/mnt"], user=user, check=False)
+    allowed, refused = machine.journal(f"MESSAGE_ID={REQUEST_ID}")[-2:]
+    expected = {
+        "MESSAGE_ID": REQUEST_ID,
+        "PRIORITY": "6",
+        "SYSLOG_IDENTIFIER": "mountd",
+        "_SYSTEMD_UNIT": "mountd.service",
+        "MOUNTD_CALLER_UID": uid,
+        "MOUNTD_CALLER_GID": machine.sh(f"id -g {user}").strip(),
+        "MOUNTD_OWNER_UID": uid,
+        "MOUNTD_METHOD": "Mount",
+        "MOUNTD_VERDICT": "allow",
+        "MOUNTD_RULE": "system images",
+        "MOUNTD_FILE_SYSTEM": "squashfs",
+    }
+    assert {name: allowed.get(name) for name in expected} == expected
+    assert 0 < int(allowed["MOUNTD_DURATION_USEC"]) < 30_000_000
+    assert int(allowed["MOUNTD_CALLER_PID"]) > 0
+    assert f"Mount for uid {uid} (pid {allowed['MOUNTD_CALLER_PID']}): allow" in allowed["MESSAGE"]
+    expected = {
+        "PRIORITY": "5",
+        "MOUNTD_CALLER_UID": uid,
+        "MOUNTD_VERDICT": "deny",
+        "MOUNTD_ERROR": "DeniedByPolicy",
+        "MOUNTD_FILE_SYSTEM": "tmpfs",
+    }
+    assert {name: refused.get(name) for name in expected} == expected
+    assert "MOUNTD_RULE" not in refused
+
+
+def test_a_reload(machine: Machine) -> None:
+    machine.explain("tmpfs:4096")
+    machine.run(["systemctl", "reload", "mountd"])
+    # systemd's word that it was reloaded is the daemon's READY=1, which comes after this.
+    assert "1 rules" in machine.journal(f"MESSAGE_ID={POLICY_ID}")[-1]["MESSAGE"]
