@@ -26,7 +26,10 @@ def inherited() -> socket.socket:
     """Return the one socket that systemd has passed. Raises StartFailure for anything else."""
     from systemd import daemon  # type: ignore[import-untyped]
 
-    fds = daemon.listen_fds(unset_environment=True)
+    try:
+        fds = daemon.listen_fds(unset_environment=True)
+    except OSError as error:
+        raise StartFailure(f"LISTEN_FDS, LISTEN_PID: no such numbers ({error.strerror})") from None
     if len(fds) != 1:
         raise StartFailure(f"LISTEN_FDS: exactly one socket is needed, {len(fds)} came for this process")
     if not daemon.is_socket_unix(fds[0], socket.SOCK_STREAM, 1):

@@ -11,8 +11,9 @@ import signal
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
-from mountd.kernel.flags import Clone, Ioctl
+from mountd.kernel.flags import Clone, Ioctl, StatxMask
 from mountd.kernel.libc import call
+from mountd.kernel.paths import statx
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,8 +60,15 @@ def namespace_of(pidfd: int, kind: str) -> OwnedFd:
 
 
 def is_user_namespace(fd: int) -> bool:
-    """Tell whether `fd` is a user namespace; False for whatever else."""
+    """Tell whether `fd` is a user namespace; False for whatever else.
+
+    Only a file of the kernel's own file system for namespaces is asked what it is: to anything else the
+    question could be a request to a FUSE server that does not answer.
+    """
     try:
+        status = statx(fd, "", StatxMask.TYPE, sync=False)
+        if os.makedev(status.stx_dev_major, status.stx_dev_minor) != os.stat("/proc/self/ns/user").st_dev:
+            return False
         return call("ioctl", fd, Ioctl.NS_GET_NSTYPE, None) == Clone.NEWUSER
     except SyscallError:
         return False

@@ -1,0 +1,266 @@
+"""The daemon itself: start, reload, end, and the death of each of its processes.
+
+There is no process that seals mounts any more, so that none can be killed: the mount namespace that locks
+them is held by the fork server, whose death is a test here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mountd.daemon import main
+from tests.container import forked
+from tests.daemon import ROOT, Daemon
+from tests.e2e.conftest import trusting
+from tests.rogue import (
+    ATTACKER,
+    GET_INFO,
+    Raw,
+    ask,
+    error,
+    eventually,
+    mount_call,
+    neighbour,
+    opened,
+    settled,
+)
+
+RELOADED = "the policy was reloaded"
+NOT_RELOADED = "the policy was not reloaded, the old one holds"
+
+
+def mount(daemon: Daemon, image: Path) -> str | None:
+    """Ask for a mount as an ordinary user and return the name of the error."""
+    with opened(image) as fds:
+        return error(ask(daemon, mount_call(), fds, ATTACKER))
+
+
+def reload(daemon: Daemon, policy: str, said: str) -> None:
+    """Replace the policy and wait until the daemon says what became of it."""
+    before = daemon.log.count(said)
+    daemon.set_policy(policy)
+    daemon.signal(signal.SIGHUP)
+    assert eventually(lambda: daemon.log.count(said) > before), daemon.log
+
+
+def test_reload_holds_for_every_later_request(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    image, trusted = images["erofs"], trusting(images["erofs"].parent)
+    daemon = start("")
+    for _ in range(5):
+        assert mount(daemon, image) == "DeniedByPolicy"
+        reload(daemon, trusted, RELOADED)
+        assert {mount(daemon, image) for _ in range(4)} == {""}
+        reload(daemon, "", RELOADED)
+        assert {mount(daemon, image) for _ in range(4)} == {"DeniedByPolicy"}
+
+
+def test_reload_under_load(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    """No request is lost, and a broken policy changes nothing but the log."""
+    image, trusted = images["erofs"], trusting(images["erofs"].parent)
+    daemon = start(trusted)
+    with neighbour(daemon, image), neighbour(daemon, image, ATTACKER):
+        for number in range(5):
+            reload(daemon, trusted, RELOADED)
+            reload(daemon, f"[[rule]]\nname = {number}", NOT_RELOADED)
+        daemon.set_policy(trusted)
+        for _ in range(50):
+            daemon.signal(signal.SIGHUP)
+            time.sleep(0.002)
+    assert mount(daemon, image) == ""
+
+
+def test_sigterm_answers_everybody(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    """What runs is answered, what waits is told ShuttingDown, and the exit status is 0."""
+    daemon = start(trusting(images["erofs"].parent))
+    settled(daemon)
+    workers, fork_server = daemon.workers, daemon.fork_server
+    # Nobody else is started while these two are busy.
+    for pid in (*workers, fork_server):
+        os.kill(pid, signal.SIGSTOP)
+    with (
+        opened(images["erofs"]) as fds,
+        Raw(daemon) as first,
+        Raw(daemon) as second,
+        Raw(daemon) as queued,
+        Raw(daemon) as idle,
+    ):
+        for raw in (first, second, queued):
+            raw.send(mount_call(), fds)
+            time.sleep(0.1)
+        begin = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        assert error(queued.reply()) == "ShuttingDown"
+        assert idle.ended()
+        for pid in (*workers, fork_server):
+            os.kill(pid, signal.SIGCONT)
+        for raw in (first, second):
+            assert error(raw.reply()) == ""
+            assert len(raw.fds) == 1
+        assert daemon.process.wait(10) == 0
+        assert time.monotonic() - begin < 10
+    assert not daemon.socket.exists()
+
+
+def test_sigterm_does_not_wait_for_what_hangs(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    daemon = start("")
+    settled(daemon)
+    workers = daemon.workers
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    with Raw(daemon) as raw:
+        raw.send(GET_INFO)
+        time.sleep(0.1)
+        begin = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        reply = error(raw.reply())
+        assert daemon.process.wait(12) == 0
+        assert 9 < time.monotonic() - begin < 12
+        assert reply in ("TimedOut", None)
+    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_idle_exit(start: Callable[..., Daemon]) -> None:
+    daemon = start("", "--idle-exit", "0.5")
+    with Raw(daemon):
+        time.sleep(1)
+        assert daemon.process.poll() is None, "a connection is there"
+    assert daemon.process.wait(3) == 0
+    assert not daemon.socket.exists()
+
+
+def test_fork_server_is_killed(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    """Another takes its place, workers and all; connections end."""
+    daemon = start(trusting(images["erofs"].parent))
+    for _ in range(2):
+        fork_server, workers = daemon.fork_server, daemon.workers
+        with Raw(daemon) as raw:
+            raw.send(GET_INFO)
+            assert error(raw.reply()) == ""
+            os.kill(fork_server, signal.SIGKILL)
+            assert raw.ended()
+        assert mount(daemon, images["erofs"]) == ""
+        assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))  # noqa: B023
+        assert daemon.fork_server != fork_server
+    assert daemon.log.count("the fork server has ended; starting another") == 2
+
+
+def test_fork_server_keeps_being_killed(start: Callable[..., Daemon]) -> None:
+    daemon = start("")
+    for _ in range(main.MAXIMUM_RESTARTS + 1):
+        with contextlib.suppress(IndexError):
+            old = daemon.fork_server
+            os.kill(old, signal.SIGKILL)
+            eventually(lambda: daemon.children() and daemon.fork_server != old)  # noqa: B023
+    assert daemon.process.wait(5) == 1
+    assert "the fork server keeps ending" in daemon.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_worker_is_killed_while_it_serves(
+    start: Callable[..., Daemon], images: dict[str, Path], number: int
+) -> None:
+    daemon = start(trusting(images["erofs"].parent))
+    settled(daemon)
+    with Raw(daemon, ATTACKER) as raw, opened(images["ext4"]) as fds:
+        workers = daemon.workers
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        raw.send(mount_call(), fds)
+        time.sleep(0.1)
+        for pid in workers:
+            os.kill(pid, number)
+            os.kill(pid, signal.SIGCONT)
+        reply = raw.reply()
+        assert error(reply) == "MountFailed"
+        assert reply is not None
+        assert reply["parameters"]["errnoName"] == "EIO"
+    with neighbour(daemon, images["erofs"]):
+        assert mount(daemon, images["ext4"]) == ""
+
+
+def test_start_with_a_broken_policy(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    """Everything is denied, with the reason, until there is a good one."""
+    daemon = start("this is no policy")
+    with opened(images["erofs"]) as fds:
+        reply = ask(daemon, mount_call(), fds)
+    assert error(reply) == "DeniedByPolicy"
+    assert "policy is broken" in reply["parameters"]["reason"]
+    assert "the policy is broken, everything is denied" in daemon.log
+    reload(daemon, trusting(images["erofs"].parent), RELOADED)
+    assert mount(daemon, images["erofs"]) == ""
+
+
+def test_start_as_an_ordinary_user(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["mountd", "--runtime-dir", str(place / "nowhere")])
+
+    def work() -> object:
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        return ended.value.code
+
+    assert forked(work, ATTACKER) == "mountd: it makes mounts for others, and has to be started as root"
+
+
+def test_stale_socket_is_replaced(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    daemon = start(trusting(images["erofs"].parent))
+    fork_server, workers = daemon.fork_server, daemon.workers
+    daemon.signal(signal.SIGKILL)
+    daemon.process.wait()
+    assert daemon.socket.is_socket()
+    # The death of the listener is that of all.
+    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (fork_server, *workers)))
+    daemon.launch()
+    assert mount(daemon, images["erofs"]) == ""
+
+
+def run(daemon: Daemon, *prefix: str, **run: object) -> tuple[int, str]:
+    """Start another daemon on the socket of `daemon` and return its exit status and its words."""
+    command = [*prefix, *map(str, daemon._command)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        **run,
+    )  # type: ignore[call-overload]
+    return done.returncode, done.stderr
+
+
+def test_second_daemon_is_refused(daemon: Daemon, images: dict[str, Path]) -> None:
+    status, said = run(daemon)
+    assert status == 1
+    assert said == f"mountd: cannot listen on {daemon.socket}: another process does\n"
+    assert mount(daemon, images["erofs"]) == ""
+
+
+LISTEN = [
+    ("LISTEN_PID=$$ LISTEN_FDS=2", "exactly one socket is needed, 2 came"),
+    ("LISTEN_PID=$$ LISTEN_FDS=0", "LISTEN_FDS"),
+    ("LISTEN_PID=1 LISTEN_FDS=1", "exactly one socket is needed, 0 came"),
+    ("LISTEN_FDS=1", "exactly one socket is needed, 0 came"),
+    ("LISTEN_PID=$$ LISTEN_FDS=many", "LISTEN_FDS"),
+    ("LISTEN_PID=$$ LISTEN_FDS=1", "no listening AF_UNIX stream socket"),
+]
+
+
+@pytest.mark.parametrize(("environment", "said"), LISTEN)
+def test_a88_wrong_sockets_from_the_service_manager(daemon: Daemon, environment: str, said: str) -> None:
+    """One clear line, and nothing is bound instead."""
+    script = f'{environment} exec "$@" 3</dev/null 4</dev/null'
+    status, words = run(daemon, "bash", "-c", script, "bash")
+    assert status == 1
+    assert words.count("\n") == 1
+    assert words.startswith("mountd: ")
+    assert said in words
+    assert "another process" not in words
