@@ -12,6 +12,7 @@ failure.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -45,10 +46,18 @@ class OwnedFd:
         return fd
 
     def close(self) -> None:
-        """Close the descriptor; closing twice does nothing."""
+        """Close the descriptor; closing twice does nothing.
+
+        What the file's own file system says at its close is nobody's business here; the descriptor is gone
+        all the same. Raises OSError only for one that was closed behind our back.
+        """
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            try:
+                os.close(fd)
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    raise
 
     @property
     def closed(self) -> bool:

@@ -34,8 +34,10 @@ def pin(connection: socket.socket) -> OwnedFd:
     """Return a pidfd of the process that connected. Raises PeerGone, NotSupported."""
     try:
         return compat.pidfd_of_peer(connection)
-    except SyscallError:
-        raise PeerGone("it has ended") from None
+    except SyscallError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            raise PeerGone("it has ended") from None
+        raise
 
 
 def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, int] | None = None) -> Caller:

@@ -6,7 +6,6 @@ and be killed. It says what it is doing on the board; the listener measures.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -149,9 +148,7 @@ class Worker:
     def _clean_up(self) -> None:
         """Let go of everything that the last requests have left."""
         self._seal.clear()
-        while self._left_over:
-            with contextlib.suppress(OSError):  # what the server of the file says to it; it is closed
-                close_all(self._left_over)
+        close_all(self._left_over)
 
     def _send(self, connection: socket.socket, reply: bytes, fds: list[OwnedFd]) -> bool:
         self._enter(Phase.REPLY)

@@ -8,6 +8,7 @@ leaves nothing.
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING, TypeVar
 
 from mountd.errors import SyscallError
@@ -84,6 +85,7 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
     if operation.backing is Backing.NOTHING:
         return _create_from(operation, operation.type)
     image_fd = _needed(inputs.image_fd)
+    refuse_lease(image_fd)
     if operation.backing is Backing.FILE:
         try:
             # This process has no other way to name an open file to erofs (before Linux 7.2).
@@ -98,6 +100,17 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
         return _create_from(operation, loop.path)
     finally:
         loop.close()
+
+
+def refuse_lease(image_fd: int) -> None:
+    """Raise SyscallError if somebody has a lease on the image (F_SETLEASE in fcntl(2)).
+
+    The kernel opens the image to mount it, and would wait until the lease is given up or broken.
+    """
+    try:
+        os.close(os.open(f"/proc/self/fd/{image_fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        raise SyscallError(error.errno or 0, "open(the image, O_NONBLOCK)") from None
 
 
 def _create_from(operation: CreateSuperblock, source: str) -> FsContext:

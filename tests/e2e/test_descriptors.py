@@ -44,11 +44,11 @@ def test_a08_no_descriptor_left_in_the_worker(start: Callable[..., Daemon], imag
     daemon = start(trusting(images["erofs"].parent))
     image = images["erofs"]
     settled(daemon)
-    workers = daemon.workers
+    workers, limits = daemon.workers, {}
     for pid in workers:
         # Room for the connection, and for one of two descriptors.
-        limit = lowest_free(pid) + 2
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limit))
+        limits[pid] = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free(pid) + 2, limits[pid][1]))
     with opened(image, image, image) as fds, Raw(daemon) as raw:
         raw.send(mount_call(), fds)
         reply = raw.reply()
@@ -57,6 +57,8 @@ def test_a08_no_descriptor_left_in_the_worker(start: Callable[..., Daemon], imag
         assert "lost" in reply["parameters"]["reason"]
         assert raw.ended()
     assert eventually(lambda: len(set(daemon.workers) & set(workers)) == 1), "the worker was not replaced"
+    for pid in set(daemon.workers) & set(workers):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits[pid])
     with opened(image) as fds:
         assert error(ask(daemon, mount_call(), fds)) == ""
 

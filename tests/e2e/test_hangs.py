@@ -6,7 +6,7 @@ nothing.
 
 Case 15 without systemd: the daemon gets its SIGTERM while workers hang in the kernel, ends, and another
 takes its place. What a service manager adds is that it waits for no process that hangs (KillMode=mixed).
-Case 16: who takes a lease can hold up the kernel's own open of the image, and is cut off by the deadline.
+Case 16: who takes a lease could hold up the kernel's own open of the image, which is tried without waiting.
 """
 
 from __future__ import annotations
@@ -262,10 +262,10 @@ def test_a13_worker_that_does_nothing(ten_seconds: dict[str, object], number: in
 
 
 def test_a16_lease_on_the_image(ten_seconds: dict[str, object]) -> None:
-    """The look at the path breaks no lease; the open that does ends at once or at the deadline."""
+    """The look at the path breaks no lease; the open that does ends at once."""
     history = ten_seconds["histories"]["lease"]  # type: ignore[index]
-    assert names(history)[:1] in (["TimedOut"], ["MountFailed"], ["LimitExceeded"])
-    assert history[0][1] < MOUNT + SLACK
+    assert names(history)[:1] == ["MountFailed"]
+    assert history[0][1] < MOUNT / 2
 
 
 def test_a19_caller_that_does_not_read(ten_seconds: dict[str, object]) -> None:
