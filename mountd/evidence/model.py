@@ -3,6 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mountd.errors import MountdError
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One kind of immutability, proven: `kind` is its name in the policy.
+
+    `digest` is what the proof says of the contents, as "ALGORITHM:HEX", None for one that says nothing of
+    them.
+    """
+
+    kind: str
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """A signature that was verified: with the policy's key of the name `key`, over `digest`.
+
+    `subject` says who that is, as the key itself has it. `covers` is what `digest` ("ALGORITHM:HEX") is of:
+    "image", "root-hash" or "fs-verity".
+    """
+
+    key: str
+    subject: str
+    covers: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an image of the store was pulled from, as recorded when it was verified.
+
+    `repository` is "HOST[:PORT]/PATH" in its canonical form, `manifest` and `layers` are digests,
+    `requirement` names the one of containers-policy.json(5) that passed, `signer` who passed it; `time` is
+    in seconds since the epoch.
+    """
+
+    repository: str
+    manifest: str
+    layers: tuple[str, ...]
+    requirement: str
+    signer: str | None
+    time: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +60,18 @@ class Evidence:
     which belongs to root and is writable by nobody else, and which was proven to lead to this very inode. It
     is None if that is not so, and `location_problem` then says why. `descriptor_writable` is whether the
     caller's descriptor can write to the image, wherever it lies.
+
+    `proofs` are the kinds of immutability beside that one that were proven, `unproven` says of each other
+    kind, by name, why it was not. `digest` is that of the image's bytes, where it is known. `signers` are
+    the signatures that came along and hold, `signature_error` is what is wrong with one that does not.
     """
 
     root_owned_path: str | None
     location_problem: str | None
     descriptor_writable: bool
+    proofs: tuple[Proof, ...] = ()
+    unproven: tuple[tuple[str, str], ...] = ()
+    digest: str | None = None
+    signers: tuple[Signer, ...] = ()
+    signature_error: MountdError | None = None
+    provenance: Provenance | None = None
