@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, TypeVar
 
 from mountd.errors import SyscallError
+from mountd.execute import verity
 from mountd.kernel import loop_device, mount_api, namespaces
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
@@ -38,9 +39,9 @@ T = TypeVar("T")
 
 
 class Inputs:
-    """What the operations refer to, all borrowed: the image, the user namespace, and who seals."""
+    """What the operations refer to, all borrowed: image, hash data, user namespace, and who seals."""
 
-    __slots__ = ("image_fd", "seal", "userns_fd")
+    __slots__ = ("hash_fd", "image_fd", "seal", "userns_fd")
 
     def __init__(
         self,
@@ -48,15 +49,23 @@ class Inputs:
         image_fd: int | None,
         userns_fd: int | None,
         seal: Callable[[OwnedFd], OwnedFd],
+        hash_fd: int | None = None,
     ) -> None:
-        """`seal` takes a detached mount over and returns one whose attributes are locked."""
+        """`seal` takes a detached mount over and returns one whose attributes are locked.
+
+        `hash_fd` is the hash data of dm-verity, where the plan has it.
+        """
         self.image_fd = image_fd
+        self.hash_fd = hash_fd
         self.userns_fd = userns_fd
         self.seal = seal
 
 
 def run(plan: Plan, inputs: Inputs) -> OwnedFd:
-    """Carry out `plan` and return the mount. Raises SyscallError and NotSupported; nothing is left then."""
+    """Carry out `plan` and return the mount. Nothing is left of it if that fails.
+
+    Raises SyscallError, NotSupported, and InvalidImage for an image that does not fit its root hash.
+    """
     context: FsContext | None = None
     mount: OwnedFd | None = None
     try:
@@ -86,6 +95,14 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
         return _create_from(operation, operation.type)
     image_fd = _needed(inputs.image_fd)
     refuse_lease(image_fd)
+    if operation.verity is not None:
+        hash_fd = _needed(inputs.hash_fd)
+        refuse_lease(hash_fd)
+        device = verity.attach(image_fd, hash_fd, operation.verity)
+        try:
+            return _create_from(operation, device.path)
+        finally:
+            device.close()
     if operation.backing is Backing.FILE:
         try:
             # This process has no other way to name an open file to erofs (before Linux 7.2).

@@ -1,7 +1,7 @@
 """System call numbers and structures, as the uapi headers declare them.
 
 Sources: asm-generic/unistd.h (the numbers from 424 on are the same on every architecture but alpha),
-linux/mount.h, linux/openat2.h, linux/stat.h, linux/loop.h.
+linux/mount.h, linux/openat2.h, linux/stat.h, linux/loop.h, linux/fsverity.h, linux/dm-ioctl.h, statfs(2).
 """
 
 import ctypes
@@ -154,3 +154,74 @@ class loop_config(Structure):  # noqa: N801
         ("info", loop_info64),
         ("_reserved", c_uint64 * 8),
     )
+
+
+class fsverity_enable_arg(Structure):  # noqa: N801
+    """struct fsverity_enable_arg."""
+
+    _fields_ = (
+        ("version", c_uint32),
+        ("hash_algorithm", c_uint32),
+        ("block_size", c_uint32),
+        ("salt_size", c_uint32),
+        ("salt_ptr", c_uint64),
+        ("sig_size", c_uint32),
+        ("_reserved1", c_uint32),
+        ("sig_ptr", c_uint64),
+        ("_reserved2", c_uint64 * 11),
+    )
+
+
+class fsverity_digest(Structure):  # noqa: N801
+    """struct fsverity_digest with room for the longest digest, that of SHA-512."""
+
+    _fields_ = (("digest_algorithm", c_uint16), ("digest_size", c_uint16), ("digest", c_uint8 * 64))
+
+
+class fsverity_read_metadata_arg(Structure):  # noqa: N801
+    """struct fsverity_read_metadata_arg."""
+
+    _fields_ = (
+        ("metadata_type", c_uint64),
+        ("offset", c_uint64),
+        ("length", c_uint64),
+        ("buf_ptr", c_uint64),
+        ("_reserved", c_uint64),
+    )
+
+
+class dm_ioctl(Structure):  # noqa: N801
+    """struct dm_ioctl; what an ioctl takes or returns besides it follows at `data_start`."""
+
+    _fields_ = (
+        ("version", c_uint32 * 3),
+        ("data_size", c_uint32),
+        ("data_start", c_uint32),
+        ("target_count", c_uint32),
+        ("open_count", ctypes.c_int32),
+        ("flags", c_uint32),
+        ("event_nr", c_uint32),
+        ("_padding", c_uint32),
+        ("dev", c_uint64),
+        ("name", ctypes.c_char * 128),
+        ("uuid", ctypes.c_char * 129),
+        ("_data", ctypes.c_char * 7),
+    )
+
+
+class dm_target_spec(Structure):  # noqa: N801
+    """struct dm_target_spec; the parameters follow as text."""
+
+    _fields_ = (
+        ("sector_start", c_uint64),
+        ("length", c_uint64),
+        ("status", ctypes.c_int32),
+        ("next", c_uint32),
+        ("target_type", ctypes.c_char * 16),
+    )
+
+
+class statfs(Structure):  # noqa: N801
+    """struct statfs of the 64-bit architectures; only the type is looked at."""
+
+    _fields_ = (("f_type", ctypes.c_long), ("_rest", ctypes.c_long * 15))

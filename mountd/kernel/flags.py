@@ -166,8 +166,36 @@ class LoopFlags(IntFlag, boundary=STRICT):
     DIRECT_IO = 16
 
 
+class DeviceMapper(IntFlag, boundary=STRICT):
+    """DM_*_FLAG of linux/dm-ioctl.h, as far as they are used."""
+
+    READONLY = 1 << 0
+    SUSPEND = 1 << 1
+    STATUS_TABLE = 1 << 4
+    ACTIVE_PRESENT = 1 << 5
+    INACTIVE_PRESENT = 1 << 6
+    BUFFER_FULL = 1 << 8
+    SECURE_DATA = 1 << 15
+    DEFERRED_REMOVE = 1 << 17
+
+
+class VerityAlgorithm(IntEnum):
+    """FS_VERITY_HASH_ALG_* of linux/fsverity.h."""
+
+    SHA256 = 1
+    SHA512 = 2
+
+
+class VerityMetadata(IntEnum):
+    """FS_VERITY_METADATA_TYPE_* of linux/fsverity.h."""
+
+    MERKLE_TREE = 1
+    DESCRIPTOR = 2
+    SIGNATURE = 3
+
+
 class Ioctl(IntEnum):
-    """Requests of ioctl(2): linux/nsfs.h, linux/pidfd.h, linux/loop.h, linux/fs.h."""
+    """Requests of ioctl(2): linux/{nsfs,pidfd,loop,fs,fsverity,dm-ioctl}.h."""
 
     NS_GET_USERNS = 0xB701
     NS_GET_PARENT = 0xB702
@@ -183,3 +211,14 @@ class Ioctl(IntEnum):
     LOOP_CONFIGURE = 0x4C0A
     LOOP_CTL_GET_FREE = 0x4C82
     BLKGETSIZE64 = 0x80081272
+    FS_IOC_ENABLE_VERITY = 0x40806685
+    FS_IOC_MEASURE_VERITY = 0xC0046686
+    FS_IOC_READ_VERITY_METADATA = 0xC0286687
+    DM_VERSION = 0xC138FD00
+    DM_LIST_DEVICES = 0xC138FD02
+    DM_DEV_CREATE = 0xC138FD03
+    DM_DEV_REMOVE = 0xC138FD04
+    DM_DEV_SUSPEND = 0xC138FD06
+    DM_TABLE_LOAD = 0xC138FD09
+    DM_TABLE_STATUS = 0xC138FD0C
+    DM_GET_TARGET_VERSION = 0xC138FD11

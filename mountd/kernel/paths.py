@@ -1,4 +1,4 @@
-"""Paths and what they name: openat2(2), statx(2), F_GETFL."""
+"""Paths and what they name: openat2(2), statx(2), fstatfs(2), F_GETFL."""
 
 import ctypes
 import fcntl
@@ -6,6 +6,7 @@ import os
 
 from mountd.fds import OwnedFd
 from mountd.kernel.abi import open_how
+from mountd.kernel.abi import statfs as statfs_struct
 from mountd.kernel.abi import statx as statx_struct
 from mountd.kernel.flags import AtFlags, Resolve, StatxMask
 from mountd.kernel.libc import call
@@ -46,6 +47,16 @@ def statx(
 def fd_flags(fd: int) -> int:
     """Return the status flags and access mode of `fd` (F_GETFL)."""
     return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+
+def file_system_magic(fd: int) -> int:
+    """Return what kind of file system `fd` lies on, as a number of linux/magic.h (fstatfs(2)).
+
+    A file system with a server asks it first, and waits; the number is the kernel's all the same.
+    """
+    result = statfs_struct()
+    call("fstatfs", fd, ctypes.byref(result))
+    return int(result.f_type)
 
 
 def path_hint(fd: int) -> "str | None":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mountd.caller.model import IdExtent
     from mountd.kernel.flags import MountAttr
+    from mountd.source.model import VeritySuperblock
 
 
 class Backing(StrEnum):
@@ -21,23 +22,69 @@ class Backing(StrEnum):
     NOTHING = "nothing"  # it has none
     FILE = "file"  # the image itself; where its file system cannot serve reads that way, a loop device
     LOOP = "loop"  # a loop device over the image
+    VERITY = "dm-verity"  # a dm-verity device over the image and its hash data, always read-only
+
+
+@dataclass(frozen=True, slots=True)
+class Verity:
+    """What a dm-verity device is told: the root hash, and how the tree below it was made.
+
+    The fields are those of `source.model.VeritySuperblock`.
+    """
+
+    root_hash: bytes
+    algorithm: str
+    salt: bytes
+    data_block_size: int
+    hash_block_size: int
+    data_blocks: int
+    hash_start_block: int
+
+    @classmethod
+    def of(cls, superblock: VeritySuperblock, root_hash: bytes) -> Verity:
+        """Put together what the superblock says and the root hash that the verdict is about."""
+        return cls(
+            root_hash,
+            superblock.algorithm,
+            superblock.salt,
+            superblock.data_block_size,
+            superblock.hash_block_size,
+            superblock.data_blocks,
+            superblock.hash_start_block,
+        )
+
+    def describe(self) -> str:
+        """Return it in a few words."""
+        return f"root hash {self.algorithm}:{self.root_hash.hex()}"
 
 
 @dataclass(frozen=True, slots=True)
 class CreateSuperblock:
-    """Make the file system instance. `options` are names with their value, None for a flag."""
+    """Make the file system instance. `options` are names with their value, None for a flag.
+
+    `verity` is there for Backing.VERITY and for nothing else. Raises ValueError if it is not so, or if that
+    is to be writable.
+    """
 
     type: str
     backing: Backing
     read_only: bool
     options: tuple[tuple[str, str | None], ...]
+    verity: Verity | None = None
+
+    def __post_init__(self) -> None:
+        if (self.verity is None) is (self.backing is Backing.VERITY):
+            raise ValueError("a root hash belongs to dm-verity, and dm-verity needs one")
+        if self.verity is not None and not self.read_only:
+            raise ValueError("dm-verity is read-only")
 
     def describe(self) -> str:
         """Return the step in one line."""
         words = [name if value is None else f"{name}={value}" for name, value in self.options]
         mode = "read-only" if self.read_only else "writable"
         options = ",".join(words) or "no options"
-        return f"make a {mode} superblock of {self.type} from {self.backing} ({options})"
+        verified = "" if self.verity is None else f", {self.verity.describe()},"
+        return f"make a {mode} superblock of {self.type} from {self.backing}{verified} ({options})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,23 @@ class BackingFile:
 
 
 @dataclass(frozen=True, slots=True)
+class VeritySuperblock:
+    """How the hash tree of dm-verity was made, as its superblock says (`verity_superblock.read`).
+
+    Sizes are in bytes; `hash_start_block` is the hash block at which the tree begins. `algorithm` is
+    "sha256" or "sha512". Nothing vouches for any of it, and `verity_superblock` says what a lie comes to.
+    """
+
+    data_block_size: int
+    hash_block_size: int
+    data_blocks: int
+    hash_start_block: int
+    algorithm: str
+    salt: bytes
+    uuid: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Tmpfs:
     """A tmpfs to be made: `size` in bytes, `inodes` None for the kernel's default, `mode` of its root."""
 

@@ -16,9 +16,10 @@ from mountd.plan.operations import (
     MapRootOwner,
     MapToNamespace,
     Seal,
+    Verity,
 )
 from mountd.plan.planner import ATTRIBUTES, plan_mount
-from mountd.source.model import BackingFile, FileSystem, Source, SourceKind, Tmpfs
+from mountd.source.model import BackingFile, FileSystem, Source, SourceKind, Tmpfs, VeritySuperblock
 from mountd.trust.decide import Decision
 from mountd.trust.options import RESTRICTING
 from mountd.trust.policy import Verdict
@@ -140,3 +141,20 @@ def test_too_many_ranges() -> None:
     ranges = tuple(IdRange(n, n, 1) for n in range(MAXIMUM_RANGES + 1))
     with pytest.raises(LimitExceeded, match="ranges in idMap.uidRanges"):
         host_extents(ranges, CONTAINER, gids=False)
+
+
+def test_dm_verity_needs_a_root_hash_and_is_read_only() -> None:
+    verified = Verity.of(VeritySuperblock(4096, 512, 7, 1, "sha256", b"salt", None), b"\xab" * 32)
+    superblock = CreateSuperblock("erofs", Backing.VERITY, True, (), verified)
+    assert superblock.describe() == (
+        f"make a read-only superblock of erofs from dm-verity, root hash sha256:{'ab' * 32}, (no options)"
+    )
+    assert verified == Verity(b"\xab" * 32, "sha256", b"salt", 4096, 512, 7, 1)
+    for backing, read_only, verity in (
+        (Backing.VERITY, True, None),
+        (Backing.VERITY, False, verified),
+        (Backing.LOOP, True, verified),
+        (Backing.NOTHING, False, verified),
+    ):
+        with pytest.raises(ValueError, match="dm-verity"):
+            CreateSuperblock("erofs", backing, read_only, (), verity)

@@ -1,0 +1,68 @@
+"""A dm-verity device over an image and its hash data, for a superblock whose root hash is trusted.
+
+Three devices are made, and each holds the one before: two loop devices, and dm-verity over both. All of
+them go with the last that uses them, so that once there is a mount, it is the only one to hold them. If a
+step fails, those made so far are closed, and that is all the undoing there is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from mountd.errors import InvalidImage, SyscallError
+from mountd.kernel import dm_verity, loop_device
+
+if TYPE_CHECKING:
+    from mountd.kernel.dm_verity import VerityDevice
+    from mountd.plan.operations import Verity
+
+
+def attach(data_fd: int, hash_fd: int, verity: Verity) -> VerityDevice:
+    """Return a read-only device of the data in `data_fd` with the tree in `hash_fd`, both borrowed.
+
+    Its `path` is a source for a file system; whoever closes it before that is made loses it. Its first block
+    has been read and fits the root hash. Raises InvalidImage if it does not, NotSupported, SyscallError,
+    and LimitExceeded where no loop device is free.
+    """
+    data = loop_device.attach(data_fd, read_only=True)
+    try:
+        tree = loop_device.attach(hash_fd, read_only=True)
+        try:
+            device = dm_verity.create(
+                data.path,
+                tree.path,
+                data_block_size=verity.data_block_size,
+                hash_block_size=verity.hash_block_size,
+                data_blocks=verity.data_blocks,
+                hash_start_block=verity.hash_start_block,
+                algorithm=verity.algorithm,
+                root_hash=verity.root_hash,
+                salt=verity.salt,
+            )
+        finally:
+            tree.close()
+    finally:
+        data.close()
+    try:
+        check_first_block(device, verity.data_block_size)
+    except BaseException:
+        device.close()
+        raise
+    return device
+
+
+def check_first_block(device: VerityDevice, length: int) -> None:
+    """Read the first block, which the file system needs anyway and whose driver would only say "I/O error".
+
+    Raises InvalidImage if it does not fit the root hash.
+    """
+    try:
+        os.pread(device.fd.fileno(), length, 0)
+    except OSError as error:
+        if error.errno == errno.EIO and dm_verity.is_corrupt(device.name):
+            raise InvalidImage(
+                "its data or its hash tree does not fit the verity root hash", offset=0
+            ) from None
+        raise SyscallError(error.errno or 0, f"pread({device.path}, {length}, 0)") from None
