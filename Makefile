@@ -2,6 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
+VM_STAMP := $(VENV)/.complete-vm
 
 DESTDIR :=
 PREFIX := /usr
@@ -9,13 +10,17 @@ LIB := $(DESTDIR)$(PREFIX)/lib
 SBIN := $(DESTDIR)$(PREFIX)/sbin
 BIN := $(DESTDIR)$(PREFIX)/bin
 
-.PHONY: demo test bench setup install clean
+.PHONY: demo test test-vm bench setup install clean
 
 demo: $(STAMP)
 	$(PYTHON) -m tests.demo
 
 test: $(STAMP)
 	$(PYTHON) -m pytest
+
+# What needs another kernel, in a virtual machine.
+test-vm: $(VM_STAMP)
+	$(PYTHON) -m pytest tests/vm/test_vm.py
 
 bench: $(STAMP)
 	$(PYTHON) -m tests.bench
@@ -24,6 +29,10 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile tests/packages.txt tests/setup
 	tests/setup $(VENV)
+	touch $@
+
+$(VM_STAMP): $(STAMP) tests/vm/packages.txt
+	tests/setup $(VENV) tests/vm/packages.txt
 	touch $@
 
 # For the system's own Python: the modules lie where nothing else is, and the programs ignore the environment.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -29,11 +30,12 @@ def children() -> set[str]:
 
 def loop_devices() -> set[str]:
     """The loop devices in use, with their backing files."""
-    return {
-        f"{device.name} {(device / 'loop/backing_file').read_text().strip()}"
-        for device in Path("/sys/block").glob("loop*")
-        if (device / "loop/backing_file").exists()
-    }
+    found = set()
+    for device in Path("/sys/block").glob("loop*"):
+        # It may be freed at any moment.
+        with contextlib.suppress(OSError):
+            found.add(f"{device.name} {(device / 'loop/backing_file').read_text().strip()}")
+    return found
 
 
 def mounts() -> list[str]:

@@ -1,0 +1,124 @@
+"""A virtual machine with a kernel of Debian's, booted once to run tests of this checkout in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PARTS = ("mountd", "protocol", "pyproject.toml", "tests", "units")
+
+# Without KVM: about ten times slower than the host. The whole run, and a single step without a word.
+SECONDS = 660.0
+SILENT_SECONDS = 150.0
+MEMORY = "2048"
+TAIL = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a test went in the machine: what pytest calls it, and what it says about it."""
+
+    outcome: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All tests of one boot, by id; `exit` is pytest's exit status, None if it did not come to that."""
+
+    outcomes: dict[str, Outcome]
+    exit: int | None
+    problem: str | None
+    console: str
+
+
+def run(arguments: Sequence[str], place: Path) -> Run:
+    """Boot the machine, have it run pytest with `arguments`, and return what it told, however it ended.
+
+    `place` is a directory for what that needs. Nothing of the machine is left but the files there.
+    """
+    built = subprocess.run([HERE / "build_machine"], stdout=subprocess.PIPE, text=True, check=True)
+    pack(place / "checkout.tar")
+    results, console = place / "results", place / "console"
+    # The machine must not outlive the tests, however they end.
+    with subprocess.Popen(
+        ["setpriv", "--pdeathsig", "KILL", *command(Path(built.stdout.strip()), place, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    ) as machine:
+        try:
+            problem = watch(machine, (results, console))
+        finally:
+            machine.kill()
+    return understand(results.read_text("utf-8", "replace"), problem, console.read_text("utf-8", "replace"))
+
+
+def pack(archive: Path) -> None:
+    """Write the checkout as an archive, which the machine gets as a disk."""
+
+    def clean(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if member.name.endswith("__pycache__") else member
+
+    with tarfile.open(archive, "w") as tar:
+        for part in PARTS:
+            tar.add(ROOT / part, part, filter=clean)
+
+
+def command(built: Path, place: Path, arguments: Sequence[str]) -> list[str]:
+    """Return the command that is the machine."""
+    # The first disk is shared between runs: what is written to it is forgotten.
+    disks = (f"{built}/root.img,snapshot=on", f"{place}/checkout.tar,read-only=on")
+    quiet = "console=ttyS0 quiet panic=-1 mitigations=off"
+    return [
+        *("qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", MEMORY, "-smp", "1"),
+        *("-nodefaults", "-display", "none", "-no-reboot", "-device", "virtio-rng-pci"),
+        *("-kernel", f"{built}/vmlinuz", "-initrd", f"{built}/initrd.img"),
+        *("-append", f"{quiet} -- {' '.join(arguments)}"),
+        *("-serial", f"file:{place}/console", "-serial", f"file:{place}/results"),
+        *(word for disk in disks for word in ("-drive", f"if=virtio,format=raw,file={disk}")),
+    ]
+
+
+def watch(machine: subprocess.Popen[bytes], files: Sequence[Path]) -> str | None:
+    """Wait until the machine has turned itself off; return what is wrong if it does not or dies."""
+    deadline = time.monotonic() + SECONDS
+    heard, length = time.monotonic(), -1
+    while machine.poll() is None:
+        now = time.monotonic()
+        total = sum(file.stat().st_size for file in files if file.exists())
+        if total != length:
+            heard, length = now, total
+        if now > deadline:
+            return f"the machine was still at work after {SECONDS:.0f} seconds"
+        if now - heard > SILENT_SECONDS:
+            return f"the machine said nothing for {SILENT_SECONDS:.0f} seconds"
+        time.sleep(0.1)
+    return f"qemu ended with status {machine.returncode}" if machine.returncode else None
+
+
+def understand(results: str, problem: str | None, console: str) -> Run:
+    """Turn what came over the serial line into outcomes; a later report never makes a failed test pass."""
+    outcomes: dict[str, Outcome] = {}
+    exit = None
+    for line in results.splitlines():
+        try:
+            told = json.loads(line)
+            name = told.get("test")
+        except (ValueError, AttributeError):
+            problem = problem or f"the machine told what is no report: {line[:200]!r}"
+            continue
+        if "exit" in told:
+            exit = told["exit"]
+        elif (before := outcomes.get(name)) is None or before.outcome in ("running", "passed"):
+            text = f"{told.get('when')}: {told.get('text', '')}"
+            outcomes[name] = Outcome(told["outcome"], text)
+    if exit is None:
+        problem = problem or "the machine turned itself off before the tests had ended"
+    return Run(outcomes, exit, problem, console[-TAIL:])
