@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 def attach(data_fd: int, hash_fd: int, verity: Verity) -> VerityDevice:
     """Return a read-only device of the data in `data_fd` with the tree in `hash_fd`, both borrowed.
 
-    Its `path` is a source for a file system; whoever closes it before that is made loses it. Its first block
-    has been read and fits the root hash. Raises InvalidImage if it does not, NotSupported, SyscallError,
-    and LimitExceeded where no loop device is free.
+    Both were let through by `source.descriptor.inspect_descriptor`: a file with a server could stop the
+    kernel. Its `path` is a source for a file system; whoever closes it before that is made loses it. Its
+    first block has been read and fits the root hash. Raises InvalidImage if it does not, NotSupported,
+    SyscallError, and LimitExceeded where no loop device is free.
     """
     data = loop_device.attach(data_fd, read_only=True)
     try:

@@ -9,8 +9,9 @@ is something to open, and from then on told to go with its last user (*deferred 
 that `create` returns keeps it, later a mount on it does. Whoever is killed before that leaves a device
 that nobody uses and that `remove_unused` finds by its name.
 
-No udev cookie is given: by udev's rules for device-mapper an event without one is nothing to act on, so
-that no program of the system opens the device, probes it or makes links to it.
+No udev cookie is given: by udev's rules for device-mapper, the first event of a device without one turns the
+rules for disks off for good, so that the device is not probed and there are no links to what it holds. What
+remains is a link in /dev/mapper, to a name that nobody guesses.
 """
 
 import ctypes

@@ -75,6 +75,7 @@ def command(built: Path, place: Path, arguments: Sequence[str]) -> list[str]:
     """Return the command that is the machine."""
     # The first disk is shared between runs: what is written to it is forgotten.
     disks = (f"{built}/root.img,snapshot=on", f"{place}/checkout.tar,read-only=on")
+    # To turn itself off on a panic is to end qemu.
     quiet = "console=ttyS0 quiet panic=-1 mitigations=off"
     return [
         *("qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", MEMORY, "-smp", "1"),

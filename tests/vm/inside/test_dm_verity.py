@@ -291,6 +291,32 @@ def test_two_at_once(verified: dict[str, Verified], broken: Verified) -> None:
         assert read(one, "big") == read(other, "big")
 
 
+def test_name_that_is_taken(verified: dict[str, Verified], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody guesses a name; if one is there all the same, it is neither used nor removed."""
+    monkeypatch.setattr(dm_verity.os, "urandom", lambda length: bytes(length))
+    device = attach(verified["erofs"])
+    try:
+        with pytest.raises(SyscallError, match="DM_DEV_CREATE.*EBUSY"):
+            attach(verified["squashfs"])
+        assert dm_verity.table(device.name).split()[8] == verified["erofs"].root_hash.hex()
+        assert os.pread(device.fd.fileno(), BLOCK, 0)
+    finally:
+        device.close()
+
+
+def test_image_and_hash_data_in_memory(verified: dict[str, Verified]) -> None:
+    """What a client makes on the fly."""
+    source = verified["erofs"]
+    fds = []
+    for path in (source.image, source.tree):
+        fds.append(OwnedFd(os.memfd_create(path.name)))
+        os.write(fds[-1].fileno(), path.read_bytes())
+    with fds[0] as data, fds[1] as tree:
+        device = verity.attach(data.fileno(), tree.fileno(), source.verity())
+    assert os.pread(device.fd.fileno(), BLOCK, 0) == source.image.read_bytes()[:BLOCK]
+    device.close()
+
+
 def test_whoever_is_killed_leaves_nothing(verified: dict[str, Verified]) -> None:
     """With the device open and with a mount of it: both are the kernel's to clean up."""
 
