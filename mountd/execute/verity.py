@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mountd.kernel.dm_verity import VerityDevice
     from mountd.plan.operations import Verity
 
+# With direct I/O a loop device takes over the sectors of the disk below it, which may be as large as this,
+# and dm-verity takes no blocks that are smaller than a sector.
+PAGE = 4096
+
 
 def attach(data_fd: int, hash_fd: int, verity: Verity) -> VerityDevice:
     """Return a read-only device of the data in `data_fd` with the tree in `hash_fd`, both borrowed.
@@ -27,9 +31,9 @@ def attach(data_fd: int, hash_fd: int, verity: Verity) -> VerityDevice:
     first block has been read and fits the root hash. Raises InvalidImage if it does not, NotSupported,
     SyscallError, and LimitExceeded where no loop device is free.
     """
-    data = loop_device.attach(data_fd, read_only=True)
+    data = loop_device.attach(data_fd, read_only=True, direct_io=verity.data_block_size >= PAGE)
     try:
-        tree = loop_device.attach(hash_fd, read_only=True)
+        tree = loop_device.attach(hash_fd, read_only=True, direct_io=verity.hash_block_size >= PAGE)
         try:
             device = dm_verity.create(
                 data.path,

@@ -31,7 +31,7 @@ LACKING = {
 def found() -> list[str]:
     """The ids of the tests, as pytest has them on both sides."""
     collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", *SUITES]
-    done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line for line in done.stdout.splitlines() if "::" in line]
 
