@@ -43,8 +43,7 @@ class Daemon:
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env={"PATH": os.environ["PATH"]},
-                **self._run,  # type: ignore[call-overload]
+                **{"env": {"PATH": os.environ["PATH"]}, **self._run},  # type: ignore[call-overload]
             )
         self.wait_until_served()
 

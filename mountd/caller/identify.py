@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     Rows = list[tuple[int, int, int]]
     Maps = tuple[tuple[IdExtent, ...], tuple[IdExtent, ...]]
     Chain = tuple[tuple[int, int, int], ...]
+    # A uid, and for root the inode of the outermost user namespace, 0 for the host's own.
+    OwnerKey = tuple[int, int]
 
+CAP_SYS_ADMIN = 21  # linux/capability.h
 # The kernel nests user namespaces at most 32 deep (user_namespaces(7)).
 MAXIMUM_DEPTH = 33
 
@@ -55,12 +58,10 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
             namespace, chain = describe(
                 userns.fileno(), lambda: _maps_of_peer(userns.fileno(), credentials.pid, pidfd)
             )
-    except SyscallError as error:
-        if error.errno in (errno.ESRCH, errno.EINVAL):
-            raise PeerGone("it has ended") from None
-        raise
-    except (FileNotFoundError, ProcessLookupError):
-        raise PeerGone("it has ended") from None
+        is_root = namespace.is_host and credentials.uid == 0 and credentials.pid != 0
+        sys_admin = is_root and _has_sys_admin(credentials.pid, pidfd)
+    except OSError as error:
+        raise _gone(error) from None
     return Caller(
         uid=credentials.uid,
         gid=credentials.gid,
@@ -68,14 +69,16 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
         pid=credentials.pid,
         user_namespace=namespace,
         owner_uid=chain[-1][2] if chain else credentials.uid,
+        sys_admin=sys_admin,
     )
 
 
-def peer_namespace(connection: socket.socket) -> tuple[tuple[int, int], int]:
-    """Return the identity of the peer's user namespace and the uid that is charged for its requests.
+def peer_namespace(connection: socket.socket) -> tuple[tuple[int, int], OwnerKey]:
+    """Return the identity of the peer's user namespace, and who is charged for its requests.
 
     That is the owner of the outermost namespace below the host's, as whoever has a range of ids can come as
-    any of them. Raises as `identify` does.
+    any of them. What root has made belongs to different people all the same, so each namespace of root's is
+    an owner of its own. Raises as `identify` does.
     """
     credentials = sockets.peer_credentials(connection)
     try:
@@ -84,9 +87,30 @@ def peer_namespace(connection: socket.socket) -> tuple[tuple[int, int], int]:
             compat.user_namespace_of(pidfd.fileno(), credentials.pid) as userns,
         ):
             chain = ancestry(userns.fileno())
-            return namespaces.identity(userns.fileno()), chain[-1][2] if chain else credentials.uid
-    except (SyscallError, FileNotFoundError, ProcessLookupError):
-        raise PeerGone("it has ended") from None
+            outermost = chain[-1] if chain else (0, 0, credentials.uid)
+            owner = outermost[2]
+            return namespaces.identity(userns.fileno()), (owner, 0 if owner else outermost[1])
+    except OSError as error:
+        raise _gone(error) from None
+
+
+def _gone(error: Exception) -> Exception:
+    """Return PeerGone for what says that the peer has ended, and any other failure as it is."""
+    gone = isinstance(error, FileNotFoundError | ProcessLookupError) or (
+        isinstance(error, SyscallError) and error.errno in (errno.ESRCH, errno.EINVAL)
+    )
+    return PeerGone("it has ended") if gone else error
+
+
+def _has_sys_admin(pid: int, pidfd: int) -> bool:
+    """Tell whether the process has CAP_SYS_ADMIN; as the pidfd is alive afterwards, `pid` was the peer's.
+
+    The capabilities are those of now: uid 0 was the peer's when it connected, and less than it had then is
+    no reason to give it more.
+    """
+    effective = namespaces.effective_capabilities(pid)
+    compat.check_alive(pidfd)
+    return bool(effective >> CAP_SYS_ADMIN & 1)
 
 
 def given_namespace(userns_fd: int, caller: Caller) -> GivenNamespace:
@@ -143,7 +167,12 @@ def _extents(rows: list[tuple[int, int, int]]) -> tuple[IdExtent, ...]:
 
 
 def _maps_of_peer(userns_fd: int, pid: int, pidfd: int) -> Maps:
-    """Read the maps through /proc; as the pidfd is alive afterwards, `pid` was still the peer's."""
+    """Read the maps through /proc; as the pidfd is alive afterwards, `pid` was still the peer's.
+
+    A peer outside of mountd's pid namespace has no number here.
+    """
+    if pid == 0:
+        return _maps_by_entering(userns_fd)
 
     def read() -> tuple[Rows, Rows]:
         maps = namespaces.process_id_maps(pid)

@@ -18,6 +18,7 @@ or closed.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -47,6 +48,9 @@ from mountd.wire.framing import (
 Handler = Callable[[dict[str, Any], list[OwnedFd], Any], tuple[dict[str, object], list[OwnedFd]]]
 
 T = TypeVar("T")
+
+# No process, descriptor, memory, space or device to be had.
+SHORTAGES = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.ENXIO)
 
 DESCRIPTOR_SUFFIXES = ("FileDescriptor", "FileDescriptors")
 
@@ -127,6 +131,10 @@ class Dispatcher:
             failure = error
         except SyscallError as error:
             failure = MountFailed(error.call, error.errno_name, error.log)
+        except OSError as error:
+            # A shortage is neither the request's fault nor a bug.
+            short = error.errno in SHORTAGES
+            failure = MountFailed("getting what it needs", errno_name(error)) if short else self._bug(error)
         except Exception as error:  # noqa: BLE001 - a bug in a handler must not end the worker without a reply
             failure = self._bug(error)
         close_all(exchange.reply_fds)
@@ -166,6 +174,11 @@ class Dispatcher:
         interface = self._service.interfaces.get(interface_name)
         member = interface.members.get(name) if interface is not None else None
         return interface, member if isinstance(member, scanner._Method) else None
+
+
+def errno_name(error: OSError) -> str:
+    """Return the symbolic name of an error, such as "EMFILE"."""
+    return errno.errorcode.get(error.errno or 0, "EIO")
 
 
 def _adapter(
