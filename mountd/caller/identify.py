@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from mountd.fds import OwnedFd
 
-    Rows = list[tuple[int, int, int]]
     Maps = tuple[tuple[IdExtent, ...], tuple[IdExtent, ...]]
     Chain = tuple[tuple[int, int, int], ...]
     # A uid, and for root the inode of the outermost user namespace, 0 for the host's own.
@@ -52,12 +51,11 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
     credentials = sockets.peer_credentials(connection)
     try:
         with compat.user_namespace_of(pidfd, credentials.pid) as userns:
-            found = namespaces.identity(userns.fileno())
-            if connected_from is not None and found != connected_from:
-                raise PeerGone("it is no longer in the user namespace that it connected from")
             namespace, chain = describe(
                 userns.fileno(), lambda: _maps_of_peer(userns.fileno(), credentials.pid, pidfd)
             )
+        if connected_from is not None and (namespace.dev, namespace.ino) != connected_from:
+            raise PeerGone("it is no longer in the user namespace that it connected from")
         is_root = namespace.is_host and credentials.uid == 0 and credentials.pid != 0
         sys_admin = is_root and _has_sys_admin(credentials.pid, pidfd)
     except OSError as error:
@@ -117,15 +115,29 @@ def given_namespace(userns_fd: int, caller: Caller) -> GivenNamespace:
     """Describe the user namespace that the caller handed over, borrowed. Raises BadFileDescriptor."""
     if not namespaces.is_user_namespace(userns_fd):
         raise BadFileDescriptor("userNamespaceFileDescriptor", "it is not a user namespace")
-    own = caller.user_namespace
-    if namespaces.identity(userns_fd) == (own.dev, own.ino):
-        return GivenNamespace(own, ancestry(userns_fd))
     namespace, chain = describe(userns_fd, lambda: _maps_by_entering(userns_fd))
     return GivenNamespace(namespace, chain)
 
 
 def describe(userns_fd: int, read_maps: Callable[[], Maps]) -> tuple[UserNamespace, Chain]:
-    """Return a user namespace as facts, and its ancestry; `read_maps()` is for all but the host's."""
+    """Return a user namespace as facts, and its ancestry; `read_maps()` is for all but the host's.
+
+    A map is written once and never changes, nor do owner and ancestors, and the id of a namespace is never
+    used again, so that what was found out once is remembered; an empty map is not, as it can still be
+    written.
+    """
+    id = namespaces.namespace_id(userns_fd)
+    if id in _known:
+        return _known[id]
+    found = _describe(userns_fd, read_maps)
+    if id is not None and found[0].uid_map and found[0].gid_map:
+        if len(_known) >= MAXIMUM_KNOWN:
+            _known.pop(next(iter(_known)))
+        _known[id] = found
+    return found
+
+
+def _describe(userns_fd: int, read_maps: Callable[[], Maps]) -> tuple[UserNamespace, Chain]:
     dev, ino = namespaces.identity(userns_fd)
     chain = ancestry(userns_fd)
     if not chain:
@@ -173,37 +185,16 @@ def _maps_of_peer(userns_fd: int, pid: int, pidfd: int) -> Maps:
     """
     if pid == 0:
         return _maps_by_entering(userns_fd)
-
-    def read() -> tuple[Rows, Rows]:
-        maps = namespaces.process_id_maps(pid)
-        compat.check_alive(pidfd)
-        return maps
-
-    return _remembered(userns_fd, read)
+    uid_map, gid_map = namespaces.process_id_maps(pid)
+    compat.check_alive(pidfd)
+    return _extents(uid_map), _extents(gid_map)
 
 
 def _maps_by_entering(userns_fd: int) -> Maps:
     """Read the maps of a namespace in which no known process is."""
-    return _remembered(userns_fd, lambda: namespaces.read_id_maps(userns_fd))
+    uid_map, gid_map = namespaces.read_id_maps(userns_fd)
+    return _extents(uid_map), _extents(gid_map)
 
 
-_known_maps: dict[int, Maps] = {}
+_known: dict[int, tuple[UserNamespace, Chain]] = {}
 MAXIMUM_KNOWN = 256
-
-
-def _remembered(userns_fd: int, read: Callable[[], tuple[Rows, Rows]]) -> Maps:
-    """Return the maps of a namespace, from `read` if they are not known yet.
-
-    A map is written once and never changes, and the id of a namespace is never used again, so that what was
-    read once is remembered; an empty map is not, as it can still be written.
-    """
-    id = namespaces.namespace_id(userns_fd)
-    if id in _known_maps:
-        return _known_maps[id]
-    uid_map, gid_map = read()
-    maps = _extents(uid_map), _extents(gid_map)
-    if id is not None and uid_map and gid_map:
-        if len(_known_maps) >= MAXIMUM_KNOWN:
-            _known_maps.pop(next(iter(_known_maps)))
-        _known_maps[id] = maps
-    return maps

@@ -7,6 +7,8 @@ from mountd.kernel.libc import call
 
 CONNECTIONS = "/sys/fs/fuse/connections"
 
+_mounted: set[str] = set()  # where fusectl was seen
+
 
 def is_fuse(major: int, minor: int) -> bool:
     """Tell whether a device number, as statx(2) has it, belongs to a FUSE connection.
@@ -18,10 +20,12 @@ def is_fuse(major: int, minor: int) -> bool:
     if os.path.isdir(f"{CONNECTIONS}/{major << 20 | minor}"):
         return True
     # Only numbers that belong to no device can be a file system's own; and FUSE may be not there at all.
-    if major or not os.path.isdir(CONNECTIONS) or os.path.ismount(CONNECTIONS):
+    if major or CONNECTIONS in _mounted or not os.path.isdir(CONNECTIONS):
         return False
-    try:
-        call("mount", b"fusectl", CONNECTIONS.encode(), b"fusectl", 0, None)
-    except SyscallError:
-        return False
+    if not os.path.ismount(CONNECTIONS):
+        try:
+            call("mount", b"fusectl", CONNECTIONS.encode(), b"fusectl", 0, None)
+        except SyscallError:
+            return False
+    _mounted.add(CONNECTIONS)
     return os.path.isdir(f"{CONNECTIONS}/{minor}")
