@@ -27,6 +27,7 @@ from mountd.errors import DeniedByPolicy, MountdError, SyscallError
 from mountd.execute.seal import Staging
 from mountd.fds import OwnedFd
 from mountd.kernel import namespaces
+from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
 from mountd.service.context import PolicyInForce
 from mountd.service.mount import METHODS
@@ -60,6 +61,7 @@ class ForkServer:
         self._cleaners: set[int] = set()
         self._killed: set[int] = set()  # workers that had no time to clear their spot
         self._staging = Staging(str(staging), SLOTS)
+        mount_fusectl()
 
     def run(self) -> None:
         """Obey until the listener closes the socket."""

@@ -20,12 +20,19 @@ def is_fuse(major: int, minor: int) -> bool:
     if os.path.isdir(f"{CONNECTIONS}/{major << 20 | minor}"):
         return True
     # Only numbers that belong to no device can be a file system's own; and FUSE may be not there at all.
-    if major or CONNECTIONS in _mounted or not os.path.isdir(CONNECTIONS):
+    if major or CONNECTIONS in _mounted:
         return False
+    mount_fusectl()
+    return os.path.isdir(f"{CONNECTIONS}/{minor}")
+
+
+def mount_fusectl() -> None:
+    """Have the directory of the connections in this mount namespace, if there is FUSE."""
+    if not os.path.isdir(CONNECTIONS):
+        return
     if not os.path.ismount(CONNECTIONS):
         try:
             call("mount", b"fusectl", CONNECTIONS.encode(), b"fusectl", 0, None)
         except SyscallError:
-            return False
+            return
     _mounted.add(CONNECTIONS)
-    return os.path.isdir(f"{CONNECTIONS}/{minor}")
