@@ -219,7 +219,8 @@ class Pool:
     def enforce(self, *, draining: bool = False) -> list[Ended]:
         """Kill what is past its deadline, charge what does not die; return the connections to drop.
 
-        When `draining`, what sleeps in the kernel for long and cannot be woken is past it, too.
+        When `draining`, who has been answered is not waited for, nor is what sleeps in the kernel for long and
+        cannot be woken.
         """
         now = time.monotonic()
         dropped: list[Ended] = []
@@ -230,7 +231,7 @@ class Pool:
             elif worker.owner is not None:
                 phase, since = self._board.read(worker.slot)
                 seconds = DEADLINES.get(phase, DEADLINES[Phase.CLOSE])
-                hangs = draining and now >= since + HANGS_SECONDS and _sleeps(worker.pidfd.fileno())
+                hangs = draining and now >= since + HANGS_SECONDS and _waits_for_nobody(worker, phase)
                 if hangs or now >= since + seconds + GRACE_SECONDS:
                     dropped += self._give_up(worker, phase, int(now - since) if hangs else seconds)
         return dropped
@@ -264,6 +265,11 @@ def _let_go(worker: Worker) -> None:
     """Let a worker find no further request; what it has begun it ends."""
     with contextlib.suppress(OSError):
         worker.channel.shutdown(socket.SHUT_WR)
+
+
+def _waits_for_nobody(worker: Worker, phase: Phase) -> bool:
+    """Tell whether no caller can gain anything from waiting for a worker."""
+    return phase is Phase.CLOSE or _sleeps(worker.pidfd.fileno())
 
 
 def _sleeps(pidfd: int) -> bool:
