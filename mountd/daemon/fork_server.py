@@ -55,6 +55,7 @@ class ForkServer:
         self._board = board
         self._policy_dirs = policy_dirs
         self._dispatcher = Dispatcher(interface_directory(), METHODS, report_bug)
+        namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
         # Each worker and each cleaner leads a process group, which its own children are in, too.
         self._groups: dict[int, int] = {}  # -> slot
