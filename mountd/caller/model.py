@@ -43,7 +43,10 @@ class UserNamespace:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The process that connected; `owner_uid` is who pays for it: the owner of its outermost namespace."""
+    """The process that connected; `owner_uid` is who pays for it: the owner of its outermost namespace.
+
+    `sys_admin` is whether a process on the host has CAP_SYS_ADMIN there.
+    """
 
     uid: int
     gid: int
@@ -51,6 +54,7 @@ class Caller:
     pid: int
     user_namespace: UserNamespace
     owner_uid: int
+    sys_admin: bool = False
 
     @property
     def on_host(self) -> bool:
@@ -59,8 +63,12 @@ class Caller:
 
     @property
     def is_host_root(self) -> bool:
-        """Whether it is the root of the host, and not of some namespace that maps the host's root."""
-        return self.uid == 0 and self.on_host
+        """Whether it may do all that mountd could do for it.
+
+        Not the root of some namespace that maps the host's root, and not one that was left without the
+        capability: a service or a container that is uid 0 and may not mount gets no more than a user does.
+        """
+        return self.uid == 0 and self.on_host and self.sys_admin
 
 
 @dataclass(frozen=True, slots=True)
