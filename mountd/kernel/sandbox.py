@@ -83,5 +83,10 @@ def install_filter(architecture: int, numbers: tuple[int, ...]) -> None:
         (RETURN, 0, 0, SECCOMP_RET_KILL_PROCESS),
         (RETURN, 0, 0, SECCOMP_RET_ALLOW),
     ]
+    load_filter(rows)
+
+
+def load_filter(rows: "list[tuple[int, int, int, int]]") -> None:
+    """Install a filter of instructions: code, jump if true, jump if false, operand. Raises SyscallError."""
     program = sock_fprog(len(rows), (sock_filter * len(rows))(*(sock_filter(*row) for row in rows)))
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0)
