@@ -220,7 +220,7 @@ def _check_time(certificate: Certificate, now: int) -> None:
 
 def _date(seconds: int) -> str:
     # Not strftime(3), which looks at /etc/localtime each time: there is no way to it where this runs.
-    return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")
+    return f"{datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)} UTC"
 
 
 def _find(extensions: x509.Extensions, kind: type[E]) -> E | None:
