@@ -11,6 +11,7 @@ import pytest
 from mountd.errors import InvalidImage
 from mountd.evidence.digest import BLOCK, REPORT_EVERY, sha256_of
 from mountd.fds import OwnedFd
+from tests.bench import hashing
 
 SIZES = (0, 1, 4095, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 17)
 
@@ -76,3 +77,10 @@ def test_file_that_ends_early(tmp_path: Path) -> None:
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     with opened(tmp_path) as fd, pytest.raises(IsADirectoryError):
         sha256_of(fd.fileno(), 1)
+
+
+def test_it_is_as_fast_as_the_usual_program(tmp_path: Path) -> None:
+    """As a ratio within one run; the best of three, as another's load may hit one of both."""
+    size = 32 << 20
+    hashing.build(tmp_path / "image", size)
+    assert max(hashing.ratio(tmp_path / "image", size, 3)[0] for _ in range(3)) >= hashing.RATIO
