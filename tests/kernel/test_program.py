@@ -1,0 +1,157 @@
+"""A program that is run as nobody: what it has, what it cannot do, and how it is ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+
+import pytest
+
+from mountd.errors import NotSupported
+from mountd.fds import OwnedFd
+from mountd.kernel import program
+
+pytestmark = pytest.mark.kernel
+PYTHON = "/usr/bin/python3"  # one that nobody may run, too
+MEMORY = 256 << 20
+
+
+def python(text: str, *fds: int, seconds: float = 10) -> program.Finished:
+    return program.run(PYTHON, ("-I", "-S", "-c", text), fds, seconds=seconds, memory=MEMORY)
+
+
+def printed(text: str, *fds: int) -> str:
+    done = python(text, *fds)
+    assert (done.status, done.timed_out) == (0, False), done.output
+    return done.output.decode().strip()
+
+
+def test_what_it_is() -> None:
+    status = printed("print(open('/proc/self/status').read())")
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert fields["Uid"].split() == ["65534"] * 4
+    assert fields["Gid"].split() == ["65534"] * 4
+    assert fields["Groups"].strip() == ""
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(fields[name], 16) == 0, name
+    assert fields["NoNewPrivs"] == "1"
+    assert fields["Seccomp"] == "2"
+    assert fields["SigBlk"] == "0" * 16
+
+
+def test_what_it_has() -> None:
+    with open("/etc/passwd") as kept:
+        os.set_inheritable(kept.fileno(), True)
+        first, second = OwnedFd(os.memfd_create("a")), OwnedFd(os.memfd_create("b"))
+        with first, second:
+            os.pwrite(first.fileno(), b"one", 0)
+            os.pwrite(second.fileno(), b"two", 0)
+            said = printed(
+                "import os; print(os.listdir('/proc/self/fd'), os.pread(3, 9, 0), os.pread(4, 9, 0),"
+                " dict(os.environ), os.getcwd(), os.read(0, 9))",
+                first.fileno(),
+                second.fileno(),
+            )
+    # The fifth is that of listing them.
+    assert said == "['0', '1', '2', '3', '4', '5'] b'one' b'two' {'LC_CTYPE': 'C.UTF-8'} / b''"
+
+
+@pytest.mark.parametrize("low", [3, 4, 5])
+def test_descriptors_are_not_mixed_up(low: int) -> None:
+    """Whatever numbers they have before, among them those that they get."""
+    with OwnedFd(os.memfd_create("a")) as first, OwnedFd(os.memfd_create("b")) as second:
+        os.pwrite(first.fileno(), b"one", 0)
+        os.pwrite(second.fileno(), b"two", 0)
+        fds = [second.fileno(), first.fileno(), second.fileno()][: low - 2]
+        wanted = [b"two", b"one", b"two"][: low - 2]
+        said = printed(f"import os; print([os.pread(fd, 9, 0) for fd in range(3, {3 + len(fds)})])", *fds)
+    assert said == str(wanted)
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "import socket; socket.socket(socket.AF_INET)",
+        "import socket; socket.socket(socket.AF_UNIX)",
+        "import socket; socket.socketpair()",
+        "import os; os.fork()",
+        "import os; os.posix_spawn('/bin/true', ['true'], {})",
+        "import os; os.kill(os.getppid(), 0)",
+        "import ctypes; l = ctypes.CDLL(None, use_errno=True); l.unshare(0x10000000) and fail()",
+        "import ctypes; l = ctypes.CDLL(None, use_errno=True); l.ptrace(0, 0, 0, 0) and fail()",
+        "import ctypes; l = ctypes.CDLL(None, use_errno=True); l.syscall(425, 1, 0) and fail()",
+        "open('/etc/shadow')",
+        "import os; os.setuid(0)",
+    ],
+)
+def test_what_it_cannot_do(attempt: str) -> None:
+    text = f"""
+def fail():
+    raise OSError(ctypes.get_errno(), "refused")
+try:
+    {attempt}
+except PermissionError:
+    print("refused")
+except OSError as error:
+    print("refused" if error.errno == 1 else error)
+"""
+    assert printed(text) == "refused"
+
+
+def test_what_it_cannot_write() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        os.chmod(directory, 0o777)
+        path = f"{directory}/x"
+        done = python(f"import os; os.write(os.open({path!r}, os.O_CREAT | os.O_WRONLY), b'x')")
+        assert done.status != 0
+        assert os.stat(path).st_size == 0
+
+
+def test_its_memory_ends() -> None:
+    assert "MemoryError" in printed(
+        "try:\n  bytes(1 << 30)\nexcept MemoryError as e:\n  print(type(e).__name__)"
+    )
+
+
+def test_its_status_and_its_signal() -> None:
+    assert python("import os; os._exit(7)").status == 7
+    assert python("import os; os.abort()").status == -signal.SIGABRT
+
+
+@pytest.mark.parametrize(
+    "text", ["while True: pass", "import time; time.sleep(60)", "import os; os.close(1)\nwhile True: pass"]
+)
+def test_one_that_does_not_end(text: str) -> None:
+    start = time.monotonic()
+    done = python(text, seconds=0.4)
+    assert time.monotonic() - start < 3
+    assert done.status == -signal.SIGKILL
+    assert done.timed_out == ("close" not in text)
+
+
+def test_one_that_says_too_much() -> None:
+    done = python("while True: print('x' * 1000)")
+    assert len(done.output) <= 2 * program.MAXIMUM_OUTPUT
+    assert done.status != 0
+
+
+def test_program_that_is_not_there() -> None:
+    done = program.run("/nonexistent", (), (), seconds=5, memory=MEMORY)
+    assert (done.status, done.output, done.timed_out) == (program.EXIT_NOT_RUN, b"", False)
+
+
+def test_machine_whose_numbers_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "FORBIDDEN", {})
+    with pytest.raises(NotSupported, match="a seccomp filter"):
+        python("pass")
+
+
+def test_signals_that_the_daemon_ignores_are_its_own() -> None:
+    was = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        said = printed("import signal; print(signal.getsignal(signal.SIGHUP) is signal.SIG_DFL)")
+    finally:
+        signal.signal(signal.SIGHUP, was)
+    assert said == "True"
