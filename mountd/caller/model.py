@@ -43,7 +43,12 @@ class UserNamespace:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The process that connected; `owner_uid` is who pays for it: the owner of its outermost namespace."""
+    """The process that connected; `owner_uid` is who pays for it: the owner of its outermost namespace.
+
+    `unit` and `slice` are systemd's, `container` is "MANAGER:NAME": what the path of its control group says
+    as far as it is root's word (caller.cgroup). `cgroup` is that path, for messages. None is “not known”, and
+    matches nothing.
+    """
 
     uid: int
     gid: int
@@ -51,6 +56,10 @@ class Caller:
     pid: int
     user_namespace: UserNamespace
     owner_uid: int
+    unit: str | None = None
+    slice: str | None = None
+    container: str | None = None
+    cgroup: str | None = None
 
     @property
     def on_host(self) -> bool:
