@@ -1,8 +1,8 @@
 """Where a process stands in the tree of control groups: its systemd unit, slice and container.
 
-Only what lies above the first unit is root's. Below it the tree may be delegated, to a user's service manager
-or to a container, and whoever it is delegated to gives the names there. So what a path says is taken from its
-beginning: slices, then one unit or one container; the rest is nobody's word.
+Only what lies above the first unit is root's. Below it the tree may be delegated, to a user's service
+manager or to a container, and whoever it is delegated to gives the names there. So what a path says is taken
+from its beginning: slices, then one unit or one container; the rest is nobody's word.
 """
 
 from __future__ import annotations

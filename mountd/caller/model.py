@@ -46,8 +46,8 @@ class Caller:
     """The process that connected; `owner_uid` is who pays for it: the owner of its outermost namespace.
 
     `unit` and `slice` are systemd's, `container` is "MANAGER:NAME": what the path of its control group says
-    as far as it is root's word (caller.cgroup). `cgroup` is that path, for messages. None is “not known”, and
-    matches nothing.
+    as far as it is root's word (caller.cgroup). `cgroup` is that path, for messages. None is “not known”,
+    and matches nothing.
     """
 
     uid: int
