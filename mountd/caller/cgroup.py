@@ -83,11 +83,6 @@ def is_slice_below(name: str, outer: str | None) -> bool:
     return parent == ("" if outer is None else outer.removesuffix(".slice"))
 
 
-def is_within(slice: str, outer: str) -> bool:
-    """Whether `slice` is `outer` or lies somewhere below it, as their names say."""
-    return slice == outer or outer == "-.slice" or slice.startswith(outer.removesuffix(".slice") + "-")
-
-
 def unescape(name: str) -> str:
     """Return the name of a unit whose control group is called `name`.
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mountd.caller.cgroup import MAXIMUM_BYTES, Place, is_within, parse, parse_path
+from mountd.caller.cgroup import MAXIMUM_BYTES, Place, parse, parse_path
 
 ID = "0123456789abcdef" * 4
 
@@ -97,22 +97,6 @@ def test_bytes_that_are_no_text_can_be_shown() -> None:
     place = parse(b"0::/system.slice/a.service/\xff\n")
     assert place.unit == "a.service"
     assert (place.path or "").endswith(r"\xff")
-
-
-@pytest.mark.parametrize(
-    ("slice", "outer", "within"),
-    [
-        ("user.slice", "user.slice", True),
-        ("user-1000.slice", "user.slice", True),
-        ("user-1000.slice", "user-1000.slice", True),
-        ("user-1000.slice", "user-100.slice", False),
-        ("user.slice", "user-1000.slice", False),
-        ("users.slice", "user.slice", False),
-        ("user.slice", "-.slice", True),
-    ],
-)
-def test_within(slice: str, outer: str, within: bool) -> None:
-    assert is_within(slice, outer) is within
 
 
 @given(st.binary(max_size=64), st.sampled_from([b"", b"0::", b"0::/", b"0::/user.slice/", b"0::/docker/"]))
