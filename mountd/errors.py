@@ -208,7 +208,7 @@ class ShuttingDown(MountdError):
     def __init__(self) -> None:
         """There is nothing more to say."""
         super().__init__(
-            "mountd is shutting down", hint="try again: systemd starts it on the next connection"
+            "mountd is shutting down", hint="try again: where systemd starts it, a new connection does"
         )
         del self.parameters["hint"]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import signal
 import socket
+import struct
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -166,6 +168,13 @@ def mapper() -> Iterator[None]:
         os.close(ask)
         os.close(answer)
         os.waitpid(pid, 0)
+
+
+def drop_capabilities() -> None:
+    """Have none of root's capabilities any more, and get none back (capset(2), capabilities(7))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    assert libc.capset(header, bytes(24)) == 0
 
 
 def forked(work: Callable[[], T], uid: int | None = None) -> T:

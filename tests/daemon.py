@@ -43,8 +43,7 @@ class Daemon:
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env={"PATH": os.environ["PATH"]},
-                **self._run,  # type: ignore[call-overload]
+                **{"env": {"PATH": os.environ["PATH"]}, **self._run},  # type: ignore[call-overload]
             )
         self.wait_until_served()
 
@@ -92,10 +91,10 @@ class Daemon:
     def held(self) -> dict[str, object]:
         """What must be the same after a test as before, whatever the number of workers is."""
         workers = self.workers
-        # Two in the listener for each worker: its socket and its pidfd.
-        listener = [fd for fd in fds_of(self.process.pid) if not fd.startswith("anon_inode:[pidfd]")]
         return {
-            "descriptors of the listener": len(listener) - len(workers),
+            # Two for each worker: its socket and its pidfd.
+            "descriptors of the listener": len(fds_of(self.process.pid)) - 2 * len(workers),
+            "processes": len(self.children()) + sum(len(self.children(pid)) for pid in workers),
             "descriptors of the fork server": len(fds_of(self.fork_server)),
             "mounts": len(Path(f"/proc/{self.fork_server}/mountinfo").read_text().splitlines()),
             "descriptors of the workers": max((len(fds_of(pid)) for pid in workers), default=0) <= 7,

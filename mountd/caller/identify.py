@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
     from mountd.fds import OwnedFd
 
-    Rows = list[tuple[int, int, int]]
     Maps = tuple[tuple[IdExtent, ...], tuple[IdExtent, ...]]
     Chain = tuple[tuple[int, int, int], ...]
+    # A uid, and for root the inode of the outermost user namespace, 0 for the host's own.
+    OwnerKey = tuple[int, int]
 
+CAP_SYS_ADMIN = 21  # linux/capability.h
 # The kernel nests user namespaces at most 32 deep (user_namespaces(7)).
 MAXIMUM_DEPTH = 33
 
@@ -50,19 +52,16 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
     credentials = sockets.peer_credentials(connection)
     try:
         with compat.user_namespace_of(pidfd, credentials.pid) as userns:
-            found = namespaces.identity(userns.fileno())
-            if connected_from is not None and found != connected_from:
-                raise PeerGone("it is no longer in the user namespace that it connected from")
             namespace, chain = describe(
                 userns.fileno(), lambda: _maps_of_peer(userns.fileno(), credentials.pid, pidfd)
             )
+        if connected_from is not None and (namespace.dev, namespace.ino) != connected_from:
+            raise PeerGone("it is no longer in the user namespace that it connected from")
+        is_root = namespace.is_host and credentials.uid == 0 and credentials.pid != 0
+        sys_admin = is_root and _has_sys_admin(credentials.pid, pidfd)
         place = cgroup.parse(_cgroup_of(credentials.pid, pidfd))
-    except SyscallError as error:
-        if error.errno in (errno.ESRCH, errno.EINVAL):
-            raise PeerGone("it has ended") from None
-        raise
-    except (FileNotFoundError, ProcessLookupError):
-        raise PeerGone("it has ended") from None
+    except OSError as error:
+        raise _gone(error) from None
     return Caller(
         uid=credentials.uid,
         gid=credentials.gid,
@@ -70,6 +69,7 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
         pid=credentials.pid,
         user_namespace=namespace,
         owner_uid=chain[-1][2] if chain else credentials.uid,
+        sys_admin=sys_admin,
         unit=place.unit,
         slice=place.slice,
         container=place.container,
@@ -77,11 +77,12 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
     )
 
 
-def peer_namespace(connection: socket.socket) -> tuple[tuple[int, int], int]:
-    """Return the identity of the peer's user namespace and the uid that is charged for its requests.
+def peer_namespace(connection: socket.socket) -> tuple[tuple[int, int], OwnerKey]:
+    """Return the identity of the peer's user namespace, and who is charged for its requests.
 
     That is the owner of the outermost namespace below the host's, as whoever has a range of ids can come as
-    any of them. Raises as `identify` does.
+    any of them. What root has made belongs to different people all the same, so each namespace of root's is
+    an owner of its own. Raises as `identify` does.
     """
     credentials = sockets.peer_credentials(connection)
     try:
@@ -90,24 +91,59 @@ def peer_namespace(connection: socket.socket) -> tuple[tuple[int, int], int]:
             compat.user_namespace_of(pidfd.fileno(), credentials.pid) as userns,
         ):
             chain = ancestry(userns.fileno())
-            return namespaces.identity(userns.fileno()), chain[-1][2] if chain else credentials.uid
-    except (SyscallError, FileNotFoundError, ProcessLookupError):
-        raise PeerGone("it has ended") from None
+            outermost = chain[-1] if chain else (0, 0, credentials.uid)
+            owner = outermost[2]
+            return namespaces.identity(userns.fileno()), (owner, 0 if owner else outermost[1])
+    except OSError as error:
+        raise _gone(error) from None
+
+
+def _gone(error: Exception) -> Exception:
+    """Return PeerGone for what says that the peer has ended, and any other failure as it is."""
+    gone = isinstance(error, FileNotFoundError | ProcessLookupError) or (
+        isinstance(error, SyscallError) and error.errno in (errno.ESRCH, errno.EINVAL)
+    )
+    return PeerGone("it has ended") if gone else error
+
+
+def _has_sys_admin(pid: int, pidfd: int) -> bool:
+    """Tell whether the process has CAP_SYS_ADMIN; as the pidfd is alive afterwards, `pid` was the peer's.
+
+    The capabilities are those of now: uid 0 was the peer's when it connected, and less than it had then is
+    no reason to give it more.
+    """
+    effective = namespaces.effective_capabilities(pid)
+    compat.check_alive(pidfd)
+    return bool(effective >> CAP_SYS_ADMIN & 1)
 
 
 def given_namespace(userns_fd: int, caller: Caller) -> GivenNamespace:
     """Describe the user namespace that the caller handed over, borrowed. Raises BadFileDescriptor."""
     if not namespaces.is_user_namespace(userns_fd):
         raise BadFileDescriptor("userNamespaceFileDescriptor", "it is not a user namespace")
-    own = caller.user_namespace
-    if namespaces.identity(userns_fd) == (own.dev, own.ino):
-        return GivenNamespace(own, ancestry(userns_fd))
     namespace, chain = describe(userns_fd, lambda: _maps_by_entering(userns_fd))
     return GivenNamespace(namespace, chain)
 
 
 def describe(userns_fd: int, read_maps: Callable[[], Maps]) -> tuple[UserNamespace, Chain]:
-    """Return a user namespace as facts, and its ancestry; `read_maps()` is for all but the host's."""
+    """Return a user namespace as facts, and its ancestry; `read_maps()` is for all but the host's.
+
+    A map is written once and never changes, nor do owner and ancestors, and the id of a namespace is never
+    used again, so that what was found out once is remembered; an empty map is not, as it can still be
+    written.
+    """
+    id = namespaces.namespace_id(userns_fd)
+    if id in _known:
+        return _known[id]
+    found = _describe(userns_fd, read_maps)
+    if id is not None and found[0].uid_map and found[0].gid_map:
+        if len(_known) >= MAXIMUM_KNOWN:
+            _known.pop(next(iter(_known)))
+        _known[id] = found
+    return found
+
+
+def _describe(userns_fd: int, read_maps: Callable[[], Maps]) -> tuple[UserNamespace, Chain]:
     dev, ino = namespaces.identity(userns_fd)
     chain = ancestry(userns_fd)
     if not chain:
@@ -149,8 +185,13 @@ def _extents(rows: list[tuple[int, int, int]]) -> tuple[IdExtent, ...]:
 
 
 def _cgroup_of(pid: int, pidfd: int) -> bytes:
-    """Read /proc/PID/cgroup; as the pidfd is alive afterwards, `pid` was still the peer's."""
+    """Read /proc/PID/cgroup; as the pidfd is alive afterwards, `pid` was still the peer's.
+
+    A peer outside of mountd's pid namespace has no number here, and no place that is known.
+    """
     contents = b""
+    if pid == 0:
+        return contents
     try:
         with open(f"/proc/{pid}/cgroup", "rb", buffering=0) as file:
             # One byte more than what is read in earnest, so that a longer file is noticed.
@@ -163,38 +204,22 @@ def _cgroup_of(pid: int, pidfd: int) -> bytes:
 
 
 def _maps_of_peer(userns_fd: int, pid: int, pidfd: int) -> Maps:
-    """Read the maps through /proc; as the pidfd is alive afterwards, `pid` was still the peer's."""
+    """Read the maps through /proc; as the pidfd is alive afterwards, `pid` was still the peer's.
 
-    def read() -> tuple[Rows, Rows]:
-        maps = namespaces.process_id_maps(pid)
-        compat.check_alive(pidfd)
-        return maps
-
-    return _remembered(userns_fd, read)
+    A peer outside of mountd's pid namespace has no number here.
+    """
+    if pid == 0:
+        return _maps_by_entering(userns_fd)
+    uid_map, gid_map = namespaces.process_id_maps(pid)
+    compat.check_alive(pidfd)
+    return _extents(uid_map), _extents(gid_map)
 
 
 def _maps_by_entering(userns_fd: int) -> Maps:
     """Read the maps of a namespace in which no known process is."""
-    return _remembered(userns_fd, lambda: namespaces.read_id_maps(userns_fd))
+    uid_map, gid_map = namespaces.read_id_maps(userns_fd)
+    return _extents(uid_map), _extents(gid_map)
 
 
-_known_maps: dict[int, Maps] = {}
+_known: dict[int, tuple[UserNamespace, Chain]] = {}
 MAXIMUM_KNOWN = 256
-
-
-def _remembered(userns_fd: int, read: Callable[[], tuple[Rows, Rows]]) -> Maps:
-    """Return the maps of a namespace, from `read` if they are not known yet.
-
-    A map is written once and never changes, and the id of a namespace is never used again, so that what was
-    read once is remembered; an empty map is not, as it can still be written.
-    """
-    id = namespaces.namespace_id(userns_fd)
-    if id in _known_maps:
-        return _known_maps[id]
-    uid_map, gid_map = read()
-    maps = _extents(uid_map), _extents(gid_map)
-    if id is not None and uid_map and gid_map:
-        if len(_known_maps) >= MAXIMUM_KNOWN:
-            _known_maps.pop(next(iter(_known_maps)))
-        _known_maps[id] = maps
-    return maps

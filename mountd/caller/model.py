@@ -45,6 +45,7 @@ class UserNamespace:
 class Caller:
     """The process that connected; `owner_uid` is who pays for it: the owner of its outermost namespace.
 
+    `sys_admin` is whether a process on the host has CAP_SYS_ADMIN there.
     `unit` and `slice` are systemd's, `container` is "MANAGER:NAME": what the path of its control group says
     as far as it is root's word (caller.cgroup). `cgroup` is that path, for messages. None is “not known”,
     and matches nothing.
@@ -56,6 +57,7 @@ class Caller:
     pid: int
     user_namespace: UserNamespace
     owner_uid: int
+    sys_admin: bool = False
     unit: str | None = None
     slice: str | None = None
     container: str | None = None
@@ -68,8 +70,12 @@ class Caller:
 
     @property
     def is_host_root(self) -> bool:
-        """Whether it is the root of the host, and not of some namespace that maps the host's root."""
-        return self.uid == 0 and self.on_host
+        """Whether it may do all that mountd could do for it.
+
+        Not the root of some namespace that maps the host's root, and not one that was left without the
+        capability: a service or a container that is uid 0 and may not mount gets no more than a user does.
+        """
+        return self.uid == 0 and self.on_host and self.sys_admin
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ the request. It ends when the listener closes its socket.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import os
 import select
@@ -17,7 +18,7 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mountd.daemon import channel
+from mountd.daemon import channel, journal
 from mountd.daemon.channel import Word
 from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import SLOTS
@@ -26,6 +27,7 @@ from mountd.errors import DeniedByPolicy, MountdError, SyscallError
 from mountd.execute.seal import Staging
 from mountd.fds import OwnedFd
 from mountd.kernel import namespaces
+from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
 from mountd.service.context import PolicyInForce
 from mountd.service.mount import METHODS
@@ -53,6 +55,7 @@ class ForkServer:
         self._board = board
         self._policy_dirs = policy_dirs
         self._dispatcher = Dispatcher(interface_directory(), METHODS, report_bug)
+        namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
         # Each worker and each cleaner leads a process group, which its own children are in, too.
         self._groups: dict[int, int] = {}  # -> slot
@@ -115,16 +118,18 @@ class ForkServer:
     def _spawn(self, slot: int) -> None:
         """Fork a worker for `slot` and tell the listener how to reach it. Raises OSError."""
         ours, theirs = channel.pair()
-        with ours, theirs:
+        with ours, theirs, OwnedFd(fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 3)) as end:
             pid = os.fork()
             if pid == 0:
                 self._be_a_worker(slot, theirs)
             self._lead(pid, slot)
-            with (
-                OwnedFd(os.dup(ours.fileno())) as end,
-                namespaces.pidfd_open(pid) as pidfd,
-            ):
-                channel.tell(self._control, Word.SPAWNED, slot, fds=[end, pidfd])
+            try:
+                with namespaces.pidfd_open(pid) as pidfd:
+                    channel.tell(self._control, Word.SPAWNED, slot, fds=[end, pidfd])
+            except OSError as error:
+                # That it is gone is told once, when it has ended.
+                log(Priority.ERROR, f"cannot hand over a worker: {error}", message_id=WORKER_ID)
+                os.kill(pid, signal.SIGKILL)
 
     def _be_a_worker(self, slot: int, own: socket.socket) -> NoReturn:
         code = 1
@@ -133,7 +138,7 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             seal = self._staging.seal(slot)
-            namespaces.close_all_but({0, 1, 2, own.fileno(), *seal.fds})
+            namespaces.close_all_but({0, 1, 2, own.fileno(), *journal.descriptors, *seal.fds})
 
             def enter(phase: Phase) -> None:
                 self._board.enter(slot, phase)
@@ -198,7 +203,7 @@ def serve(control: socket.socket, board: Board, policy_dirs: list[Path], staging
         end_with_parent()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        namespaces.close_all_but({0, 1, 2, control.fileno()})
+        namespaces.close_all_but({0, 1, 2, control.fileno(), *journal.descriptors})
         attempt(lambda: ForkServer(control, board, policy_dirs, staging), control).run()
         code = 0
     except ConnectionError:
@@ -233,11 +238,3 @@ def any_child_in(group: int) -> bool:
 def end_with_parent() -> None:
     """Have the kernel end this process when its parent does."""
     call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-
-
-def mount_fusectl() -> None:
-    """Have the directory that tells which devices are FUSE's, in this mount namespace, if there is FUSE."""
-    directory = "/sys/fs/fuse/connections"
-    with contextlib.suppress(SyscallError):
-        if os.path.isdir(directory) and not os.path.ismount(directory):
-            call("mount", b"fusectl", directory.encode(), b"fusectl", 0, None)

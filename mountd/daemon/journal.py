@@ -1,4 +1,9 @@
-"""Telling the administrator: to the journal with fields, or to standard error where there is none."""
+"""Telling the administrator: to the journal with fields, or to standard error where there is none.
+
+libsystemd opens a socket for the first message and keeps its number for the life of the process, with no way
+to ask for it. Processes that close what they do not know have to keep it, or messages would go to whatever
+has the number next; so the daemon calls `open_journal` once, before it forks, and they keep `descriptors`.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,25 @@ class Priority(IntEnum):
     INFO = 6
 
 
+descriptors: set[int] = set()
+
+
+def in_service() -> bool:
+    """Tell whether messages go to the journal.
+
+    systemd sets INVOCATION_ID for what it starts; everybody else wants to see them in the terminal.
+    """
+    return "INVOCATION_ID" in os.environ and os.path.exists(JOURNAL_SOCKET)
+
+
+def open_journal(text: str) -> None:
+    """Write the first message, and take note of the descriptor that is open for the others from now on."""
+    before = set(os.listdir("/proc/self/fd"))
+    log(Priority.INFO, text)
+    if in_service():
+        descriptors.update(int(name) for name in set(os.listdir("/proc/self/fd")) - before)
+
+
 def log(priority: Priority, text: str, *, message_id: str | None = None, **fields: str) -> None:
     """Write one message; `fields` become journal fields, prefixed with MOUNTD_ and in upper case.
 
@@ -29,8 +53,7 @@ def log(priority: Priority, text: str, *, message_id: str | None = None, **field
     """
     line = "".join(c if c.isprintable() else "?" for c in text)
     try:
-        # systemd sets INVOCATION_ID for what it starts; everybody else wants to see it in the terminal.
-        if "INVOCATION_ID" in os.environ and os.path.exists(JOURNAL_SOCKET):
+        if in_service():
             from systemd import journal  # type: ignore[import-untyped]
 
             named = {f"MOUNTD_{name.upper()}": value for name, value in fields.items()}

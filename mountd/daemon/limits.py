@@ -10,7 +10,7 @@ DEADLINES = {Phase.READ: 10, Phase.VERIFY: 30, Phase.MOUNT: 10, Phase.REPLY: 5, 
 GRACE_SECONDS = 0.5
 
 MINIMUM_WORKERS = 2  # ready before anybody asks
-MAXIMUM_WORKERS = 8  # serving at the same time
+MAXIMUM_WORKERS = 8  # serving at the same time, but for the first request of an owner
 MAXIMUM_RUNNING_PER_OWNER = 4  # so that one owner cannot have all of them
 MAXIMUM_STUCK_PER_OWNER = 4
 MAXIMUM_STUCK = 32
@@ -22,6 +22,7 @@ SECONDS_OF_WORKER = 300
 LINGER_MILLISECONDS = 1
 REQUESTS_IN_A_ROW = 16
 IDLE_WORKER_SECONDS = 30  # above the minimum
+HANGS_SECONDS = 1.0  # within a phase and asleep in the kernel: too long for a daemon that is to end
 SECONDS_TO_DIE = 1.0  # after SIGKILL; who takes longer hangs in the kernel
 
 MAXIMUM_CONNECTIONS = 10_000

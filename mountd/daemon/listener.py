@@ -30,16 +30,18 @@ from mountd.daemon.limits import (
 )
 from mountd.daemon.owners import FairQueue
 from mountd.daemon.pool import Pool, Worker
-from mountd.errors import LimitExceeded, MountdError, ShuttingDown
+from mountd.errors import LimitExceeded, MountdError, MountFailed, ShuttingDown
 from mountd.fds import close_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mountd.daemon.board import Board
+    from mountd.fds import OwnedFd
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 HOUSE_KEEPING_SECONDS = 60.0
+PAUSE_SECONDS = 0.1  # without a descriptor for another connection
 ACCEPT_AT_ONCE = 64  # before anybody else gets a turn
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -80,7 +82,9 @@ class Listener:
         self._last_activity = time.monotonic()
         self._draining_until: float | None = None
         self._listening_paused = False
+        self._listen_again = 0.0  # when it is paused
         self._reloading = False
+        self._reload_again = False
         self._next_house_keeping = 0.0
         self._epoll = select.epoll()
         listening.setblocking(False)
@@ -104,8 +108,13 @@ class Listener:
         self._epoll.close()
 
     def reload(self) -> None:
-        """Have the policy read again; workers follow once it was."""
-        if not self._reloading and self._draining_until is None:
+        """Have the policy read again; workers follow once it was.
+
+        What has changed while it is being read may have been read before, so it is read once more.
+        """
+        if self._reloading:
+            self._reload_again = True
+        elif self._draining_until is None:
             self._reloading = True
             self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             with contextlib.suppress(ConnectionError):  # its end is noticed by the next turn
@@ -141,9 +150,11 @@ class Listener:
                 self._queue.add(self._idle.pop(fd))
             elif self._woken is not None and fd == self._woken.fileno():
                 self._woken.recv(4096)
-        for connection, error in self._pool.enforce():
+        for connection, error in self._pool.enforce(draining=self._draining_until is not None):
             self._drop(connection, error)
         self._expire()
+        if self._listening_paused and time.monotonic() >= self._listen_again:
+            self._resume_listening()
         if self._queue.waiting:
             self._dispatch()
         self._keep_house()
@@ -177,35 +188,42 @@ class Listener:
                 return
             except OSError as error:
                 if error.errno in OUT_OF_DESCRIPTORS:
-                    self._pause_listening()
+                    self._pause_listening(error)
                     return
                 continue  # this one has gone already
             self._welcome(accepted)
 
-    def _pause_listening(self) -> None:
-        """Let them wait in the queue of the socket until somebody has left."""
-        log(Priority.WARNING, "no descriptor left for another connection", message_id=WORKER_ID)
+    def _pause_listening(self, error: OSError) -> None:
+        """Let them wait in the queue of the socket for a moment, or until somebody has left."""
+        log(Priority.WARNING, f"cannot take another connection in: {error.strerror}", message_id=WORKER_ID)
         self._epoll.unregister(self._listening)
         self._listening_paused = True
+        self._listen_again = time.monotonic() + PAUSE_SECONDS
+
+    def _resume_listening(self) -> None:
+        if self._listening_paused and self._draining_until is None:
+            self._epoll.register(self._listening, select.EPOLLIN)
+            self._listening_paused = False
 
     def _welcome(self, accepted: socket.socket) -> None:
         try:
-            namespace, uid = peer_namespace(accepted)
-            owner = self._queue.owner(uid)
+            namespace, key = peer_namespace(accepted)
+            owner = self._queue.owner(key)
             if owner.connections >= MAXIMUM_CONNECTIONS_PER_OWNER:
                 raise LimitExceeded("connections of one owner", MAXIMUM_CONNECTIONS_PER_OWNER)
             if len(self._connections) >= self._maximum_connections:
                 self._queue.forget_if_idle(owner)
                 raise LimitExceeded("connections", self._maximum_connections, hint="try again later")
+            self._epoll.register(accepted.fileno(), READABLE)
         except (MountdError, OSError) as error:
-            if isinstance(error, MountdError):
-                answer(accepted, error)
+            if isinstance(error, OSError):
+                error = MountFailed("taking the connection in", errno.errorcode.get(error.errno or 0, "EIO"))
+            answer(accepted, error)
             accepted.close()
             return
         connection = Connection(accepted, namespace, owner)
         owner.connections += 1
         self._connections[connection.fileno()] = connection
-        self._epoll.register(connection.fileno(), READABLE)
         self._wait_for_request(connection)
 
     def _wait_for_request(self, connection: Connection) -> None:
@@ -225,9 +243,7 @@ class Listener:
         connection.owner.connections -= 1
         self._queue.forget_if_idle(connection.owner)
         self._last_activity = time.monotonic()
-        if self._listening_paused and self._draining_until is None:
-            self._epoll.register(self._listening, select.EPOLLIN)
-            self._listening_paused = False
+        self._resume_listening()
 
     def _expire(self) -> None:
         """End connections that have had no request for too long."""
@@ -241,7 +257,7 @@ class Listener:
     def _dispatch(self) -> None:
         """Give queued connections to workers, in turns; refuse owners whose requests hang."""
         while (worker := self._pool.free()) is not None:
-            connection = self._queue.next()
+            connection = self._queue.next(only_idle_owners=self._pool.crowded)
             if connection is None:
                 break
             refusal = self._too_many_stuck(connection)
@@ -261,14 +277,15 @@ class Listener:
             self._next_house_keeping = now + (1.0 if self._pool.has_spare else HOUSE_KEEPING_SECONDS)
             self._pool.changed = False
             if self._draining_until is None:
-                self._pool.fill(self._queue.waiting)
+                self._pool.fill(self._queue.waiting, self._queue.idle_owners)
             self._pool.close_retired()
 
     def _too_many_stuck(self, connection: Connection) -> LimitExceeded | None:
         hint = "the file systems of earlier requests do not answer"
         if connection.owner.stuck >= MAXIMUM_STUCK_PER_OWNER:
             return LimitExceeded("requests of one owner that hang", MAXIMUM_STUCK_PER_OWNER, hint=hint)
-        if self._pool.stuck >= MAXIMUM_STUCK:
+        # Who has nothing that hangs does not pay for those who have.
+        if connection.owner.stuck and self._pool.stuck >= MAXIMUM_STUCK:
             return LimitExceeded("requests that hang", MAXIMUM_STUCK, hint=hint)
         return None
 
@@ -278,6 +295,9 @@ class Listener:
             try:
                 heard = channel.hear(worker.channel)
             except BlockingIOError:
+                return
+            except OSError as error:
+                log(Priority.ERROR, f"cannot hear a worker: {error.strerror}", message_id=WORKER_ID)
                 return
             if heard is None:
                 # Its end; what becomes of it the fork server says.
@@ -316,20 +336,28 @@ class Listener:
         if word is Word.READY:
             self._notify(f"READY=1\nSTATUS=serving\nMAINPID={os.getpid()}")
         elif word is Word.SPAWNED:
-            worker = self._pool.spawned(number, fds)
-            self._channels[worker.channel.fileno()] = worker
-            self._epoll.register(worker.channel, select.EPOLLIN)
+            self._worker_is_there(number, fds)
         elif word is Word.GONE:
             self._worker_is_gone(number)
         elif word in (Word.RELOADED, Word.NOT_RELOADED):
             self._reloaded(word, number, text)
         close_all(fds)
 
+    def _worker_is_there(self, slot: int, fds: list[OwnedFd]) -> None:
+        if len(fds) != 2:
+            # There was no descriptor left for them. By the end of its socket the worker ends, too.
+            log(Priority.ERROR, "no descriptor left to reach a new worker", message_id=WORKER_ID)
+            return
+        worker = self._pool.spawned(slot, fds)
+        self._channels[worker.channel.fileno()] = worker
+        self._epoll.register(worker.channel, select.EPOLLIN)
+
     def _worker_is_gone(self, slot: int) -> None:
         worker = self._pool.workers.get(slot)
         if worker is None:
             self._pool.not_spawned(slot)
             return
+        self._hear_worker(worker)  # its last words, which may not have been heard yet
         self._forget_channel(worker)
         ended = self._pool.gone(worker)
         if ended is not None:
@@ -350,3 +378,6 @@ class Listener:
                 message_id=POLICY_ID,
             )
             self._notify("READY=1\nSTATUS=serving with the policy from before the last reload, which failed")
+        if self._reload_again:
+            self._reload_again = False
+            self.reload()

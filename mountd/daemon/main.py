@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mountd.daemon import channel
 from mountd.daemon.activation import StartFailure, listening_socket
 from mountd.daemon.board import Board
-from mountd.daemon.journal import WORKER_ID, Priority, log
+from mountd.daemon.journal import WORKER_ID, Priority, log, open_journal
 from mountd.daemon.limits import MAXIMUM_CONNECTIONS, SLOTS, SPARE_DESCRIPTORS
 from mountd.daemon.listener import ForkServerGone, Listener
 from mountd.kernel.libc import call
@@ -56,6 +56,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.idle_exit is not None and options.idle_exit <= 0:
         parser.error("--idle-exit: it has to be more than 0 seconds")
+    # The working directory is not the same for ever.
+    options.runtime_dir, options.state_dir = options.runtime_dir.absolute(), options.state_dir.absolute()
+    options.policy_dir = [each.absolute() for each in options.policy_dir or POLICY_DIRS]
+    options.socket = os.path.abspath(options.socket) if options.socket else None
     return options
 
 
@@ -64,11 +68,11 @@ class Daemon:
 
     def __init__(self, options: argparse.Namespace) -> None:
         """Get the socket and set the limits. Raises StartFailure."""
-        self._policy_dirs = list(options.policy_dir or POLICY_DIRS)
+        self._policy_dirs = options.policy_dir
         self._idle_exit = options.idle_exit
         self._staging = prepare_runtime_dir(options.runtime_dir)
-        self._path = options.socket or str(options.runtime_dir / SOCKET_NAME)
-        self._listening, self._bound = listening_socket(self._path)
+        self.path = options.socket or str(options.runtime_dir / SOCKET_NAME)
+        self._listening, self._bound = listening_socket(self.path)
         self._maximum_connections = raise_descriptor_limit()
         self._signals: set[int] = set()
         self._watchdog = watchdog_seconds()
@@ -94,7 +98,7 @@ class Daemon:
             self._listening.close()
             if self._bound:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._path)
+                    os.unlink(self.path)
 
     def _serve(self) -> None:
         """Start a fork server and run the listener over it. Raises ForkServerGone."""
@@ -174,7 +178,10 @@ def notify(state: str) -> None:
     if "NOTIFY_SOCKET" in os.environ:
         from systemd import daemon  # type: ignore[import-untyped]
 
-        daemon.notify(state)
+        try:
+            daemon.notify(state)
+        except OSError as error:
+            log(Priority.WARNING, f"cannot tell the service manager: {error.strerror}")
 
 
 def end_child(pid: int) -> None:
@@ -200,6 +207,7 @@ def main() -> None:
         os.umask(0o077)
     except StartFailure as reason:
         sys.exit(f"mountd: {reason}")
+    open_journal(f"version {VERSION} listens at {daemon.path}")
     sys.exit(daemon.run())
 
 

@@ -1,8 +1,9 @@
 """Who has to wait for whom: connections with something to read, queued fairly between owners.
 
 An owner is who pays for a request: the uid that made the outermost user namespace, as whoever has a range of
-ids can come as any of them. Owners take turns; one that has enough requests running, or too many that hang,
-waits without holding up the others.
+ids can come as any of them; of root's namespaces each is an owner. Owners take turns; one that has enough
+requests running, or too many that hang, waits without holding up the others. Nor can several of them
+together: while the pool is crowded, only owners that have nothing running get a turn, for which it grows.
 """
 
 from __future__ import annotations
@@ -10,24 +11,35 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from mountd.daemon.limits import MAXIMUM_RUNNING_PER_OWNER
+from mountd.daemon.limits import MAXIMUM_RUNNING_PER_OWNER, MAXIMUM_STUCK_PER_OWNER
 
 if TYPE_CHECKING:
+    from mountd.caller.identify import OwnerKey
     from mountd.daemon.connection import Connection
 
 
 class Owner:
     """What one owner has: connections, requests that run, workers that hang, and its own queue."""
 
-    __slots__ = ("connections", "queue", "running", "stuck", "uid")
+    __slots__ = ("connections", "key", "queue", "running", "stuck")
 
-    def __init__(self, uid: int) -> None:
+    def __init__(self, key: OwnerKey) -> None:
         """Nothing yet."""
-        self.uid = uid
+        self.key = key
         self.connections = 0
         self.running = 0
         self.stuck = 0
         self.queue: deque[Connection] = deque()
+
+    @property
+    def uid(self) -> int:
+        """Whose requests they are."""
+        return self.key[0]
+
+    @property
+    def has_first(self) -> bool:
+        """Whether it has something to run, and nothing that runs or hangs."""
+        return bool(self.queue) and not self.running and not self.stuck
 
     @property
     def may_run(self) -> bool:
@@ -49,18 +61,23 @@ class FairQueue:
 
     def __init__(self) -> None:
         """Nobody has come yet."""
-        self._owners: dict[int, Owner] = {}
+        self._owners: dict[OwnerKey, Owner] = {}
         self._turns: deque[Owner] = deque()
         self.waiting = 0  # connections in the queue
 
-    def owner(self, uid: int) -> Owner:
-        """Return the owner with this uid, new or known."""
-        return self._owners.setdefault(uid, Owner(uid))
+    def owner(self, key: OwnerKey) -> Owner:
+        """Return the owner with this key, new or known."""
+        return self._owners.setdefault(key, Owner(key))
+
+    @property
+    def idle_owners(self) -> int:
+        """How many wait that have nothing running."""
+        return sum(owner.has_first for owner in self._turns)
 
     def forget_if_idle(self, owner: Owner) -> None:
         """Drop an owner that has nothing any more."""
         if owner.idle:
-            self._owners.pop(owner.uid, None)
+            self._owners.pop(owner.key, None)
 
     def add(self, connection: Connection) -> None:
         """Queue a connection behind the others of its owner."""
@@ -70,11 +87,16 @@ class FairQueue:
         owner.queue.append(connection)
         self.waiting += 1
 
-    def next(self) -> Connection | None:
-        """Take the connection whose turn it is, None if nobody may run."""
+    def next(self, *, only_idle_owners: bool = False) -> Connection | None:
+        """Take the connection whose turn it is, None if nobody may run.
+
+        With `only_idle_owners` it is the turn of those only that have nothing running, and of those that get
+        a refusal.
+        """
         for _ in range(len(self._turns)):
             owner = self._turns.popleft()
-            if not owner.may_run:
+            refused = owner.stuck >= MAXIMUM_STUCK_PER_OWNER
+            if not owner.may_run or (only_idle_owners and not owner.has_first and not refused):
                 self._turns.append(owner)
                 continue
             connection = owner.queue.popleft()

@@ -11,6 +11,7 @@ import fcntl
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mountd.daemon import channel
@@ -19,6 +20,7 @@ from mountd.daemon.journal import WORKER_ID, Priority, log
 from mountd.daemon.limits import (
     DEADLINES,
     GRACE_SECONDS,
+    HANGS_SECONDS,
     IDLE_WORKER_SECONDS,
     MAXIMUM_WORKERS,
     MINIMUM_WORKERS,
@@ -38,6 +40,10 @@ if TYPE_CHECKING:
 
     # A connection that has had its last request, and what to tell it.
     Ended = tuple[Connection, MountdError | None]
+
+
+# There is an answer in these, or a part of one: in IDLE a worker waits a moment for the next request.
+ANSWERED = (Phase.REPLY, Phase.CLOSE, Phase.IDLE)
 
 
 class Worker:
@@ -107,11 +113,21 @@ class Pool:
         ]
         return max(ready, key=lambda worker: worker.free_since, default=None)
 
-    def fill(self, waiting: int) -> None:
-        """Start as many workers as are needed for `waiting` requests."""
+    @property
+    def crowded(self) -> bool:
+        """Whether as many requests are being served as usual, so that more are an exception."""
+        return self.serving >= MAXIMUM_WORKERS
+
+    def fill(self, waiting: int, idle_owners: int) -> None:
+        """Start as many workers as are needed for `waiting` requests.
+
+        Beyond the usual number there is one for each of `idle_owners`, who have nothing running: others
+        cannot make them wait by being slow.
+        """
         alive = [w for w in self.workers.values() if w.killed_at is None and not w.retiring]
         busy = sum(worker.owner is not None for worker in alive)
-        wanted = min(MAXIMUM_WORKERS, max(MINIMUM_WORKERS, busy + waiting))
+        usual = min(MAXIMUM_WORKERS, max(MINIMUM_WORKERS, busy + waiting))
+        wanted = max(usual, min(busy + idle_owners, SLOTS))
         for _ in range(wanted - len(alive) - len(self._starting)):
             slot = next((s for s in range(SLOTS) if s not in self.workers and s not in self._starting), None)
             if slot is None:
@@ -146,7 +162,10 @@ class Pool:
         worker.close()
         if worker.connection is None:
             return None
-        return worker.connection, MountFailed("serving the request: its process ended", "EIO")
+        # Another answer would be taken for that to the next request.
+        answered = self._board.read(worker.slot)[0] in ANSWERED
+        failure = MountFailed("serving the request: its process ended", "EIO")
+        return worker.connection, None if answered else failure
 
     def assign(self, worker: Worker, connection: Connection) -> None:
         """Hand a connection to a free worker. Raises OSError if the worker has ended."""
@@ -170,7 +189,7 @@ class Pool:
         """Have every worker end: at once if it waits, after its request otherwise."""
         for worker in self.workers.values():
             worker.retiring = True
-        self.close_retired()
+            _let_go(worker)
         self.changed = True
 
     def close_retired(self) -> None:
@@ -183,8 +202,7 @@ class Pool:
                 worker.retiring = True
                 spare -= 1
             if worker.retiring:
-                with contextlib.suppress(OSError):
-                    worker.channel.shutdown(socket.SHUT_WR)
+                _let_go(worker)
 
     def next_deadline(self) -> float | None:
         """Return the time.monotonic() at which `enforce` has to look again."""
@@ -198,8 +216,12 @@ class Pool:
                 times.append(since + DEADLINES.get(phase, DEADLINES[Phase.CLOSE]) + GRACE_SECONDS)
         return min(times, default=None)
 
-    def enforce(self) -> list[Ended]:
-        """Kill what is past its deadline, charge what does not die; return the connections to drop."""
+    def enforce(self, *, draining: bool = False) -> list[Ended]:
+        """Kill what is past its deadline, charge what does not die; return the connections to drop.
+
+        When `draining`, who has been answered is not waited for, nor is what sleeps in the kernel for long
+        and cannot be woken.
+        """
         now = time.monotonic()
         dropped: list[Ended] = []
         for worker in self.workers.values():
@@ -209,8 +231,9 @@ class Pool:
             elif worker.owner is not None:
                 phase, since = self._board.read(worker.slot)
                 seconds = DEADLINES.get(phase, DEADLINES[Phase.CLOSE])
-                if now >= since + seconds + GRACE_SECONDS:
-                    dropped += self._give_up(worker, phase, seconds)
+                hangs = draining and now >= since + HANGS_SECONDS and _waits_for_nobody(worker, phase)
+                if hangs or now >= since + seconds + GRACE_SECONDS:
+                    dropped += self._give_up(worker, phase, int(now - since) if hangs else seconds)
         return dropped
 
     def _give_up(self, worker: Worker, phase: Phase, seconds: int) -> list[Ended]:
@@ -229,15 +252,35 @@ class Pool:
         )
         if connection is None:
             return []
-        # In the last two phases an answer is there already, or a part of one.
-        answered = phase in (Phase.REPLY, Phase.CLOSE)
-        return [(connection, None if answered else TimedOut(seconds))]
+        return [(connection, None if phase in ANSWERED else TimedOut(seconds))]
 
     def _charge(self, worker: Worker) -> None:
         worker.charged = True
         if worker.owner is not None:
             worker.owner.running -= 1
             worker.owner.stuck += 1
+
+
+def _let_go(worker: Worker) -> None:
+    """Let a worker find no further request; what it has begun it ends."""
+    with contextlib.suppress(OSError):
+        worker.channel.shutdown(socket.SHUT_WR)
+
+
+def _waits_for_nobody(worker: Worker, phase: Phase) -> bool:
+    """Tell whether no caller can gain anything from waiting for a worker."""
+    return phase is Phase.CLOSE or _sleeps(worker.pidfd.fileno())
+
+
+def _sleeps(pidfd: int) -> bool:
+    """Tell whether a process waits in the kernel for what no signal interrupts (state D in proc(5))."""
+    try:
+        fdinfo = Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="utf-8")
+        pid = next(line.split()[1] for line in fdinfo.splitlines() if line.startswith("Pid:"))
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (OSError, StopIteration):
+        return False
+    return stat.rpartition(")")[2].split()[0] == "D"
 
 
 def _duplicate(fd: int) -> int:

@@ -29,7 +29,7 @@ from mountd.fds import close_all
 from mountd.kernel import sockets
 from mountd.service.context import PolicyInForce, RequestContext
 from mountd.service.phase import Phase
-from mountd.wire.framing import encode, error_body
+from mountd.wire.framing import encode, error_body, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,7 +102,10 @@ class Worker:
             self._enter(Phase.IDLE)
             poller = select.poll()
             poller.register(connection, select.POLLIN)
-            if not poller.poll(LINGER_MILLISECONDS):
+            # It closes when this worker is to end, such as for a new policy.
+            poller.register(self._own, select.POLLIN)
+            ready = [fd for fd, _ in poller.poll(LINGER_MILLISECONDS)]
+            if ready != [connection.fileno()]:
                 return True
         return True
 
@@ -172,12 +175,15 @@ class Worker:
     def _note(
         self, message: Message, context: RequestContext, reply: bytes, seconds: float, taken: bool
     ) -> None:
-        """Write the journal's line about a request that the policy had a say in."""
+        """Write the journal's line about a request that the policy had a say in, or that was refused."""
         notes = context.notes
-        if "caller_uid" not in notes:
-            return
-        method = str(message.body.get("method")).rpartition(".")[2]
         error = error_name(reply)
+        if "caller_uid" not in notes:
+            if not error:
+                return  # nothing but a question about the interfaces
+            peer = sockets.peer_credentials(context.connection)
+            notes |= {"caller_uid": str(peer.uid), "caller_gid": str(peer.gid), "caller_pid": str(peer.pid)}
+        method = shown(str(message.body.get("method")).rpartition(".")[2])
         outcome = f"refused with {error}" if error else notes.get("verdict", "done")
         if not taken:
             outcome += ", and the caller did not take the answer"

@@ -13,7 +13,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from mountd.errors import NotSupported, SyscallError
+from mountd.errors import SyscallError
 from mountd.evidence.model import Evidence
 from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import Resolve, StatxMask
@@ -40,7 +40,7 @@ def locate(backing: BackingFile, *, name_paths: bool) -> Evidence:
     """Find out whether the image that `backing` describes lies under a path that is root's alone.
 
     `name_paths` says whether the reason may name directories: whoever is in a container has no business with
-    the host's. Raises nothing: whatever goes wrong is a reason why there is no such evidence.
+    the host's. Raises NotSupported; whatever else goes wrong is a reason why there is no such evidence.
     """
     try:
         path = walk(backing, name_paths)
@@ -49,8 +49,6 @@ def locate(backing: BackingFile, *, name_paths: bool) -> Evidence:
         path, problem = None, str(reason)
     except SyscallError as error:
         path, problem = None, f"its path cannot be checked ({error.errno_name})"
-    except NotSupported as error:
-        path, problem = None, f"its path cannot be checked: {error}"
     return Evidence(path, problem, backing.writable)
 
 

@@ -85,6 +85,7 @@ class MountAttr(IntFlag, boundary=STRICT):
     NOEXEC = 0x8
     NOATIME = 0x10
     STRICTATIME = 0x20
+    ATIME_UNUSED = 0x40  # of the mask, which has no values for it yet
     ATIME_MASK = 0x70
     NODIRATIME = 0x80
     IDMAP = 0x100000
@@ -133,14 +134,22 @@ class Clone(IntFlag, boundary=STRICT):
 
 
 class StatxMask(IntFlag, boundary=STRICT):
-    """STATX_* of linux/stat.h, as far as it is used."""
+    """STATX_* of linux/stat.h, as far as it is used.
+
+    With every bit of BASIC_STATS: Python 3.11.2 refuses a flag made of others that have no names.
+    """
 
     TYPE = 0x1
     MODE = 0x2
+    NLINK = 0x4
     UID = 0x8
     GID = 0x10
+    ATIME = 0x20
+    MTIME = 0x40
+    CTIME = 0x80
     INO = 0x100
     SIZE = 0x200
+    BLOCKS = 0x400
     BASIC_STATS = 0x7FF
     MNT_ID = 0x1000
     MNT_ID_UNIQUE = 0x4000

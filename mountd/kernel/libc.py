@@ -63,6 +63,11 @@ def _prepare() -> "dict[str, Callable[..., int]]":
 
 
 _calls = _prepare()
+# Which arguments are strings, which must not have a NUL inside.
+_TEXTS = {
+    name: tuple(index for index, kind in enumerate(kinds) if kind == "s")
+    for name, kinds in (_SYSCALLS | _FUNCTIONS).items()
+}
 
 # Name of a call (for an ioctl "ioctl REQUEST") -> errno that it fails with. Filled by tests only.
 inject: dict[str, int] = {}
@@ -75,9 +80,10 @@ def call(name: str, *args: object) -> int:
     a null pointer, a ctypes array, or `ctypes.byref()` of a ctypes object. Raises SyscallError, NotSupported
     where the kernel lacks the call, and ValueError for text with a NUL.
     """
-    for argument in args:
-        if type(argument) is bytes and b"\0" in argument:
-            raise ValueError(f"{name}: text with a NUL: {argument!r}")
+    for index in _TEXTS[name]:
+        text = args[index]
+        if text is not None and b"\0" in text:  # type: ignore[operator]  # bytes, as the table says
+            raise ValueError(f"{name}: text with a NUL: {text!r}")
     number = _injected(name, args) if inject else 0
     while not number:
         result = _calls[name](*args)

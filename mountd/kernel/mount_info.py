@@ -61,8 +61,8 @@ def statmount(
                 raise
             size *= 4
             continue
-        raw = bytes(buffer)
-        return MountInfo(statmount_struct.from_buffer_copy(raw), raw[STATMOUNT_STRINGS:])
+        struct = statmount_struct.from_buffer(buffer)
+        return MountInfo(struct, ctypes.string_at(ctypes.addressof(buffer), struct.size)[STATMOUNT_STRINGS:])
 
 
 def listmount(parent_id: int = LSMT_ROOT) -> list[int]:

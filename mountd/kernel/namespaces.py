@@ -128,6 +128,19 @@ def process_id_maps(pid: int) -> tuple[IdMapRows, IdMapRows]:
     return maps[0], maps[1]
 
 
+def effective_capabilities(pid: int) -> int:
+    """Return the effective capabilities of process `pid`, a bit each (capabilities(7)). Raises OSError.
+
+    Raises ProcessLookupError for what /proc does not know as a process.
+    """
+    with open(f"/proc/{pid}/status", encoding="utf-8") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name == "CapEff":
+                return int(value, 16)
+    raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+
+
 def read_id_maps(userns_fd: int) -> tuple[IdMapRows, IdMapRows]:
     """Return uid and gid map of the user namespace `userns_fd`, by a child that enters it.
 
@@ -210,10 +223,12 @@ def _become(enter: "Callable[[], None]", keep: "list[int]", writer: int) -> None
     except BaseException:  # noqa: BLE001 - a child of a fork has nobody to raise to
         number = errno.EIO
     finally:
-        os.write(writer, number.to_bytes(4, "little"))
-        while not number:
-            signal.pause()
-        os._exit(1)
+        try:
+            os.write(writer, number.to_bytes(4, "little"))
+            while not number:
+                signal.pause()
+        finally:
+            os._exit(1)  # whatever happens: what called has to go on in one process only
 
 
 def close_all_but(keep: "set[int]") -> None:

@@ -31,14 +31,19 @@ def recognise_image(fd: int, size: int, *, confined: bool) -> FileSystem:
 
     Raises InvalidImage and UnsupportedFileSystem as `recognise` does.
     """
-    try:
-        return _in_child(fd, size) if confined else recognise(_reader(fd), size)
-    except OSError as error:
-        raise InvalidImage(f"it cannot be read ({error.strerror})") from None
+    return _in_child(fd, size) if confined else recognise(_reader(fd), size)
 
 
 def _reader(fd: int) -> Callable[[int, int], bytes]:
-    return lambda offset, length: os.pread(fd, length, offset)
+    """Return a way to read the image, which raises InvalidImage where that is not possible."""
+
+    def read(offset: int, length: int) -> bytes:
+        try:
+            return os.pread(fd, length, offset)
+        except OSError as error:
+            raise InvalidImage(f"it cannot be read ({error.strerror})", offset=offset) from None
+
+    return read
 
 
 def _in_child(fd: int, size: int) -> FileSystem:
@@ -77,8 +82,10 @@ def _be_the_child(fd: int, size: int, writer: int) -> NoReturn:
     except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
         answer = {"failed": f"{type(error).__name__}: {error}"}
     finally:
-        os.write(writer, json.dumps(answer).encode())
-        os._exit(0)
+        try:
+            os.write(writer, json.dumps(answer).encode())
+        finally:
+            os._exit(0)  # whatever happens: what called has to go on in one process only
 
 
 def _understand(answer: bytes) -> FileSystem:

@@ -12,10 +12,9 @@ import stat
 
 from mountd.errors import BadFileDescriptor
 from mountd.kernel.flags import StatxMask
+from mountd.kernel.fuse import is_fuse
 from mountd.kernel.paths import fd_flags, path_hint, statx
 from mountd.source.model import BackingFile
-
-FUSE_CONNECTIONS = "/sys/fs/fuse/connections"
 
 KINDS = {
     stat.S_IFDIR: "a directory",
@@ -49,7 +48,7 @@ def inspect_descriptor(fd: int, parameter: str) -> BackingFile:
         raise BadFileDescriptor(parameter, f"it is {KINDS.get(kind, 'no file')}, not a regular file")
     if flags & os.O_ACCMODE not in (os.O_RDONLY, os.O_RDWR):
         raise BadFileDescriptor(parameter, "it is not open for reading")
-    if on_fuse(status.stx_dev_major, status.stx_dev_minor):
+    if is_fuse(status.stx_dev_major, status.stx_dev_minor):
         raise BadFileDescriptor(
             parameter, "it lies on a FUSE file system, whose server could change the image or stop mountd"
         )
@@ -63,11 +62,3 @@ def inspect_descriptor(fd: int, parameter: str) -> BackingFile:
         writable=flags & os.O_ACCMODE == os.O_RDWR,
         path_hint=path_hint(fd),
     )
-
-
-def on_fuse(major: int, minor: int) -> bool:
-    """Tell whether the device number belongs to a FUSE connection, by the directory that fusectl has for it.
-
-    Its name is the kernel's dev_t as one number (fuse_ctl_add_conn()).
-    """
-    return os.path.isdir(f"{FUSE_CONNECTIONS}/{major << 20 | minor}")

@@ -18,6 +18,7 @@ or closed.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
@@ -46,7 +47,12 @@ from mountd.wire.framing import (
 # what it keeps out of the list, by `OwnedFd.take()` or list.pop(). The rest stays the message's.
 Handler = Callable[[dict[str, Any], list[OwnedFd], Any], tuple[dict[str, object], list[OwnedFd]]]
 
+Check = Callable[[object, str], None]
+
 T = TypeVar("T")
+
+# No process, descriptor, memory, space or device to be had.
+SHORTAGES = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.ENXIO)
 
 DESCRIPTOR_SUFFIXES = ("FileDescriptor", "FileDescriptors")
 
@@ -56,6 +62,16 @@ def interface_directory() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "protocol"
     return installed if installed.is_dir() else package.parent / "protocol"
+
+
+class _Interface(scanner.Interface):  # type: ignore[misc]  # the package has no types
+    """An interface whose values were checked already, so that nothing is left to coerce."""
+
+    def filter_params(
+        self, _name: str, _type: object, _namespaced: bool, args: object, _kwargs: object
+    ) -> Any:
+        """Return the values as they are."""
+        return args
 
 
 class _Exchange:
@@ -92,8 +108,14 @@ class Dispatcher:
         for name in dict.fromkeys(method.rpartition(".")[0] for method in handlers):
             # Not with Service.interface(): it reads the file in the encoding of the locale.
             text = (interface_dir / f"{name}.varlink").read_text(encoding="utf-8")
-            self._service.interfaces[name] = scanner.Interface(text)
+            self._service.interfaces[name] = _Interface(text)
             self._service.interfaces_handlers[name] = SimpleNamespace()
+        self._checks = {
+            f"{interface.name}.{member.name}": _compile(interface, member.in_type, {})
+            for interface in self._service.interfaces.values()
+            for member in interface.members.values()
+            if isinstance(member, scanner._Method)
+        }
         for method, handler in handlers.items():
             interface, declared = self._find(method)
             if interface is None or declared is None:
@@ -127,6 +149,10 @@ class Dispatcher:
             failure = error
         except SyscallError as error:
             failure = MountFailed(error.call, error.errno_name, error.log)
+        except OSError as error:
+            # A shortage is neither the request's fault nor a bug.
+            short = error.errno in SHORTAGES
+            failure = MountFailed("getting what it needs", errno_name(error)) if short else self._bug(error)
         except Exception as error:  # noqa: BLE001 - a bug in a handler must not end the worker without a reply
             failure = self._bug(error)
         close_all(exchange.reply_fds)
@@ -144,7 +170,7 @@ class Dispatcher:
                 raise InvalidParameter(flag, "this method does not offer it")
         interface, method = self._find(call.method)
         if method is not None:
-            check_parameters(interface, method.in_type, call.parameters)
+            self._checks[call.method](call.parameters, "")
             if call.oneway and _has_descriptors(interface, method.out_type):
                 # Not even begun: its whole result would be closed at once.
                 return b""
@@ -168,16 +194,23 @@ class Dispatcher:
         return interface, member if isinstance(member, scanner._Method) else None
 
 
+def errno_name(error: OSError) -> str:
+    """Return the symbolic name of an error, such as "EMFILE"."""
+    return errno.errorcode.get(error.errno or 0, "EIO")
+
+
 def _adapter(
     interface: scanner.Interface, method: scanner._Method, handler: Handler
 ) -> Callable[..., dict[str, object]]:
     """Make of a handler what the varlink package calls: with the fields in order, and what came along."""
 
+    check = _compile(interface, method.out_type, {})
+
     def adapter(*_fields: object, _request: _Exchange) -> dict[str, object]:
         # The checked parameters instead of the fields, which went through the package's coercion.
         reply, _request.reply_fds = handler(_request.parameters, _request.fds, _request.context)
         try:
-            check_parameters(interface, method.out_type, reply)
+            check(reply, "")
         except InvalidParameter as error:
             # Not the client's fault, and not to be blamed on a field of its call.
             raise ValueError(f"the reply of {method.name} is not as declared: {error}") from error
@@ -195,24 +228,37 @@ def check_parameters(
 
     Raises InvalidParameter with the path of the first field that does not fit: "source.layers[2].verity".
     """
+    _compile(interface, varlink_type, {})(value, path)
+
+
+def _compile(interface: scanner.Interface, varlink_type: object, known: dict[int, list[Check]]) -> Check:
+    """Return a function that checks a value and its path: what is declared is looked at once, not each time.
+
+    `known` has the structs that were begun, as a type may contain itself; each is a list that gets the
+    finished function.
+    """
     declared = _resolve(interface, varlink_type)
     if isinstance(declared, scanner._Maybe):
-        if value is not None:
-            check_parameters(interface, declared.element_type, value, path)
-    elif isinstance(declared, scanner._Struct):
-        _check_struct(interface, declared.fields, _expect(dict, "an object", value, path), path)
-    elif isinstance(declared, scanner._Array):
-        for index, item in enumerate(_expect(list, "an array", value, path)):
-            check_parameters(interface, declared.element_type, item, f"{path}[{index}]")
-    elif isinstance(declared, scanner._Dict):
-        for key, item in _expect(dict, "an object", value, path).items():
-            check_parameters(interface, declared.element_type, item, f"{path}[{shown(key)}]")
-    elif isinstance(declared, set):
-        for key, item in _expect(dict, "a set", value, path).items():
-            if item != {}:
-                raise InvalidParameter(f"{path}[{shown(key)}]", "a member of a set is an empty object")
-    else:
-        _check_simple(declared, value, path)
+        return _maybe(_compile(interface, declared.element_type, known))
+    if isinstance(declared, scanner._Struct):
+        if id(declared) in known:
+            finished = known[id(declared)]
+            return lambda value, path: finished[0](value, path)
+        known[id(declared)] = []
+        fields = {name: _compile(interface, each, known) for name, each in declared.fields.items()}
+        optional = [
+            isinstance(_resolve(interface, each), scanner._Maybe) for each in declared.fields.values()
+        ]
+        required = frozenset(name for name, maybe in zip(fields, optional, strict=True) if not maybe)
+        known[id(declared)].append(_struct(fields, required))
+        return known[id(declared)][0]
+    if isinstance(declared, scanner._Array):
+        return _array(_compile(interface, declared.element_type, known))
+    if isinstance(declared, scanner._Dict):
+        return _dict(_compile(interface, declared.element_type, known))
+    if isinstance(declared, set):
+        return _check_set
+    return _simple(declared)
 
 
 def _resolve(interface: scanner.Interface, varlink_type: object) -> object:
@@ -224,40 +270,100 @@ def _resolve(interface: scanner.Interface, varlink_type: object) -> object:
     return varlink_type
 
 
-def _check_struct(
-    interface: scanner.Interface, fields: Mapping[str, object], value: dict[str, object], path: str
-) -> None:
-    prefix = f"{path}." if path else ""
-    for name in value:
-        if name not in fields:
-            raise InvalidParameter(prefix + shown(name), "there is no such field")
-    for name, varlink_type in fields.items():
-        if name in value:
-            check_parameters(interface, varlink_type, value[name], prefix + name)
-        elif not isinstance(_resolve(interface, varlink_type), scanner._Maybe):
-            raise InvalidParameter(prefix + name, "missing")
+def _maybe(check: Check) -> Check:
+    def check_maybe(value: object, path: str) -> None:
+        if value is not None:
+            check(value, path)
+
+    return check_maybe
 
 
-def _check_simple(declared: object, value: object, path: str) -> None:
+def _struct(fields: Mapping[str, Check], required: frozenset[str]) -> Check:
+    def check_struct(value: object, path: str) -> None:
+        given = _expect(dict, "an object", value, path)
+        prefix = f"{path}." if path else ""
+        for name in given:
+            if name not in fields:
+                raise InvalidParameter(prefix + shown(name), "there is no such field")
+        for name, check in fields.items():
+            if name in given:
+                check(given[name], prefix + name)
+            elif name in required:
+                raise InvalidParameter(prefix + name, "missing")
+
+    return check_struct
+
+
+def _array(check: Check) -> Check:
+    def check_array(value: object, path: str) -> None:
+        for index, item in enumerate(_expect(list, "an array", value, path)):
+            check(item, f"{path}[{index}]")
+
+    return check_array
+
+
+def _dict(check: Check) -> Check:
+    def check_dict(value: object, path: str) -> None:
+        for key, item in _expect(dict, "an object", value, path).items():
+            check(item, f"{path}[{shown(key)}]")
+
+    return check_dict
+
+
+def _check_set(value: object, path: str) -> None:
+    for key, item in _expect(dict, "a set", value, path).items():
+        if item != {}:
+            raise InvalidParameter(f"{path}[{shown(key)}]", "a member of a set is an empty object")
+
+
+def _simple(declared: object) -> Check:
     """The scanner has a value of the Python type stand for the type: False, 0, 0.0 or an empty string."""
+
+    def check_enum(value: object, path: str) -> None:
+        if _expect(str, "a string", value, path) not in fields:
+            raise InvalidParameter(path, f"none of {', '.join(fields)}")
+
+    fields = declared.fields if isinstance(declared, scanner._Enum) else ()
     if isinstance(declared, scanner._Enum):
-        if _expect(str, "a string", value, path) not in declared.fields:
-            raise InvalidParameter(path, f"none of {', '.join(declared.fields)}")
-    elif isinstance(declared, scanner._Object):
-        _expect(dict, "an object", value, path)
-    elif isinstance(declared, bool):
-        _expect(bool, "a bool", value, path)
-    elif isinstance(declared, int):
-        if not INTEGER_MIN <= _expect(int, "an int", value, path) <= INTEGER_MAX:
-            raise InvalidParameter(path, "more than 64 bits")
-    elif isinstance(declared, float):
-        if type(value) is not int:  # JSON writes 1.0 as 1 if it likes
-            _expect(float, "a float", value, path)
-    elif isinstance(declared, str):
-        if not is_text(_expect(str, "a string", value, path)):
-            raise InvalidParameter(path, "half of a surrogate pair")
-    else:
-        raise ValueError(f"{path}: the varlink package has a type that mountd does not know: {declared!r}")
+        return check_enum
+    if isinstance(declared, scanner._Object):
+        return lambda value, path: _ignore(_expect(dict, "an object", value, path))
+    for kind, check in _SIMPLE:
+        if isinstance(declared, kind):
+            return check
+    raise ValueError(f"the varlink package has a type that mountd does not know: {declared!r}")
+
+
+def _ignore(_: object) -> None:
+    """Make a statement of an expression."""
+
+
+def _check_bool(value: object, path: str) -> None:
+    _expect(bool, "a bool", value, path)
+
+
+def _check_int(value: object, path: str) -> None:
+    if not INTEGER_MIN <= _expect(int, "an int", value, path) <= INTEGER_MAX:
+        raise InvalidParameter(path, "more than 64 bits")
+
+
+def _check_float(value: object, path: str) -> None:
+    if type(value) is not int:  # JSON writes 1.0 as 1 if it likes
+        _expect(float, "a float", value, path)
+
+
+def _check_str(value: object, path: str) -> None:
+    if not is_text(_expect(str, "a string", value, path)):
+        raise InvalidParameter(path, "half of a surrogate pair")
+
+
+# In this order: a bool is an int to isinstance.
+_SIMPLE: tuple[tuple[type, Check], ...] = (
+    (bool, _check_bool),
+    (int, _check_int),
+    (float, _check_float),
+    (str, _check_str),
+)
 
 
 def _expect(kind: type[T], name: str, value: object, path: str) -> T:

@@ -103,6 +103,18 @@ def in_blocks(daemon: Daemon, image: Path) -> tuple[list[float], list[float]]:
     return bare, through
 
 
+def questions(daemon: Daemon) -> list[float]:
+    """Return what it takes to ask something for which nothing is to be done."""
+    with Client(str(daemon.socket)) as client:
+
+        def ask() -> None:
+            client._socket.sendall(b'{"method":"org.varlink.service.GetInfo"}\0')
+            client._socket.recv(65536)
+
+        timed(ask, WARM_UP)
+        return timed(ask, BLOCK * BLOCKS)
+
+
 def mounts_per_second(daemon: Daemon, image: Path, clients: int) -> float:
     """Have so many containers, each of another owner, mount as fast as they can."""
 
@@ -182,6 +194,7 @@ def report(daemon: Daemon, directory: Path, image: Path) -> bool:
     print(f"{'microseconds':<42}{'min':>11}{'median':>11}{'p99':>11}")
     print(line("bare: fsopen … mount_setattr", bare))
     print(line("Mount: mapped and locked, by the socket", through))
+    print(line("GetInfo: asked and answered, no mount", questions(daemon)))
     ratio = statistics.median(through) / statistics.median(bare)
     print(f"ratio of the medians: {ratio:.1f} (at most {RATIO:.0f})")
     for clients in (1, 8):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import struct
 import subprocess
@@ -27,9 +28,9 @@ from mountd.kernel.flags import (
 )
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.libc import call
-from tests.container import as_user, forked, in_container
+from tests.container import as_user, drop_capabilities, forked, in_container
 from tests.daemon import Daemon
-from tests.e2e.calls import errno_of, mounted, text_of
+from tests.e2e.calls import errno_of, mount_fds, mounted, outcome, text_of
 from tests.e2e.conftest import trusting
 from tests.images import build_image
 
@@ -39,6 +40,7 @@ USUAL = (MountAttr.RDONLY, MountAttr.NOSUID, MountAttr.NODEV)
 CLONE = OpenTree.CLONE | OpenTree.EMPTY_PATH
 FULL = ((0, 0, 65536),)  # a container whose root is the host's
 REMOUNT = 32 | 4096  # MS_REMOUNT|MS_BIND
+NAMESPACE = 2 | 0x1000  # OPEN_TREE_NAMESPACE, which kernels after 6.18 have
 CAPABILITIES = struct.pack("<5I", 0x02000001, 1 << 7, 0, 0, 0)  # CAP_SETUID, effective
 
 
@@ -247,6 +249,33 @@ def test_c43_the_hosts_root_gets_what_it_asks_for_and_no_lock(
         assert not attributes(reply) & ~MountAttr.RDONLY  # which the superblock is as well
 
 
+def test_c43_root_without_the_capability_gets_what_a_user_gets(
+    daemon: Daemon, hostile: dict[str, Path]
+) -> None:
+    """uid 0 in a container without a user namespace, or in a service, is not the host's administrator."""
+
+    def work() -> list[object]:
+        drop_capabilities()
+        ids = [{"first": 0, "target": 1000, "count": 1}]
+        with (
+            mounted(daemon.socket, hostile["ext4"]) as reply,
+            OwnedFd(os.open(hostile["ext4"], os.O_RDONLY)) as image,
+        ):
+            source = {"imageFileDescriptor": 0}
+            wish = {"kind": "ranges", "uidRanges": ids, "gidRanges": ids}
+            others = outcome(lambda: mount_fds(daemon.socket, source, [image.fileno()], idMap=wish))
+            return [
+                bool(attributes(reply) & MountAttr.NODEV and attributes(reply) & MountAttr.NOSUID),
+                errno_of(lambda: OwnedFd(os.open("char", os.O_RDONLY, dir_fd=reply.mount.fileno()))),
+                nested(lambda: lifts(reply, USUAL)),
+                others[0],
+            ]
+
+    locked, opened, lifted, others = forked(work)
+    assert (locked, opened, others) == (True, "EACCES", "UserNamespaceNotPermitted")
+    assert_locked(lifted, len(USUAL))
+
+
 def attributes(reply: MountReply) -> int:
     """The attributes of a detached mount, which statmount(2) does not find, from statvfs(3)."""
     flags = os.fstatvfs(reply.mount.fileno()).f_flag
@@ -339,10 +368,26 @@ def test_c45_programs_with_rights_have_none(
             attach(reply.mount.fileno(), str(target))
             return run(str(target / name), uid=1000)
 
+    def attached_on_the_host() -> dict[str, str]:
+        """By root, who was handed what a user had asked for."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            as_user(lambda: hand_over(theirs))
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        namespaces.unshare(Clone.NEWNS)
+        mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
+        attach(fds[0], str(target))
+        return run(str(target / name), uid=1000)
+
+    def hand_over(to: socket.socket) -> None:
+        with mounted(daemon.socket, hostile[type]) as reply:
+            socket.send_fds(to, [b"m"], [reply.mount.fileno()])
+
     assert as_user(on_the_host) == {"Uid": "4000\t4000\t4000\t4000"} | powerless
     mapped = {"Uid": "1000\t1000\t1000\t1000"} | powerless
     assert in_container(in_the_container) == mapped
     assert in_container(in_the_container, uids=FULL, owner=0) == mapped
+    assert forked(attached_on_the_host) == mapped
 
     def control() -> dict[str, str]:
         namespaces.unshare(Clone.NEWNS)
@@ -399,6 +444,9 @@ def test_c46_nothing_else_can_be_changed_either(
                 lambda: mount_api.open_tree_attr(fd, "", CLONE, set=idmap, clear=idmap, userns_fd=userns)
             ),
             "copy without idmap": errno_of(lambda: mount_api.open_tree_attr(fd, "", CLONE, clear=idmap)),
+            "copy into a new mount namespace": errno_of(
+                lambda: OwnedFd(call("open_tree", fd, b"", NAMESPACE))
+            ),
             "reconfigure": errno_of(reconfigure),
             "beneath a mount of the host": errno_of(beneath),
             "uncover a mount of the host": errno_of(umount_beneath),
@@ -408,7 +456,7 @@ def test_c46_nothing_else_can_be_changed_either(
         }
 
     found = in_container(work)
-    assert len(found) == 19
+    assert len(found) == 21
     assert {*found.values()} <= {"EPERM", "EINVAL"}, found
 
 

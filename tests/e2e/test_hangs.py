@@ -321,6 +321,27 @@ def test_a14_a15_stuck_in_close_until_the_owner_is_refused_and_the_daemon_restar
         assert eventually(lambda: {state_of(pid) for pid in stuck} <= {"X", "Z"})
 
 
+def test_a15_sigterm_while_requests_hang_within_their_deadlines(
+    start: Callable[..., Daemon], images: dict[str, Path], place: Path
+) -> None:
+    """Who has been answered is not waited for, however much time its worker has left."""
+    image = images["erofs"]
+    daemon = start(trusting(image.parent), start_new_session=True)
+    with contextlib.ExitStack() as stack:
+        fuse = stack.enter_context(Fuse(place / "fuse", image.read_bytes()))
+        fuse.silence(Op.FLUSH, session=daemon.process.pid)
+        fds = stack.enter_context(opened(fuse.path))
+        for _ in range(4):
+            raw = stack.enter_context(Raw(daemon, ATTACKER))
+            raw.send(mount_call(), fds)
+            assert error(raw.reply()) == "BadFileDescriptor"
+        assert eventually(lambda: len(daemon.workers) >= 4)
+        begin = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - begin < 2
+        fuse.abort()
+
+
 def test_a13_server_dies_and_the_slot_is_free_again(
     start: Callable[..., Daemon], images: dict[str, Path], place: Path
 ) -> None:

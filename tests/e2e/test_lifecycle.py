@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,22 @@ def test_reload_under_load(start: Callable[..., Daemon], images: dict[str, Path]
     assert mount(daemon, image) == ""
 
 
+def test_a_change_during_a_reload_is_not_lost(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    """The signal that comes while a long policy is read has it read again."""
+    image, trusted = images["erofs"], trusting(images["erofs"].parent)
+    daemon = start(trusted)
+    daemon.set_policy(
+        "".join(trusted.replace("trusted in the test", f"rule {number}") for number in range(1500))
+    )
+    daemon.signal(signal.SIGHUP)
+    time.sleep(0.05)
+    assert RELOADED not in daemon.log
+    daemon.set_policy("")
+    daemon.signal(signal.SIGHUP)
+    assert eventually(lambda: daemon.log.count(RELOADED) == 2, 20), daemon.log
+    assert mount(daemon, image) == "DeniedByPolicy"
+
+
 def test_sigterm_answers_everybody(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
     """What runs is answered, what waits is told ShuttingDown, and the exit status is 0."""
     daemon = start(trusting(images["erofs"].parent))
@@ -126,6 +143,34 @@ def test_sigterm_does_not_wait_for_what_hangs(start: Callable[..., Daemon], imag
         assert 9 < time.monotonic() - begin < 12
         assert reply in ("TimedOut", None)
     assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_a_service_manager_that_does_not_listen(start: Callable[..., Daemon]) -> None:
+    environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": "/nowhere"}
+    daemon = start("", env=environment)
+    assert error(ask(daemon, GET_INFO)) == ""
+    assert "cannot tell the service manager: No such file or directory" in daemon.log
+
+
+def test_relative_directories(images: dict[str, Path], place: Path) -> None:
+    """The policy is found again at a reload, whatever the working directory has become."""
+    directory = place / "relative"
+    (directory / "rules").mkdir(parents=True)
+    (directory / "rules/test.toml").write_text(trusting(images["erofs"].parent))
+    command = [sys.executable, "-m", "mountd.daemon.main", "--runtime-dir", "run", "--policy-dir", "rules"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=log)
+    try:
+        assert eventually((directory / "run/io.mountd.Mount").exists)
+        for count in (1, 2):
+            process.send_signal(signal.SIGHUP)
+            said = f"{RELOADED}: 1 rules"
+            assert eventually(lambda: (directory / "log").read_text().count(said) == count)  # noqa: B023
+    finally:
+        process.terminate()
+        assert process.wait(15) == 0
+        shutil.rmtree(directory)
 
 
 def test_idle_exit(start: Callable[..., Daemon]) -> None:

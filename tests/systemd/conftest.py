@@ -41,7 +41,8 @@ def booted() -> Iterator[Machine]:
         try:
             yield machine
             bugs = [each["MESSAGE"] for each in machine.journal("--priority=err", "MESSAGE_ID=" + WORKER_ID)]
-            assert bugs == []
+            # One test kills it.
+            assert [each for each in bugs if "the fork server has ended" not in each] == []
         finally:
             machine.stop()
     finally:

@@ -48,3 +48,34 @@ def test_a_reload(machine: Machine) -> None:
     machine.run(["systemctl", "reload", "mountd"])
     # systemd's word that it was reloaded is the daemon's READY=1, which comes after this.
     assert "1 rules" in machine.journal(f"MESSAGE_ID={POLICY_ID}")[-1]["MESSAGE"]
+
+
+def test_requests_are_told_after_a_start_with_a_broken_policy(machine: Machine) -> None:
+    """What was written before processes were made must not keep them from writing."""
+    rules = machine.root / "etc/mountd/policy.d/40-test.toml"
+    rules.write_text("[[rule]]\nname = 1\n")
+    machine.run(["mountctl", "explain", "tmpfs:4096"], check=False)
+    assert machine.journal(f"MESSAGE_ID={REQUEST_ID}")[-1]["MOUNTD_ERROR"] == "DeniedByPolicy"
+    rules.unlink()
+    machine.run(["systemctl", "reload", "mountd"])
+    machine.explain("tmpfs:4096")
+    last = machine.journal(f"MESSAGE_ID={REQUEST_ID}")[-1]
+    assert (last.get("MOUNTD_ERROR"), last["MOUNTD_VERDICT"]) == ("", "deny")
+
+
+def test_requests_are_told_after_the_fork_server_was_replaced(machine: Machine) -> None:
+    machine.explain("tmpfs:4096")
+    children = machine.sh(f"cat /proc/{machine.main_pid()}/task/{machine.main_pid()}/children").split()
+    machine.run(["kill", "-KILL", *children])
+    before = len(machine.journal(f"MESSAGE_ID={REQUEST_ID}"))
+    machine.explain("tmpfs:4096")
+    assert len(machine.journal(f"MESSAGE_ID={REQUEST_ID}")) == before + 1
+
+
+def test_a_request_that_is_none_is_told_with_who_sent_it(machine: Machine, user: str) -> None:
+    call = ["varlinkctl", "call", "/run/mountd/io.mountd.Mount", "io.mountd.Mount.Mount", '{"source":{}}']
+    machine.run(call, user=user, check=False)
+    told = machine.journal(f"MESSAGE_ID={REQUEST_ID}")[-1]
+    assert told["MOUNTD_ERROR"] == "InvalidParameter"
+    assert told["MOUNTD_CALLER_UID"] == machine.sh(f"id -u {user}").strip()
+    assert int(told["MOUNTD_CALLER_PID"]) > 0

@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 
 from mountd.daemon.connection import Connection
-from mountd.daemon.limits import MAXIMUM_RUNNING_PER_OWNER
+from mountd.daemon.limits import MAXIMUM_RUNNING_PER_OWNER, MAXIMUM_STUCK_PER_OWNER
 from mountd.daemon.owners import FairQueue, Owner
 
 
@@ -24,7 +24,7 @@ def queue() -> FairQueue:
 
 def add(queue: FairQueue, uid: int, *names: str) -> None:
     for name in names:
-        queue.add(cast("Connection", Waiting(queue.owner(uid), name)))
+        queue.add(cast("Connection", Waiting(queue.owner((uid, 0)), name)))
 
 
 def order(queue: FairQueue, *, run: bool = False) -> list[str]:
@@ -58,7 +58,7 @@ def test_who_has_enough_running_waits_and_others_do_not(queue: FairQueue) -> Non
     assert len([name for name in taken if name.startswith("a")]) == MAXIMUM_RUNNING_PER_OWNER
     assert "b" in taken
     assert queue.waiting == 2
-    queue.owner(1).running -= 1
+    queue.owner((1, 0)).running -= 1
     assert len(order(queue, run=True)) == 1
 
 
@@ -72,10 +72,35 @@ def test_drain_takes_everything(queue: FairQueue) -> None:
 
 def test_an_idle_owner_is_forgotten_and_no_other(queue: FairQueue) -> None:
     for attribute in ("connections", "running", "stuck"):
-        owner = queue.owner(7)
+        owner = queue.owner((7, 0))
         setattr(owner, attribute, 1)
         queue.forget_if_idle(owner)
-        assert queue.owner(7) is owner
+        assert queue.owner((7, 0)) is owner
         setattr(owner, attribute, 0)
         queue.forget_if_idle(owner)
-        assert queue.owner(7) is not owner
+        assert queue.owner((7, 0)) is not owner
+
+
+def test_in_a_crowd_only_who_has_nothing_gets_a_turn(queue: FairQueue) -> None:
+    add(queue, 1, "a1", "a2")
+    assert order(queue, run=True) == ["a1", "a2"]
+    add(queue, 1, "a3")
+    add(queue, 2, "b1", "b2")
+    assert queue.idle_owners == 1
+    first = cast("Waiting", queue.next(only_idle_owners=True))
+    first.owner.running += 1
+    assert first.name == "b1"
+    assert queue.idle_owners == 0
+    assert queue.next(only_idle_owners=True) is None
+    assert order(queue) == ["a3", "b2"]
+
+
+def test_in_a_crowd_a_refusal_has_its_turn(queue: FairQueue) -> None:
+    queue.owner((1, 0)).stuck = MAXIMUM_STUCK_PER_OWNER
+    add(queue, 1, "a")
+    assert cast("Waiting", queue.next(only_idle_owners=True)).name == "a"
+
+
+def test_of_root_each_namespace_is_an_owner(queue: FairQueue) -> None:
+    assert queue.owner((0, 0)) is not queue.owner((0, 4026532000))
+    assert queue.owner((0, 4026532000)).uid == 0

@@ -27,7 +27,7 @@ EXTENTS = (IdExtent(0, 100000, 1000), IdExtent(1000, 500000, 10))
 CONTAINER = UserNamespace(4, 5, EXTENTS, EXTENTS, 1000, is_host=False)
 HOST = UserNamespace(4, 1, (IdExtent(0, 0, 1 << 32),), (IdExtent(0, 0, 1 << 32),), 0, is_host=True)
 USER = Caller(100000, 100000, frozenset(), 7, CONTAINER, 1000)
-ROOT = Caller(0, 0, frozenset(), 7, HOST, 0)
+ROOT = Caller(0, 0, frozenset(), 7, HOST, 0, sys_admin=True)
 BACKING = BackingFile(4096, 1, 2, 0, 0, 0o100644, writable=False, path_hint=None)
 
 

@@ -39,7 +39,8 @@ from mountd.trust.wishes import IDMAP_KINDS, MountWishes
 HOST = UserNamespace(4, 1, (), (), 0, True)
 CONTAINER = UserNamespace(4, 2, (), (), 1000, False)
 USER = Caller(1000, 1000, frozenset({500}), 7, HOST, 1000)
-ROOT = replace(USER, uid=0, gid=0, groups=frozenset())
+ROOT = replace(USER, uid=0, gid=0, groups=frozenset(), sys_admin=True)
+POWERLESS_ROOT = replace(ROOT, sys_admin=False)
 NESTED = replace(USER, uid=100000, gid=100000, user_namespace=CONTAINER)
 NESTED_ROOT = replace(ROOT, user_namespace=CONTAINER)
 
@@ -323,6 +324,7 @@ def test_refused(row: Row) -> None:
         (USER, (), (), {"nosuid", "nodev"}),
         (NESTED, (), (), {"nosuid", "nodev"}),
         (NESTED_ROOT, (), (), {"nosuid", "nodev"}),
+        (POWERLESS_ROOT, (), (), {"nosuid", "nodev"}),
         (ROOT, (), (), set()),
         (ROOT, ("nosuid",), ("noexec",), {"nosuid", "noexec"}),
         (USER, ("noexec",), (), {"nosuid", "nodev", "noexec"}),

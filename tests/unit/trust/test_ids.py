@@ -29,8 +29,8 @@ def chain(*links: UserNamespace) -> GivenNamespace:
     return GivenNamespace(links[0], tuple((link.dev, link.ino, link.owner_uid) for link in links))
 
 
-def caller(uid: int, inside: UserNamespace) -> Caller:
-    return Caller(uid, uid, frozenset(), 1, inside, uid)
+def caller(uid: int, inside: UserNamespace, *, powerless: bool = False) -> Caller:
+    return Caller(uid, uid, frozenset(), 1, inside, uid, sys_admin=uid == 0 and not powerless)
 
 
 HOST = namespace(1, (0, 0, 4294967295), owner=0, host=True)
@@ -59,6 +59,8 @@ class Row:
 
 ROWS = [
     Row("host root, any", caller(0, HOST), chain(OTHERS)),
+    Row("host root without CAP_SYS_ADMIN", caller(0, HOST, powerless=True), chain(OTHERS),
+        refused="belongs to the caller"),
     Row("user, own single", IN_HOST, chain(SINGLE)),
     Row("user, own with subids", IN_HOST, chain(ROOTLESS), DELEGATED),
     Row("user, below its own", IN_HOST,

@@ -1,0 +1,121 @@
+"""Nobody can make others wait: not by being slow, not in company, and not by being root somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mountd.daemon.limits import DEADLINES, MAXIMUM_CONNECTIONS_PER_OWNER, MAXIMUM_WORKERS
+from mountd.service.phase import Phase
+from tests.container import in_container
+from tests.daemon import Daemon
+from tests.e2e.conftest import trusting
+from tests.rogue import ATTACKER, GET_INFO, Raw, ask, error, eventually, mount_call, opened, settled
+
+VICTIM = 4200
+SOON = DEADLINES[Phase.READ] / 4  # far less than what the attackers hold their workers for
+
+
+def seconds_of_an_answer(daemon: Daemon, uid: int) -> float:
+    begin = time.monotonic()
+    assert error(ask(daemon, GET_INFO, uid=uid)) == ""
+    return time.monotonic() - begin
+
+
+def test_users_who_begin_requests_and_do_not_end_them(
+    start: Callable[..., Daemon], images: dict[str, Path]
+) -> None:
+    """Together they have more workers than there usually are; others still get theirs at once."""
+    daemon = start(trusting(images["erofs"].parent))
+    settled(daemon)
+    with contextlib.ExitStack() as stack:
+        for uid in (ATTACKER, ATTACKER + 1, ATTACKER + 2):
+            for _ in range(12):
+                stack.enter_context(Raw(daemon, uid)).send(b"{")
+        assert eventually(lambda: len(daemon.workers) >= MAXIMUM_WORKERS)
+        for _ in range(3):
+            assert seconds_of_an_answer(daemon, VICTIM) < SOON
+        # The extra worker is for the first request of an owner, not for more of the attackers.
+        assert len(daemon.workers) <= MAXIMUM_WORKERS + 3
+
+
+def test_containers_of_root_do_not_share_what_root_may_have(
+    start: Callable[..., Daemon], images: dict[str, Path], containers: None
+) -> None:
+    daemon = start(trusting(images["erofs"].parent))
+
+    def hog() -> str | None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(MAXIMUM_CONNECTIONS_PER_OWNER):
+                stack.enter_context(Raw(daemon))
+            os.write(full_writer, b"x")
+            select.select([done], [], [], 20)
+            with Raw(daemon) as one_more:
+                return error(one_more.reply())
+
+    full, full_writer = os.pipe()
+    done, done_writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(done_writer)
+            said = in_container(hog, uids=((0, 600000, 65536),), owner=0)
+            os._exit(0 if said == "LimitExceeded" else 1)
+        finally:
+            os._exit(2)
+    os.close(full_writer)
+    assert os.read(full, 1) == b"x"
+    assert error(ask(daemon, GET_INFO)) == ""
+    other = in_container(lambda: error(ask(daemon, GET_INFO)), uids=((0, 700000, 65536),), owner=0)
+    assert other == ""
+    os.close(done_writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    for fd in (full, done):
+        os.close(fd)
+
+
+def test_no_descriptor_for_a_connection_is_not_for_ever(
+    start: Callable[..., Daemon], images: dict[str, Path]
+) -> None:
+    """Even if nobody is connected who could leave."""
+    daemon = start(trusting(images["erofs"].parent))
+    settled(daemon)
+    pid = daemon.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    taken = sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+    lowest = next(number for number in range(len(taken) + 1) if number not in taken)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest, before[1]))
+    with Raw(daemon) as waiting:
+        waiting.send(GET_INFO)
+        assert eventually(lambda: "cannot take another connection in" in daemon.log)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert error(waiting.reply()) == ""
+    assert seconds_of_an_answer(daemon, VICTIM) < SOON
+
+
+def test_a_reply_that_was_sent_is_the_only_one(
+    start: Callable[..., Daemon], images: dict[str, Path]
+) -> None:
+    """A worker that is killed after it has answered ends the connection, and says nothing in addition."""
+    daemon = start(trusting(images["erofs"].parent))
+    for _ in range(20):
+        settled(daemon)
+        workers = daemon.workers
+        with Raw(daemon) as raw, opened(images["erofs"]) as fds:
+            raw.send(mount_call(), fds)
+            assert error(raw.reply()) == ""
+            for pid in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ConnectionError):
+                raw.send(GET_INFO)
+            # Either nothing, or the answer of the next worker to this very call.
+            reply = raw.reply()
+            assert reply is None or "interfaces" in reply["parameters"]
+        eventually(lambda: not set(workers) & set(daemon.workers))  # noqa: B023

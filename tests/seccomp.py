@@ -1,0 +1,30 @@
+"""A kernel that lacks a system call, for a process and all that it starts (seccomp(2))."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+from mountd.kernel import sandbox
+from mountd.kernel.libc import call
+
+SECCOMP_RET_ERRNO = 0x00050000
+
+
+def lose(number: int) -> None:
+    """Have the system call `number` fail with ENOSYS from now on."""
+    architecture, _ = sandbox.ALLOWED[os.uname().machine]
+    rows = [
+        (sandbox.LOAD, 0, 0, sandbox.OFFSET_ARCHITECTURE),
+        (sandbox.JUMP_IF_EQUAL, 1, 0, architecture),
+        (sandbox.RETURN, 0, 0, sandbox.SECCOMP_RET_ALLOW),
+        (sandbox.LOAD, 0, 0, sandbox.OFFSET_NUMBER),
+        (sandbox.JUMP_IF_EQUAL, 0, 1, number),
+        (sandbox.RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.ENOSYS),
+        (sandbox.RETURN, 0, 0, sandbox.SECCOMP_RET_ALLOW),
+    ]
+    filters = (sandbox.sock_filter * len(rows))(*(sandbox.sock_filter(*row) for row in rows))
+    program = sandbox.sock_fprog(len(rows), filters)
+    call("prctl", sandbox.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    call("prctl", sandbox.PR_SET_SECCOMP, sandbox.SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0)
