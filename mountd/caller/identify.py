@@ -12,6 +12,7 @@ import os
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from mountd.caller import cgroup
 from mountd.caller.model import Caller, GivenNamespace, IdExtent, UserNamespace
 from mountd.errors import BadFileDescriptor, PeerGone, SyscallError
 from mountd.kernel import compat, namespaces, sockets
@@ -58,6 +59,7 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
             raise PeerGone("it is no longer in the user namespace that it connected from")
         is_root = namespace.is_host and credentials.uid == 0 and credentials.pid != 0
         sys_admin = is_root and _has_sys_admin(credentials.pid, pidfd)
+        place = cgroup.parse(_cgroup_of(credentials.pid, pidfd))
     except OSError as error:
         raise _gone(error) from None
     return Caller(
@@ -68,6 +70,10 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
         user_namespace=namespace,
         owner_uid=chain[-1][2] if chain else credentials.uid,
         sys_admin=sys_admin,
+        unit=place.unit,
+        slice=place.slice,
+        container=place.container,
+        cgroup=place.path,
     )
 
 
@@ -176,6 +182,25 @@ def host_namespace() -> tuple[int, int]:
 
 def _extents(rows: list[tuple[int, int, int]]) -> tuple[IdExtent, ...]:
     return tuple(IdExtent(*row) for row in rows)
+
+
+def _cgroup_of(pid: int, pidfd: int) -> bytes:
+    """Read /proc/PID/cgroup; as the pidfd is alive afterwards, `pid` was still the peer's.
+
+    A peer outside of mountd's pid namespace has no number here, and no place that is known.
+    """
+    contents = b""
+    if pid == 0:
+        return contents
+    try:
+        with open(f"/proc/{pid}/cgroup", "rb", buffering=0) as file:
+            # One byte more than what is read in earnest, so that a longer file is noticed.
+            while chunk := file.read(cgroup.MAXIMUM_BYTES + 1 - len(contents)):
+                contents += chunk
+    except FileNotFoundError:
+        pass  # a kernel without control groups, if the process is still there
+    compat.check_alive(pidfd)
+    return contents
 
 
 def _maps_of_peer(userns_fd: int, pid: int, pidfd: int) -> Maps:

@@ -46,6 +46,9 @@ class Caller:
     """The process that connected; `owner_uid` is who pays for it: the owner of its outermost namespace.
 
     `sys_admin` is whether a process on the host has CAP_SYS_ADMIN there.
+    `unit` and `slice` are systemd's, `container` is "MANAGER:NAME": what the path of its control group says
+    as far as it is root's word (caller.cgroup). `cgroup` is that path, for messages. None is “not known”,
+    and matches nothing.
     """
 
     uid: int
@@ -55,6 +58,10 @@ class Caller:
     user_namespace: UserNamespace
     owner_uid: int
     sys_admin: bool = False
+    unit: str | None = None
+    slice: str | None = None
+    container: str | None = None
+    cgroup: str | None = None
 
     @property
     def on_host(self) -> bool:

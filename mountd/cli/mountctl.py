@@ -22,6 +22,7 @@ examples:
   mountctl run /var/lib/machines/base.raw -- ls -l /
   unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt
   mountctl mount -o noexec tmpfs:64M /mnt
+  mountctl policy check
 
 exit status:
   0 done, 1 wrong usage or not allowed, 2 mountd cannot be reached, 8 interrupted, 32 the mount failed.
@@ -70,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     explain = verbs.add_parser("explain", help="say whether an image could be mounted, and why")
     add_request(explain)
     add_namespace(explain)
+    # Only for the list of verbs: its own command line is read by the program that it is.
+    verbs.add_parser("policy", add_help=False, help="check and show policy files")
     return top
 
 
@@ -181,6 +184,10 @@ def act(argv: Sequence[str]) -> int:
     """Do what the command line says and return the exit status. Raises KeyboardInterrupt, SystemExit."""
     as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
     try:
+        if argv[:1] == ["policy"]:
+            from mountd.cli.policy import become_policy_tool
+
+            become_policy_tool(argv[1:])
         options = parse(argv)
         as_json = options.json
         with request_of(options) as request, Client() as client:

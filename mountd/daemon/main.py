@@ -21,12 +21,12 @@ from mountd.daemon.limits import MAXIMUM_CONNECTIONS, SLOTS, SPARE_DESCRIPTORS
 from mountd.daemon.listener import ForkServerGone, Listener
 from mountd.kernel.libc import call
 from mountd.kernel.namespaces import PR_SET_DUMPABLE
+from mountd.trust.directories import POLICY_DIRS
 from mountd.version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-POLICY_DIRS = tuple(Path(each, "mountd/policy.d") for each in ("/etc", "/run", "/usr/local/lib", "/usr/lib"))
 SOCKET_NAME = "io.mountd.Mount"
 MAXIMUM_RESTARTS = 3  # of the fork server, within RESTART_SECONDS
 RESTART_SECONDS = 10.0

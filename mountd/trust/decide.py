@@ -2,10 +2,11 @@
 
 1. The options of the request have to be well-formed, whatever the policy says.
 2. The rules are tried in order. The first that matches the image and the caller decides; the ones before it
-   become steps that say why they did not.
+   become steps that say why they did not, the ones after it steps that say that they were not reached.
 3. A rule that allows still has to be satisfied: what it requires of the image must be proven, and everything
    that is asked for must be within its grant. If not, the answer is no; later rules are not tried.
-4. Where no rule matches, the answer is no.
+4. What the request itself demands of its image comes last, and can only refuse.
+5. Where no rule matches, the answer is no.
 
 `explain` shows the outcome of this function, and `mount` acts on it, so the two cannot disagree.
 """
@@ -26,15 +27,17 @@ from mountd.errors import (
     UnsupportedFileSystem,
 )
 from mountd.source.model import SourceKind
-from mountd.trust import options
-from mountd.trust.match import caller_mismatch, copy_hint, image_mismatch, location_problem
+from mountd.trust import image_policy, options
+from mountd.trust.case import Case
+from mountd.trust.match import caller_mismatch, copy_hint, image_mismatch, location_problem, shorten
 from mountd.trust.policy import ROOT_OWNED, TMPFS, Access, Verdict
+from mountd.trust.requirements import TRUSTED_BECAUSE, check_integrity, check_vouching
+from mountd.trust.vouching import bound_signers
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller
     from mountd.evidence.model import Evidence
     from mountd.source.model import FileSystem, Source, Tmpfs
-    from mountd.trust.options import ParsedOptions
     from mountd.trust.policy import Grant, Policy, Rule
     from mountd.trust.wishes import MountWishes
 
@@ -46,7 +49,7 @@ ADD_A_RULE = "an administrator can add a rule in /etc/mountd/policy.d"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One rule that was looked at: whether it applies, why or why not, and what would change that."""
+    """One rule: whether it applies, why or why not, and the smallest change that would make it allow."""
 
     rule: str
     origin: str
@@ -59,9 +62,10 @@ class Step:
 class Decision:
     """What was decided and why; `error` is what to raise unless the verdict is allow, and None if it is.
 
-    `trusted_by` names the proof that the verdict rests on, None where there is none to need. `attributes`
-    are the flags to lock on the mount, `options` what to pass to the file system; they and `read_only` mean
-    something only if the verdict is allow.
+    `trusted_by` names the proof that the verdict rests on, None where there is none to need; `signer` is who
+    signed the image, and `digest` what is known of its contents, where that is known. `attributes` are the
+    flags to lock on the mount, `options` what to pass to the file system, `attach` and `max_mounts` are
+    those of the grant; they and `read_only` mean something only if the verdict is allow.
     """
 
     verdict: Verdict
@@ -74,17 +78,19 @@ class Decision:
     read_only: bool
     attributes: frozenset[str]
     options: tuple[str, ...]
+    signer: str | None = None
+    digest: str | None = None
+    attach: tuple[str, ...] = ()
+    max_mounts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """All that is judged, `asked` being the options of `wishes`, sorted."""
+class Trust:
+    """Why a rule that allows does: the reason, the kind of immutability, and who signed."""
 
-    caller: Caller
-    source: Source
-    evidence: Evidence
-    wishes: MountWishes
-    asked: ParsedOptions
+    reason: str
+    by: str | None = None
+    signer: str | None = None
 
 
 def decide(
@@ -94,56 +100,62 @@ def decide(
     try:
         asked = options.parse(wishes.options, read_only=wishes.read_only)
     except MountdError as error:
-        return refusal(error, None, ())
+        return refusal(error, None, not_reached(policy.rules, "the request itself is refused"))
     case = Case(caller, source, evidence, wishes, asked)
     steps: list[Step] = []
-    for rule in policy.rules:
+    for number, rule in enumerate(policy.rules, start=1):
         mismatch = image_mismatch(rule.image, source, evidence) or caller_mismatch(
             rule.caller, caller, namespace_given=wishes.namespace_given
         )
         if mismatch is None:
-            return apply(rule, case, tuple(steps))
+            rest = not_reached(policy.rules[number:], f"rule “{rule.name}” decides")
+            return apply(rule, case, tuple(steps), rest)
         steps.append(Step(rule.name, rule.origin, False, mismatch.reason, mismatch.hint))
     return refusal(no_rule(policy, case), None, tuple(steps))
 
 
-def apply(rule: Rule, case: Case, steps: tuple[Step, ...]) -> Decision:
-    """Return what `rule`, which matches, makes of the case."""
+def not_reached(rules: tuple[Rule, ...], why: str) -> tuple[Step, ...]:
+    """Return the steps of rules that were not looked at."""
+    return tuple(Step(rule.name, rule.origin, False, f"not reached: {why}", None) for rule in rules)
+
+
+def apply(rule: Rule, case: Case, before: tuple[Step, ...], rest: tuple[Step, ...]) -> Decision:
+    """Return what `rule`, which matches, makes of the case; the steps are those of the other rules."""
     try:
         grant = allowing_grant(rule)
         if case.source.tmpfs is not None and case.source.kind is SourceKind.TMPFS:
-            reason, trusted_by = judge_tmpfs(rule, grant, case, case.source.tmpfs), None
+            trust = judge_tmpfs(rule, grant, case, case.source.tmpfs)
         else:
-            reason, trusted_by = judge_image(rule, grant, case), ROOT_OWNED
+            trust = judge_image(rule, grant, case)
         attributes = locked_attributes(grant, case)
     except MountdError as error:
-        return refusal(error, rule, steps)
+        applied = Step(rule.name, rule.origin, True, reason_of(error), error.hint)
+        return refusal(error, rule, (*before, applied, *rest))
     return Decision(
         verdict=Verdict.ALLOW,
         rule=rule.name,
-        trusted_by=trusted_by,
-        reason=reason,
+        trusted_by=trust.by,
+        reason=trust.reason,
         hint=None,
-        steps=(*steps, Step(rule.name, rule.origin, True, reason, None)),
+        steps=(*before, Step(rule.name, rule.origin, True, trust.reason, None), *rest),
         error=None,
         read_only=case.asked.read_only,
         attributes=attributes,
         options=case.asked.file_system,
+        signer=trust.signer,
+        digest=digest_of(case.evidence, trust.by),
+        attach=grant.attach,
+        max_mounts=grant.max_mounts,
     )
 
 
 def refusal(error: MountdError, rule: Rule | None, steps: tuple[Step, ...]) -> Decision:
     """Return the denial that `error` says, by `rule` or by none."""
-    # The text of these two starts with what a decision says in fields of its own.
-    plain = isinstance(error, DeniedByPolicy | NotImmutable)
-    reason = str(error.parameters["reason"]) if plain else error.message
-    if rule is not None:
-        steps = (*steps, Step(rule.name, rule.origin, True, reason, error.hint))
     return Decision(
         verdict=Verdict.DENY,
         rule=rule.name if rule is not None else None,
         trusted_by=None,
-        reason=reason,
+        reason=reason_of(error),
         hint=error.hint,
         steps=steps,
         error=error,
@@ -151,6 +163,19 @@ def refusal(error: MountdError, rule: Rule | None, steps: tuple[Step, ...]) -> D
         attributes=frozenset(),
         options=(),
     )
+
+
+def reason_of(error: MountdError) -> str:
+    """Return the reason of a refusal, without what a decision says in fields of its own."""
+    plain = isinstance(error, DeniedByPolicy | NotImmutable)
+    return str(error.parameters["reason"]) if plain else error.message
+
+
+def digest_of(evidence: Evidence, trusted_by: str | None) -> str | None:
+    """Return the digest of the image, or else the one that the proof `trusted_by` has."""
+    if evidence.digest is not None:
+        return evidence.digest
+    return next((proof.digest for proof in evidence.proofs if proof.kind == trusted_by), None)
 
 
 def allowing_grant(rule: Rule) -> Grant:
@@ -162,12 +187,13 @@ def allowing_grant(rule: Rule) -> Grant:
     return rule.grant
 
 
-def judge_image(rule: Rule, grant: Grant, case: Case) -> str:
+def judge_image(rule: Rule, grant: Grant, case: Case) -> Trust:
     """Raise unless an image satisfies what `rule` requires and grants; return why it does."""
     file_system = case.source.file_system
     if file_system is None:
         raise UnsupportedFileSystem("nothing was recognised in the image")
-    check_integrity(rule, grant, case)
+    kind = check_integrity(rule, grant, case)
+    signer = check_vouching(rule, case)
     if file_system.type not in grant.file_systems:
         raise DeniedByPolicy(
             f"the image is {file_system.type}, and the rule grants {', '.join(grant.file_systems)}",
@@ -180,37 +206,46 @@ def judge_image(rule: Rule, grant: Grant, case: Case) -> str:
             f"{options.shown(wished or '')} was asked for, but the image holds {file_system.type}"
         )
     if not case.asked.read_only:
-        check_read_write(rule, grant, case, file_system)
+        check_read_write(rule, grant, case, file_system, kind)
     check_common(rule, grant, case, file_system.type)
-    return "only root can change the image where it lies"
+    check_image_policy(rule, case, file_system)
+    return Trust(TRUSTED_BECAUSE[kind], kind, signer if signer is not None else known_signer(case.evidence))
 
 
-def check_integrity(rule: Rule, grant: Grant, case: Case) -> None:
-    """Raise NotImmutable unless the image is proven to stay what it is.
+def known_signer(evidence: Evidence) -> str | None:
+    """Return who signed an image for which the rule does not ask."""
+    for signer in bound_signers(evidence):
+        return options.shown(signer.subject, 255)
+    return None
 
-    A location that only root can write to proves nothing about a caller who has a writable descriptor all
-    the same. What such a caller may do with it is only for a rule to say that lets it write anyway.
-    """
-    evidence = case.evidence
-    if rule.require is None or evidence.root_owned_path is None:
-        raise NotImmutable(
-            location_problem(evidence),
+
+def check_image_policy(rule: Rule, case: Case, file_system: FileSystem) -> None:
+    """Raise DeniedByPolicy if the request's own policy for the image refuses it."""
+    wished = case.wishes.image_policy
+    if wished is None:
+        return
+    why = image_policy.refusal(
+        wished,
+        file_system_type=file_system.type,
+        read_only=case.asked.read_only,
+        verity=any(proof.kind == "dm-verity" for proof in case.evidence.proofs),
+        signed=any(signer.covers == "root-hash" for signer in bound_signers(case.evidence)),
+    )
+    if why is not None:
+        raise DeniedByPolicy(
+            f"the request's own imagePolicy refuses it: {why}",
             rule=rule.name,
-            hint="an administrator can copy it, owned by root, to a directory that only root can write to",
-        )
-    writes_anyway = grant.access is Access.READ_WRITE and not case.asked.read_only
-    if evidence.descriptor_writable and not writes_anyway and not case.caller.is_host_root:
-        also = "" if case.asked.read_only else " and ask for a read-only mount"
-        raise NotImmutable(
-            "the caller's descriptor can write to it",
-            rule=rule.name,
-            hint=f"open the image read-only (O_RDONLY){also}",
+            hint="ask with another imagePolicy, or without one",
         )
 
 
-def check_read_write(rule: Rule, grant: Grant, case: Case, file_system: FileSystem) -> None:
-    """Raise unless the image may be and can be mounted writable."""
+def check_read_write(rule: Rule, grant: Grant, case: Case, file_system: FileSystem, kind: str) -> None:
+    """Raise unless the image may be and can be mounted writable; `kind` is what makes it immutable."""
     check_access(rule, grant)
+    if kind != ROOT_OWNED:
+        raise OptionNotPermitted(
+            "rw", f"the image is trusted by “{kind}” and cannot change", hint="ask for a read-only mount"
+        )
     if file_system.type not in WRITABLE:
         raise OptionNotPermitted(
             "rw", f"{file_system.type} cannot be written to", hint="ask for a read-only mount"
@@ -219,7 +254,7 @@ def check_read_write(rule: Rule, grant: Grant, case: Case, file_system: FileSyst
         raise BadFileDescriptor("source.imageFileDescriptor", "it is open read-only, but readOnly is false")
 
 
-def judge_tmpfs(rule: Rule, grant: Grant, case: Case, tmpfs: Tmpfs) -> str:
+def judge_tmpfs(rule: Rule, grant: Grant, case: Case, tmpfs: Tmpfs) -> Trust:
     """Raise unless a tmpfs is within what `rule` grants; return that it is."""
     if grant.max_size is None:
         raise DeniedByPolicy(
@@ -241,7 +276,11 @@ def judge_tmpfs(rule: Rule, grant: Grant, case: Case, tmpfs: Tmpfs) -> str:
     if not case.asked.read_only:
         check_access(rule, grant)
     check_common(rule, grant, case, TMPFS)
-    return f"{tmpfs.size} bytes are within the {grant.max_size} that the rule grants"
+    if case.wishes.image_policy is not None:
+        raise DeniedByPolicy(
+            "imagePolicy is about images, and the source is a tmpfs", rule=rule.name, hint="leave it out"
+        )
+    return Trust(f"{tmpfs.size} bytes are within the {grant.max_size} that the rule grants")
 
 
 def check_inodes(grant: Grant, tmpfs: Tmpfs) -> None:
@@ -294,18 +333,25 @@ def no_rule(policy: Policy, case: Case) -> DeniedByPolicy:
         return DeniedByPolicy("the policy has no rules", hint=ADD_A_RULE)
     if case.source.kind is SourceKind.TMPFS:
         return DeniedByPolicy("no rule lets this caller have a tmpfs", hint=ADD_A_RULE)
-    patterns = [
-        pattern
+    matches = [
+        rule.image
         for rule in policy.rules
         if rule.verdict is Verdict.ALLOW
+        and rule.image.kind != TMPFS
         and caller_mismatch(rule.caller, case.caller, namespace_given=case.wishes.namespace_given) is None
-        for pattern in rule.image.location
     ]
-    if not patterns:
+    if not matches:
         return DeniedByPolicy("no rule lets this caller mount an image", hint=ADD_A_RULE)
-    problem = ""
-    if case.evidence.root_owned_path is None:
-        problem = f" ({location_problem(case.evidence)})"
-    return DeniedByPolicy(
-        f"it does not lie in a directory that a rule trusts{problem}", hint=copy_hint(patterns)
-    )
+    problems, ways = [], []
+    patterns = [pattern for match in matches for pattern in match.location]
+    if patterns:
+        unproven = case.evidence.root_owned_path is None
+        problem = f" ({location_problem(case.evidence)})" if unproven else ""
+        problems.append(f"it does not lie in a directory that a rule trusts{problem}")
+        ways.append(copy_hint(patterns))
+    for match in matches:
+        mismatch = None if match.location else image_mismatch(match, case.source, case.evidence)
+        if mismatch is not None:
+            problems.append(mismatch.reason)
+            ways.append(mismatch.hint or ADD_A_RULE)
+    return DeniedByPolicy(shorten(dict.fromkeys(problems), "; "), hint=shorten(dict.fromkeys(ways), "; or "))

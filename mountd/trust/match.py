@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from mountd.caller.model import OVERFLOW_ID
 from mountd.source.model import SourceKind
-from mountd.trust import location
+from mountd.trust import location, registry
+from mountd.trust.options import shown
+from mountd.trust.policy import IMAGE
+from mountd.trust.vouching import digests_of_bytes, is_bound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,10 +38,62 @@ def image_mismatch(match: ImageMatch, source: Source, evidence: Evidence) -> Mis
         return None
     is_tmpfs = source.kind is SourceKind.TMPFS
     if match.kind is not None:
-        return None if is_tmpfs else Mismatch(f"it is about a {match.kind}, and the source is an image")
+        found = "a tmpfs" if is_tmpfs else "an image"
+        wanted = "an image" if match.kind == IMAGE else f"a {match.kind}"
+        return None if wanted == found else Mismatch(f"it is about {wanted}, and the source is {found}")
     if is_tmpfs:
         return Mismatch("it is about images, and the source is a tmpfs")
+    if match.signed is not None:
+        return signed_mismatch(match.signed, evidence)
+    if match.digest:
+        return digest_mismatch(match.digest, evidence)
+    if match.registry:
+        return registry_mismatch(match.registry, evidence)
     return location_mismatch(match.location, source, evidence)
+
+
+def signed_mismatch(key: str, evidence: Evidence) -> Mismatch | None:
+    """Return why the image is not proven to be signed with the policy's key `key`, None if it is."""
+    hint = f"hand over a detached signature by the key “{key}” with the image (source.signature)"
+    own = [signer for signer in evidence.signers if signer.key == key]
+    if any(is_bound(signer, evidence) for signer in own):
+        return None
+    for signer in own:
+        return Mismatch(
+            f"the signature by “{key}” covers the {shown(signer.covers)}, and nothing proves that to be "
+            "this image's",
+            "sign the image itself, or hand it over so that what was signed is checked",
+        )
+    if evidence.signature_error is not None:
+        return Mismatch(f"“{key}” has not signed it: {evidence.signature_error.message}", hint)
+    if evidence.signers:
+        return Mismatch(f"it is signed with “{evidence.signers[0].key}”, not with “{key}”", hint)
+    return Mismatch(f"no signature by “{key}” came along", hint)
+
+
+def digest_mismatch(wanted: tuple[str, ...], evidence: Evidence) -> Mismatch | None:
+    """Return why the image is not one of those that have the digests `wanted`, None if it is."""
+    found = digests_of_bytes(evidence)
+    if found & set(wanted):
+        return None
+    if not found:
+        return Mismatch("it names images by their digest, and that of this one is not known")
+    shown_digest = shorten(sorted(found))
+    return Mismatch(
+        f"the image has the digest {shown_digest}, which the rule does not name",
+        f"an administrator can add {shown_digest} to the digests of the rule",
+    )
+
+
+def registry_mismatch(patterns: tuple[str, ...], evidence: Evidence) -> Mismatch | None:
+    """Return why the image is not recorded as pulled from one of `patterns`, None if it is."""
+    hint = f"pull it from {shorten(patterns)} with “mountctl image pull oci:HOST/REPOSITORY:TAG”"
+    if evidence.provenance is None:
+        return Mismatch("it is not recorded as pulled from a registry", hint)
+    repository = evidence.provenance.repository
+    if any(registry.matches(pattern, repository) for pattern in patterns):
+        return None
+    return Mismatch(f"it was pulled from {shown(repository, 255)}, not from {shorten(patterns)}", hint)
 
 
 def location_mismatch(patterns: tuple[str, ...], source: Source, evidence: Evidence) -> Mismatch | None:
@@ -58,10 +114,52 @@ def caller_mismatch(match: CallerMatch, caller: Caller, *, namespace_given: bool
     """Return why `match` is not about the caller, None if it is."""
     known = caller.uid != OVERFLOW_ID  # else the uid is anybody's, and proves no membership either
     if match.users is not None and not (known and caller.uid in match.users):
-        return Mismatch(f"the caller's uid {caller.uid} is not among its users")
+        return Mismatch(
+            f"the caller's uid {caller.uid} is not among its users",
+            f"an administrator can add {caller.uid} to the users of the rule" if known else None,
+        )
     groups = (caller.groups | {caller.gid}) - {OVERFLOW_ID}
     if match.groups is not None and not (known and groups & match.groups):
-        return Mismatch("the caller is in none of its groups")
+        return Mismatch(
+            "the caller is in none of its groups",
+            "an administrator can add the user to one of them; log in again after that",
+        )
+    return place_mismatch(match, caller) or namespace_mismatch(match, caller, namespace_given)
+
+
+def place_mismatch(match: CallerMatch, caller: Caller) -> Mismatch | None:
+    """Return why `match` is not about the unit, slice or container that the caller is in, None if it is."""
+    for kind, wanted, found in (
+        ("unit", match.units, caller.unit),
+        ("container", match.containers, caller.container),
+    ):
+        if wanted is None:
+            continue
+        if found is None:
+            return Mismatch(f"the caller is in no {kind} that mountd knows of")
+        if not any(fnmatchcase(found, pattern) for pattern in wanted):
+            return Mismatch(
+                f"the caller's {kind} {shown(found, 255)} is not among its {kind}s",
+                f"an administrator can add {shown(found, 255)} to the {kind}s of the rule",
+            )
+    if match.slices is not None:
+        if caller.slice is None:
+            return Mismatch("the caller is in no slice that mountd knows of")
+        if not any(slice_is_within(caller.slice, outer) for outer in match.slices):
+            return Mismatch(
+                f"the caller's slice {caller.slice} is not among its slices, nor below one",
+                f"an administrator can add {caller.slice} to the slices of the rule",
+            )
+    return None
+
+
+def slice_is_within(slice: str, outer: str) -> bool:
+    """Whether `slice` is `outer` or lies somewhere below it, as their names say (systemd.slice(5))."""
+    return slice == outer or outer == "-.slice" or slice.startswith(outer.removesuffix(".slice") + "-")
+
+
+def namespace_mismatch(match: CallerMatch, caller: Caller, namespace_given: bool) -> Mismatch | None:
+    """Return why `match` is not about the user namespace that the caller is in, None if it is."""
     on_host = caller.on_host
     if (match.host is not None and match.host != on_host) or (
         match.nested is not None and match.nested == on_host
@@ -69,7 +167,8 @@ def caller_mismatch(match: CallerMatch, caller: Caller, *, namespace_given: bool
         return Mismatch(
             "the caller is in the host's user namespace"
             if on_host
-            else "the caller is not in the host's user namespace"
+            else "the caller is not in the host's user namespace",
+            "call from within a user namespace" if on_host else "call from the host's user namespace",
         )
     own = not on_host or namespace_given
     if match.user_namespace == "own" and not own:
@@ -78,7 +177,10 @@ def caller_mismatch(match: CallerMatch, caller: Caller, *, namespace_given: bool
             "hand a user namespace over, or call from within one",
         )
     if match.user_namespace == "none" and own:
-        return Mismatch("the caller has a user namespace of its own")
+        return Mismatch(
+            "the caller has a user namespace of its own",
+            "call from the host's user namespace, and hand none over",
+        )
     return None
 
 
@@ -93,8 +195,8 @@ def copy_hint(patterns: Iterable[str]) -> str:
     return f"an administrator can copy it, owned by root, to one of: {shorten(directories)}"
 
 
-def shorten(texts: Iterable[str]) -> str:
+def shorten(texts: Iterable[str], separator: str = ", ") -> str:
     """Return the first few of `texts`, with a sign if there are more."""
     found = list(texts)
     more = ["…"] if len(found) > MAXIMUM_SHOWN else []
-    return ", ".join([*found[:MAXIMUM_SHOWN], *more])
+    return separator.join([*found[:MAXIMUM_SHOWN], *more])

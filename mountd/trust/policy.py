@@ -6,22 +6,41 @@ what proves it, or grants nothing, cannot be made. Where they come from is the b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from mountd.caller.model import OVERFLOW_ID
+from mountd.trust import attach as attach_pattern
 from mountd.trust import location as location_pattern
-from mountd.trust.options import CLEARABLE, RESTRICTING, check_grant
+from mountd.trust import registry as registry_pattern
+from mountd.trust.options import CLEARABLE, RESTRICTING, check_grant, shown
 from mountd.trust.wishes import IDMAP_KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mountd.evidence.model import Key
 
 NOT_SUPPORTED = "not supported by this version of mountd"
 
 MAXIMUM_NAME = 255
 FILE_SYSTEMS = ("btrfs", "erofs", "ext4", "squashfs", "xfs")
 TMPFS = "tmpfs"
+IMAGE = "image"
 ROOT_OWNED = "root-owned"
-LATER_INTEGRITY = ("fs-verity", "dm-verity", "stored", "sealed")
+# The kinds of immutability, as they are called in `require.integrity` and as `Proof.kind`.
+INTEGRITY = (ROOT_OWNED, "sealed", "dm-verity", "fs-verity", "stored")
 NAMESPACES = ("own", "none")
+# What a signature is required to be by, if it is not a key of the policy: containers-policy.json(5).
+CONTAINERS_POLICY = "containers-policy"
+KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+UNIT = re.compile(r"[A-Za-z0-9:_.\\@*-]+\.(service|scope)")
+SLICE = re.compile(r"-|[A-Za-z0-9:_.\\@]+(-[A-Za-z0-9:_.\\@]+)*")
+CONTAINER_MANAGERS = ("containerd", "cri-o", "docker", "lxc", "nspawn", "podman")
+MAXIMUM_MOUNTS = 1 << 20
 
 
 class PolicyValueError(ValueError):
@@ -49,32 +68,72 @@ class Access(StrEnum):
     READ_WRITE = "read-write"
 
 
+class Strength(StrEnum):
+    """Who vouches for it that an image is the one that it should be, the strongest first.
+
+    SIGNED: a key of the policy, or one that containers-policy.json(5) wants, has signed these very bytes.
+    DIGEST: the rule, or the record of a pull, names these very bytes by their digest. LOCATION: root put
+    them where they lie, whatever they are. Each is as good as the ones after it as well.
+    """
+
+    SIGNED = "signed"
+    DIGEST = "digest"
+    LOCATION = "location"
+
+    def reaches(self, other: Strength) -> bool:
+        """Whether this is at least as strong as `other`."""
+        order = list(Strength)
+        return order.index(self) <= order.index(other)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageMatch:
-    """What a rule is about: images at one of the `location` patterns, a `kind`, or `any` source at all."""
+    """What a rule is about, by exactly one of its fields.
+
+    Images at one of the `location` patterns; images that the key named `signed` has signed; images whose
+    bytes have one of the digests `digest` ("sha256:HEX"); images that were pulled from one of the `registry`
+    patterns; a `kind` of source; or `any` source at all.
+    """
 
     location: tuple[str, ...] = ()
     kind: str | None = None
     any: bool = False
+    signed: str | None = None
+    digest: tuple[str, ...] = ()
+    registry: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if bool(self.location) + (self.kind is not None) + self.any != 1:
-            raise PolicyValueError("image", "give exactly one of location, kind and any = true")
-        if self.kind not in (None, TMPFS):
-            raise PolicyValueError("image.kind", f"“{self.kind}” is {NOT_SUPPORTED}; only “{TMPFS}” is")
-        for pattern in self.location:
-            try:
-                location_pattern.check_pattern(pattern)
-            except ValueError as error:
-                raise PolicyValueError("image.location", f"“{pattern}”: {error}") from None
+        named = (self.location, self.digest, self.registry)
+        if sum(map(bool, named)) + (self.kind is not None) + (self.signed is not None) + self.any != 1:
+            raise PolicyValueError(
+                "image", "give exactly one of location, signed, digest, registry, kind and any = true"
+            )
+        if self.kind not in (None, TMPFS, IMAGE):
+            raise PolicyValueError(
+                "image.kind", f"“{self.kind}” is {NOT_SUPPORTED}; “{IMAGE}” and “{TMPFS}” are"
+            )
+        check_patterns("image.location", self.location, location_pattern.check_pattern)
+        check_patterns("image.registry", self.registry, registry_pattern.check_pattern)
+        for digest in self.digest:
+            if DIGEST.fullmatch(digest) is None:
+                raise PolicyValueError(
+                    "image.digest", f"“{shown(digest)}” is not sha256: and 64 digits in lower case"
+                )
+
+    @property
+    def names_bytes(self) -> bool:
+        """Whether it is about what is in the image, and not about where it lies."""
+        return self.signed is not None or bool(self.digest or self.registry)
 
 
 @dataclass(frozen=True, slots=True)
 class CallerMatch:
     """Whom a rule is about: all that is given has to match, of `users` and of `groups` one member each.
 
-    `users` and `groups` are host ids. `user_namespace` is "own" (the caller is in a user namespace of its
-    own, or handed one over) or "none"; `host` and `nested` are whether it is in the host's user namespace.
+    `users` and `groups` are host ids. `units` are names of systemd's units, `containers` are "MANAGER:NAME",
+    in both of which `*` stands for any characters; of `slices`, those below them count as well.
+    `user_namespace` is "own" (the caller is in a user namespace of its own, or handed one over) or "none";
+    `host` and `nested` are whether it is in the host's user namespace.
     """
 
     any: bool = False
@@ -83,20 +142,33 @@ class CallerMatch:
     user_namespace: str | None = None
     host: bool | None = None
     nested: bool | None = None
+    units: tuple[str, ...] | None = None
+    slices: tuple[str, ...] | None = None
+    containers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        given = (self.users, self.groups, self.user_namespace, self.host, self.nested)
+        lists = {
+            "users": self.users,
+            "groups": self.groups,
+            "units": self.units,
+            "slices": self.slices,
+            "containers": self.containers,
+        }
+        given = (*lists.values(), self.user_namespace, self.host, self.nested)
         narrowed = any(value is not None for value in given)
         if self.any == narrowed:
             raise PolicyValueError("caller", "give either any = true or at least one other key")
-        for key, ids in (("users", self.users), ("groups", self.groups)):
-            if ids is not None and not ids:
+        for key, values in lists.items():
+            if values is not None and not values:
                 raise PolicyValueError(f"caller.{key}", "the list is empty; name somebody")
-            if OVERFLOW_ID in (ids or ()):
+            if OVERFLOW_ID in (values or ()):
                 raise PolicyValueError(
                     f"caller.{key}",
                     f"{OVERFLOW_ID} stands for every unknown id and never matches; remove it",
                 )
+        check_patterns("caller.units", self.units or (), check_unit)
+        check_patterns("caller.slices", self.slices or (), check_slice)
+        check_patterns("caller.containers", self.containers or (), check_container)
         if self.user_namespace not in (None, *NAMESPACES):
             raise PolicyValueError("caller.user-namespace", f"it is not one of {', '.join(NAMESPACES)}")
         if self.host is not None and self.host == self.nested:
@@ -105,27 +177,74 @@ class CallerMatch:
             raise PolicyValueError("caller.user-namespace", "no nested caller is without a user namespace")
 
 
+def check_patterns(key: str, patterns: tuple[str, ...], check: Callable[[str], None]) -> None:
+    """Raise PolicyValueError for the first of `patterns` that `check` raises ValueError for."""
+    for pattern in patterns:
+        try:
+            check(pattern)
+        except ValueError as error:
+            raise PolicyValueError(key, f"“{shown(pattern)}”: {error}") from None
+
+
+def check_unit(name: str) -> None:
+    """Raise ValueError unless a caller can be in a unit of this name."""
+    if UNIT.fullmatch(name) is None or len(name) > MAXIMUM_NAME:
+        raise ValueError("it is no name of a .service or a .scope")
+
+
+def check_slice(name: str) -> None:
+    """Raise ValueError unless there can be a slice of this name (systemd.slice(5))."""
+    if not name.endswith(".slice") or SLICE.fullmatch(name[: -len(".slice")]) is None:
+        raise ValueError("it is no name of a .slice")
+
+
+def check_container(name: str) -> None:
+    """Raise ValueError unless a container can be called so."""
+    manager, colon, inner = name.partition(":")
+    if manager not in CONTAINER_MANAGERS or not colon:
+        raise ValueError(f"it is not MANAGER:NAME; the managers are {', '.join(CONTAINER_MANAGERS)}")
+    if not inner or not inner.isprintable() or set(inner) & set("?[]/"):
+        raise ValueError("its name is empty, or has a character that no container's has")
+
+
 @dataclass(frozen=True, slots=True)
 class Require:
-    """What has to be proven of an image: one of `integrity`, so that nobody can change it any more."""
+    """What has to be proven of an image.
+
+    One of `integrity`, so that nobody can change it any more. `signature` names the key that has to have
+    signed it, or is CONTAINERS_POLICY: then it has to come from a registry, and a requirement of
+    containers-policy.json(5) that checks a signature has to have been met. `min_strength` is who has to
+    vouch for it at least.
+    """
 
     integrity: tuple[str, ...]
+    signature: str | None = None
+    min_strength: Strength | None = None
 
     def __post_init__(self) -> None:
         if not self.integrity:
-            raise PolicyValueError("require.integrity", f"the list is empty; name at least “{ROOT_OWNED}”")
+            raise PolicyValueError(
+                "require.integrity", f"the list is empty; name some of {', '.join(INTEGRITY)}"
+            )
         for name in self.integrity:
-            if name in LATER_INTEGRITY:
-                raise PolicyValueError("require.integrity", f"“{name}” is {NOT_SUPPORTED}")
-            if name != ROOT_OWNED:
-                raise PolicyValueError("require.integrity", f"“{name}” is unknown; “{ROOT_OWNED}” is known")
+            if name not in INTEGRITY:
+                raise PolicyValueError(
+                    "require.integrity", f"“{shown(name)}” is unknown; {', '.join(INTEGRITY)} are known"
+                )
+
+    @property
+    def names_bytes(self) -> bool:
+        """Whether it requires anything of what is in the image."""
+        return self.signature is not None or self.min_strength in (Strength.SIGNED, Strength.DIGEST)
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What may be done with an image. `options` are option grants, `flags` are locked on top of the usual.
 
-    `max_size` in bytes and `max_inodes` bound a tmpfs.
+    `max_size` in bytes and `max_inodes` bound a tmpfs. `attach` are patterns of the directories at which
+    mountd may attach a mount for a caller that cannot do so itself; without any, nowhere. `max_mounts` is
+    how many mounts one user may have by the rule, None for as many as the daemon's own limits let it.
     """
 
     file_systems: tuple[str, ...] = ()
@@ -135,6 +254,8 @@ class Grant:
     idmap: tuple[str, ...] = ("none",)
     max_size: int | None = None
     max_inodes: int | None = None
+    attach: tuple[str, ...] = ()
+    max_mounts: int | None = None
 
     def __post_init__(self) -> None:
         for flag in CLEARABLE.intersection(self.flags):
@@ -155,6 +276,11 @@ class Grant:
         for key, number in (("max-size", self.max_size), ("max-inodes", self.max_inodes)):
             if number is not None and not 0 < number < 1 << 63:
                 raise PolicyValueError(f"grant.{key}", "it is out of range; give a number from 1 on")
+        check_patterns("grant.attach", self.attach, attach_pattern.check_pattern)
+        if self.max_mounts is not None and not 0 < self.max_mounts <= MAXIMUM_MOUNTS:
+            raise PolicyValueError(
+                "grant.max-mounts", f"it is out of range; give a number from 1 to {MAXIMUM_MOUNTS}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +311,8 @@ class Rule:
         """Refuse what a rule about images cannot have, and what it cannot lack."""
         if self.require is None:
             raise PolicyValueError("require", f'it is missing; give integrity = ["{ROOT_OWNED}"]')
+        if grant.access is Access.READ_WRITE:
+            self.check_writable(self.require)
         if not grant.file_systems:
             raise PolicyValueError("grant.file-systems", f"name some of {', '.join(FILE_SYSTEMS)}")
         self.check_absent(
@@ -203,6 +331,19 @@ class Rule:
             raise PolicyValueError("grant.max-size", 'it is missing; bound the tmpfs, such as by "64M"')
         self.check_options(grant, (TMPFS,))
 
+    def check_writable(self, require: Require) -> None:
+        """Refuse to let be written to what is trusted for what is in it, or what cannot be written to."""
+        if ROOT_OWNED not in require.integrity:
+            raise PolicyValueError(
+                "grant.access", f"only what is “{ROOT_OWNED}” can be written to; add that, or remove this"
+            )
+        # Whoever may write to an image can change it between the check and the mount.
+        if self.image.names_bytes or require.names_bytes:
+            raise PolicyValueError(
+                "grant.access",
+                "what is trusted for its contents (signed, digest, registry) can have no writers; remove it",
+            )
+
     def check_options(self, grant: Grant, types: tuple[str, ...]) -> None:
         """Refuse option grants that none of the file systems `types` can use."""
         for entry in grant.options:
@@ -220,6 +361,24 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All rules in the order in which they are tried. Without any, everything is denied."""
+    """All rules in the order in which they are tried, and the keys that they name.
+
+    Without any rule, everything is denied.
+    """
 
     rules: tuple[Rule, ...]
+    keys: Mapping[str, Key] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            check_keys(rule, self.keys)
+
+
+def check_keys(rule: Rule, keys: Mapping[str, Key]) -> None:
+    """Raise PolicyValueError if `rule` names a key that is none of `keys`."""
+    named = {"image.signed": rule.image.signed}
+    if rule.require is not None and rule.require.signature != CONTAINERS_POLICY:
+        named["require.signature"] = rule.require.signature
+    for key, name in named.items():
+        if name is not None and name not in keys:
+            raise PolicyValueError(key, f"there is no key “{shown(name)}”; add a section [key.NAME] for it")

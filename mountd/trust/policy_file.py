@@ -4,6 +4,9 @@ Of files with the same name, the one in the earliest directory counts, and the o
 file, or a symbolic link to /dev/null, masks without adding anything. All files are taken in the order of
 their names, whatever their directory. Anything that is not understood is an error that names the file and
 the key: half a policy is worse than the previous one, which the caller of `load` keeps.
+
+The keys that verify signatures are read along with the rules, so that nothing but the policy itself has to
+be read again to know what holds.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ import pwd
 import re
 import stat
 import tomllib
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from mountd.evidence.model import Key
 from mountd.trust.options import shown
 from mountd.trust.policy import (
-    NOT_SUPPORTED,
+    CONTAINERS_POLICY,
+    KEY_NAME,
     TMPFS,
     Access,
     CallerMatch,
@@ -31,125 +36,79 @@ from mountd.trust.policy import (
     PolicyValueError,
     Require,
     Rule,
+    Strength,
     Verdict,
+    check_keys,
 )
+from mountd.trust.policy_tables import KEY_KINDS, PolicyTable, key_and_reason
+from mountd.trust.root_files import PLAIN, ROOT, NotUsable, check_owner, opened, read_all, read_keys
+from mountd.trust.toml_lines import line_of, line_of_syntax_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
-    from pydantic_core import ErrorDetails
+    from mountd.trust.policy_tables import GrantTable, ImageTable, KeyTable, RequireTable, RuleTable
 
 MAXIMUM_BYTES = 1 << 20
 MAXIMUM_MESSAGE = 4096
+MAXIMUM_KEYS = 64
 MAXIMUM_ID = (1 << 32) - 2  # the one above is (uid_t) -1, "no change"
 MASK = "/dev/null"
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-# Keys that the design knows and this version does not: ignoring them would drop a condition.
-LATER = {
-    "": {"key"},
-    "image": {"signed", "digest", "registry", "network"},
-    "caller": {"units", "slices", "containers"},
-    "require": {"signature", "min-strength"},
-    "grant": {"attach", "max-mounts"},
-}
 
 
 class PolicyError(ValueError):
-    """A policy file that cannot be used: `key` is what is wrong in it, empty if all of it is."""
+    """A policy file that cannot be used: `key` is what is wrong in it, empty if all of it is.
 
-    def __init__(self, file: str, key: str, reason: str) -> None:
+    `line` is where, from 1 on, as far as it is known.
+    """
+
+    def __init__(self, file: str, key: str, reason: str, line: int | None = None) -> None:
         """`reason` says what is wrong with the key and what would be right."""
         # Keys and values are quoted from the file, and may hold anything.
         self.file, self.key, self.reason = (shown(text, MAXIMUM_MESSAGE) for text in (file, key, reason))
-        super().__init__(": ".join(part for part in (self.file, self.key, self.reason) if part))
+        self.line = line
+        where = self.file if line is None else f"{self.file}:{line}"
+        super().__init__(": ".join(part for part in (where, self.key, self.reason) if part))
 
 
-def as_list(value: object) -> object:
-    """Make a list of a single string."""
-    return [value] if isinstance(value, str) else value
+@dataclass(frozen=True, slots=True)
+class DropIn:
+    """A file of the policy that was read: its path, and its text."""
+
+    file: str
+    text: str
+
+    def line(self, *path: str | int) -> int | None:
+        """Return the line of a key, as far as it is known."""
+        return line_of(self.text, path)
 
 
-def as_id_text(value: object) -> object:
-    """Make text of a number, so that a user can be given as either."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A rule or a key as it was written: its table, and where it stands, `path` being what to look for."""
+
+    drop_in: DropIn
+    path: tuple[str | int, ...]
+    table: RuleTable | KeyTable
+
+    @property
+    def line(self) -> int | None:
+        """The line on which it begins, as far as it is known."""
+        return self.drop_in.line(*self.path)
 
 
-def as_bytes(value: object) -> object:
-    """Make bytes of a size such as "64M"."""
-    if not isinstance(value, str):
-        return value
-    parts = re.fullmatch(r"([0-9]{1,19})([KMGT]?)", value)
-    if parts is None:
-        raise ValueError('give bytes, or a number with K, M, G or T, such as "64M"')
-    return int(parts[1]) * UNITS[parts[2]]
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """All that was read: the policy of what can be used, how it was written, and all that is wrong.
 
+    `rules` and `keys` are by name.
+    """
 
-Texts = Annotated[list[str], BeforeValidator(as_list)]
-Ids = list[Annotated[str, BeforeValidator(as_id_text)]]
-
-
-class Table(BaseModel):
-    """What all tables have in common: no key beyond the known ones, and no conversions."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-")
-    )
-
-
-class ImageTable(Table):
-    """`image` of a rule."""
-
-    location: Texts | None = None
-    kind: str | None = None
-    any: bool | None = None
-
-
-class CallerTable(Table):
-    """`caller` of a rule."""
-
-    any: bool | None = None
-    users: Ids | None = None
-    groups: Ids | None = None
-    user_namespace: Literal["own", "none"] | None = None
-    host: bool | None = None
-    nested: bool | None = None
-
-
-class RequireTable(Table):
-    """`require` of a rule."""
-
-    integrity: list[str]
-
-
-class GrantTable(Table):
-    """`grant` of a rule."""
-
-    file_systems: list[str] | None = None
-    access: Literal["read-only", "read-write"] | None = None
-    options: list[str] = []
-    flags: list[str] = []
-    idmap: list[str] = ["none"]
-    max_size: Annotated[int, BeforeValidator(as_bytes)] | None = None
-    max_inodes: int | None = None
-
-
-class RuleTable(Table):
-    """One `[[rule]]`."""
-
-    name: str
-    image: ImageTable
-    caller: CallerTable
-    require: RequireTable | None = None
-    grant: GrantTable | None = None
-    verdict: Literal["allow", "deny", "ask"]
-
-
-class PolicyTable(Table):
-    """A whole file."""
-
-    rule: list[RuleTable] = []
+    policy: Policy
+    rules: dict[str, Placed]
+    keys: dict[str, Placed]
+    problems: tuple[PolicyError, ...]
 
 
 def user_id(name: str) -> int:
@@ -173,128 +132,196 @@ def load(
     The resolvers return the id of a name and raise KeyError for an unknown one. Directories that do not
     exist are passed over. Raises PolicyError for the first thing that is wrong.
     """
-    found: dict[str, tuple[str, bytes]] = {}
-    for directory in directories:
-        found |= drop_ins(directory, masked=found.keys())
-    rules: list[Rule] = []
-    origins: dict[str, str] = {}
-    for _, (file, contents) in sorted(found.items()):
-        for number, table in enumerate(parse(file, contents).rule, start=1):
-            where = f"rule {number}"
-            try:
-                rule = make_rule(table, f"{file}: {where}", resolve_user, resolve_group)
-            except PolicyValueError as error:
-                raise PolicyError(file, f"{where}: {error.key}", error.reason) from None
-            if rule.name in origins:
-                raise PolicyError(
-                    file,
-                    f"{where}: name",
-                    f"“{rule.name}” is taken by {origins[rule.name]}; choose another",
-                )
-            origins[rule.name] = rule.origin
-            rules.append(rule)
-    return Policy(tuple(rules))
+    loaded = Loader(resolve_user, resolve_group).load(directories)
+    if loaded.problems:
+        raise loaded.problems[0]
+    return loaded.policy
 
 
-def drop_ins(directory: Path, *, masked: Collection[str]) -> dict[str, tuple[str, bytes]]:
-    """Return the contents of all drop-ins of a directory but those whose names are in `masked`."""
-    found = {}
-    try:
-        with opened(str(directory), os.O_RDONLY | os.O_DIRECTORY) as directory_fd:
-            check_owner(str(directory), os.fstat(directory_fd))
-            for name in sorted(os.listdir(directory_fd)):
-                # A dot starts the names of what editors leave lying about.
-                if name.endswith(".toml") and not name.startswith(".") and name not in masked:
-                    found[name] = read_drop_in(directory, name, directory_fd)
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise PolicyError(str(directory), "", error.strerror or str(error)) from error
-    return found
+class Loader:
+    """Reads a policy and notes all that is wrong with it."""
+
+    def __init__(
+        self,
+        resolve_user: Callable[[str], int] = user_id,
+        resolve_group: Callable[[str], int] = group_id,
+        owners: frozenset[int] = ROOT,
+    ) -> None:
+        """`owners` are the uids whose files are read; the daemon itself reads root's only."""
+        self._resolve_user = resolve_user
+        self._resolve_group = resolve_group
+        self._owners = owners
+        self._rules: list[tuple[Rule, Placed]] = []
+        self._keys: dict[str, Key] = {}
+        self._places: dict[str, Placed] = {}
+        self._named: set[str] = set()  # the keys that were tried, be they usable or not
+        self._problems: list[PolicyError] = []
+
+    def load(self, directories: Sequence[Path]) -> Loaded:
+        """Return what the drop-ins of `directories` say."""
+        found: dict[str, DropIn] = {}
+        for directory in directories:
+            found |= self._drop_ins(directory, masked=found.keys())
+        for _, drop_in in sorted(found.items()):
+            self._take(drop_in)
+        rules = []
+        for rule, placed in self._rules:
+            # A key that could not be read is a problem of its own.
+            if not self._named >= keys_named_by(rule):
+                try:
+                    check_keys(rule, self._keys)
+                except PolicyValueError as error:
+                    self._note_value(placed, error)
+            elif self._keys.keys() >= keys_named_by(rule):
+                rules.append(rule)
+        return Loaded(
+            Policy(tuple(rules), self._keys),
+            {rule.name: placed for rule, placed in self._rules},
+            self._places,
+            tuple(self._problems),
+        )
+
+    def _note(self, file: str, key: str, reason: str, line: int | None = None) -> None:
+        self._problems.append(PolicyError(file, key, reason, line))
+
+    def _note_value(self, placed: Placed, error: PolicyValueError) -> None:
+        """Note a value that the rule at `placed` cannot have."""
+        line = placed.drop_in.line(*placed.path, *error.key.split("."))
+        self._note(placed.drop_in.file, f"rule {rule_number(placed)}: {error.key}", error.reason, line)
+
+    def _drop_ins(self, directory: Path, *, masked: Collection[str]) -> dict[str, DropIn]:
+        """Return the drop-ins of a directory but those whose names are in `masked`."""
+        found = {}
+        try:
+            with opened(str(directory), os.O_RDONLY | os.O_DIRECTORY) as directory_fd:
+                check_owner(os.fstat(directory_fd), self._owners)
+                for name in sorted(os.listdir(directory_fd)):
+                    # A dot starts the names of what editors leave lying about.
+                    if name.endswith(".toml") and not name.startswith(".") and name not in masked:
+                        found[name] = self._drop_in(str(directory / name), name, directory_fd)
+        except FileNotFoundError:
+            return {}
+        except (OSError, NotUsable) as error:
+            self._note(str(directory), "", text_of(error))
+        return found
+
+    def _drop_in(self, file: str, name: str, directory_fd: int) -> DropIn:
+        """Return one drop-in, which is empty if it is a mask or cannot be used."""
+        try:
+            contents = read_drop_in(file, name, directory_fd, self._owners)
+            return DropIn(file, contents.decode())
+        except UnicodeDecodeError as error:
+            self._note(file, "", f"it is not UTF-8 at byte {error.start}")
+        except (OSError, NotUsable) as error:
+            self._note(file, "", text_of(error))
+        return DropIn(file, "")
+
+    def _take(self, drop_in: DropIn) -> None:
+        """Add the rules and keys of one file."""
+        table = self._parse(drop_in)
+        if table is None:
+            return
+        for name, key in table.key.items():
+            self._take_key(name, key, Placed(drop_in, ("key", name), key))
+        for index, rule in enumerate(table.rule):
+            self._take_rule(rule, Placed(drop_in, ("rule", index), rule))
+
+    def _parse(self, drop_in: DropIn) -> PolicyTable | None:
+        """Return the tables of a file, checked one by one but not against each other; None if wrong."""
+        try:
+            document = tomllib.loads(drop_in.text)
+        # ValueError, as a number of too many digits is not a TOMLDecodeError.
+        except (ValueError, RecursionError) as error:
+            self._note(drop_in.file, "", f"it is not TOML: {error}", line_of_syntax_error(str(error)))
+            return None
+        try:
+            return PolicyTable.model_validate(document)
+        except ValidationError as error:
+            # An unknown key may be the reason why another one is missing, so it is named first.
+            for each in sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden"):
+                self._note(drop_in.file, *key_and_reason(each), drop_in.line(*each["loc"]))
+        return None
+
+    def _take_key(self, name: str, table: KeyTable, placed: Placed) -> None:
+        """Read one key."""
+        try:
+            self._named.add(name)
+            if name in self._places:
+                other = self._places[name].drop_in.file
+                raise PolicyValueError("", f"it is in {other} too; choose another name")
+            self._places[name] = placed
+            if len(self._keys) >= MAXIMUM_KEYS:
+                raise PolicyValueError("", f"there are more than {MAXIMUM_KEYS} keys")
+            self._keys[name] = make_key(name, table, self._owners)
+        except PolicyValueError as error:
+            parts = [part for part in ("key", name, error.key) if part]
+            self._note(placed.drop_in.file, ".".join(parts), error.reason, placed.drop_in.line(*parts))
+
+    def _take_rule(self, table: RuleTable, placed: Placed) -> None:
+        """Make one rule."""
+        origin = f"{placed.drop_in.file}: rule {rule_number(placed)}"
+        try:
+            rule = make_rule(table, origin, self._resolve_user, self._resolve_group)
+            for other, _ in self._rules:
+                if other.name == rule.name:
+                    raise PolicyValueError(
+                        "name", f"“{rule.name}” is taken by {other.origin}; choose another"
+                    )
+        except PolicyValueError as error:
+            self._note_value(placed, error)
+        else:
+            self._rules.append((rule, placed))
 
 
-def read_drop_in(directory: Path, name: str, directory_fd: int) -> tuple[str, bytes]:
-    """Return the path of one drop-in, for messages, and its contents, which are empty for a mask."""
-    file = str(directory / name)
+def rule_number(placed: Placed) -> int:
+    """Return the number of a rule within its file, from 1 on."""
+    return int(placed.path[1]) + 1
+
+
+def keys_named_by(rule: Rule) -> set[str]:
+    """Return the names of the keys that `rule` needs."""
+    named = {rule.image.signed}
+    if rule.require is not None and rule.require.signature != CONTAINERS_POLICY:
+        named.add(rule.require.signature)
+    return {name for name in named if name is not None}
+
+
+def text_of(error: Exception) -> str:
+    """Return what is wrong with a file."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def read_drop_in(file: str, name: str, directory_fd: int, owners: frozenset[int]) -> bytes:
+    """Return the contents of one drop-in, which are empty for a mask. Raises NotUsable, OSError."""
     if not file.isprintable():
-        raise PolicyError(file, "", "its name is not printable; rename it")
+        raise NotUsable("its name is not printable; rename it")
+    if stat.S_ISLNK(os.stat(name, dir_fd=directory_fd, follow_symlinks=False).st_mode):
+        if os.readlink(name, dir_fd=directory_fd) == MASK:
+            return b""
+        raise NotUsable(f"it is a symbolic link; only one to {MASK} is allowed")
+    with opened(name, PLAIN, directory_fd) as fd:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotUsable("it is not a regular file")
+        check_owner(status, owners)
+        return read_all(fd, MAXIMUM_BYTES)
+
+
+def make_key(name: str, table: KeyTable, owners: frozenset[int]) -> Key:
+    """Return the key of a section [key.NAME]. Raises PolicyValueError."""
+    if KEY_NAME.fullmatch(name) is None or name == CONTAINERS_POLICY:
+        raise PolicyValueError(
+            "", f"it is no name for a key; give letters, digits and “._-”, and not “{CONTAINERS_POLICY}”"
+        )
+    given = {kind: getattr(table, kind) for kind in KEY_KINDS if getattr(table, kind) is not None}
+    if len(given) != 1:
+        raise PolicyValueError("", f"give exactly one of {', '.join(KEY_KINDS)}")
+    ((kind, path),) = given.items()
     try:
-        if stat.S_ISLNK(os.stat(name, dir_fd=directory_fd, follow_symlinks=False).st_mode):
-            if os.readlink(name, dir_fd=directory_fd) == MASK:
-                return file, b""
-            raise PolicyError(file, "", f"it is a symbolic link; only one to {MASK} is allowed")
-        # O_NONBLOCK, as a pipe in the place of a file would otherwise wait for a writer for ever.
-        with opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, directory_fd) as fd:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise PolicyError(file, "", "it is not a regular file")
-            check_owner(file, status)
-            return file, read_all(file, fd)
-    except OSError as error:
-        raise PolicyError(file, "", error.strerror or str(error)) from error
-
-
-def read_all(file: str, fd: int) -> bytes:
-    """Return the bytes of `fd`, which are few."""
-    contents = bytearray()
-    while chunk := os.read(fd, MAXIMUM_BYTES + 1 - len(contents)):
-        contents += chunk
-        if len(contents) > MAXIMUM_BYTES:
-            raise PolicyError(file, "", f"it is larger than {MAXIMUM_BYTES} bytes; split it")
-    return bytes(contents)
-
-
-@contextmanager
-def opened(path: str, flags: int, directory_fd: int | None = None) -> Iterator[int]:
-    """Open a file, and close it again at the end of the block."""
-    fd = os.open(path, flags | os.O_CLOEXEC, dir_fd=directory_fd)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def check_owner(file: str, status: os.stat_result) -> None:
-    """Raise PolicyError if somebody else than root could have written this."""
-    if status.st_uid != 0:
-        raise PolicyError(file, "", f"it belongs to uid {status.st_uid}; chown it to root")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PolicyError(file, "", "its group or others can write to it; chmod it go-w")
-
-
-def parse(file: str, contents: bytes) -> PolicyTable:
-    """Return the tables of a file, checked one by one but not against each other."""
-    try:
-        document = tomllib.loads(contents.decode())
-    except UnicodeDecodeError as error:
-        raise PolicyError(file, "", f"it is not UTF-8 at byte {error.start}") from None
-    # ValueError, as a number of too many digits is not a TOMLDecodeError.
-    except (ValueError, RecursionError) as error:
-        raise PolicyError(file, "", f"it is not TOML: {error}") from None
-    try:
-        return PolicyTable.model_validate(document)
-    except ValidationError as error:
-        # An unknown key may be the reason why another one is missing, so it is named first.
-        errors = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-        raise PolicyError(file, *key_and_reason(errors[0])) from None
-
-
-def key_and_reason(error: ErrorDetails) -> tuple[str, str]:
-    """Return where pydantic found something wrong, in the words of the file, and what."""
-    location = list(error["loc"])
-    where = ""
-    if location[:1] == ["rule"] and len(location) > 1 and isinstance(location[1], int):
-        where = f"rule {location[1] + 1}: "
-        location = location[2:]
-    key = where + ".".join(str(part) for part in location)
-    if error["type"] == "extra_forbidden":
-        table = ".".join(str(part) for part in location[:-1])
-        # Within a rule, the keys of no table are not those of the file.
-        later = LATER.get(table, set()) if table or not where else set()
-        return key, NOT_SUPPORTED if location[-1] in later else "unknown key; remove it or correct it"
-    if error["type"] == "missing":
-        return key, "it is missing"
-    return key, error["msg"].removeprefix("Value error, ")
+        data = read_keys(path, directory_too=kind == "x509", owners=owners)
+    except NotUsable as error:
+        raise PolicyValueError(kind, str(error)) from None
+    return Key(name, kind, data, path)
 
 
 def make_rule(
@@ -316,8 +343,11 @@ def make_rule(
             user_namespace=caller.user_namespace,
             host=caller.host,
             nested=caller.nested,
+            units=tuple(caller.units) if caller.units is not None else None,
+            slices=tuple(caller.slices) if caller.slices is not None else None,
+            containers=tuple(caller.containers) if caller.containers is not None else None,
         ),
-        require=Require(tuple(table.require.integrity)) if table.require is not None else None,
+        require=make_require(table.require) if table.require is not None else None,
         grant=make_grant(table.grant, table.image.kind) if table.grant is not None else None,
         verdict=Verdict(table.verdict),
     )
@@ -325,11 +355,24 @@ def make_rule(
 
 def make_image(table: ImageTable) -> ImageMatch:
     """Return what `image` of a rule matches."""
-    if table.location == []:
-        raise PolicyValueError("image.location", "the list is empty; name a directory's contents")
+    lists = {"location": table.location, "digest": table.digest, "registry": table.registry}
+    for key, values in lists.items():
+        if values == []:
+            raise PolicyValueError(f"image.{key}", "the list is empty; name something")
     return ImageMatch(
-        location=tuple(table.location or ()), kind=table.kind, any=only_true("image.any", table.any)
+        location=tuple(table.location or ()),
+        kind=table.kind,
+        any=only_true("image.any", table.any),
+        signed=table.signed,
+        digest=tuple(table.digest or ()),
+        registry=tuple(table.registry or ()),
     )
+
+
+def make_require(table: RequireTable) -> Require:
+    """Return what `require` of a rule requires."""
+    strength = Strength(table.min_strength) if table.min_strength is not None else None
+    return Require(tuple(table.integrity), table.signature, strength)
 
 
 def make_grant(table: GrantTable, kind: str | None) -> Grant:
@@ -343,6 +386,8 @@ def make_grant(table: GrantTable, kind: str | None) -> Grant:
         idmap=tuple(table.idmap),
         max_size=table.max_size,
         max_inodes=table.max_inodes,
+        attach=tuple(table.attach),
+        max_mounts=table.max_mounts,
     )
 
 

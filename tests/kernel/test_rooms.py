@@ -457,3 +457,47 @@ def test_flags_of_a_descriptor_are_asked_before_anything_else(
     ):
         inspect_descriptor(fd.fileno(), FIELD)
     assert paths.STATX_FLAGS[False, False] & 0x4000  # AT_STATX_DONT_SYNC
+
+
+def test_the_control_group_of_a_caller() -> None:
+    with peer(lambda: None) as (connection, _):
+        caller = identified(connection)
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    (own,) = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
+    assert caller.cgroup == own
+
+
+def test_a_unit_is_that_of_the_control_group_which_the_caller_is_in() -> None:
+    root = next(
+        Path(line.split()[4])
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if line.partition(" - ")[2].startswith("cgroup2 ")
+    )
+    service = root / "test.slice/test-mountd.slice/test-mountd.service"
+    assert not service.parents[1].exists()
+    service.mkdir(parents=True)
+    try:
+
+        def move() -> None:
+            (service / "cgroup.procs").write_text(str(os.getpid()))
+
+        with peer(move) as (connection, _):
+            caller = identified(connection)
+        assert (caller.unit, caller.slice) == ("test-mountd.service", "test-mountd.slice")
+        assert caller.container is None
+    finally:
+        for each in (service, *list(service.parents)[:2]):
+            remove_group(each)
+
+
+def remove_group(path: Path) -> None:
+    """Remove a control group, once its last process is gone from it."""
+    for _ in range(100):
+        try:
+            path.rmdir()
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            time.sleep(0.02)
+    path.rmdir()

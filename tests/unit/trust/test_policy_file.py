@@ -165,7 +165,7 @@ BROKEN = [
     (IMAGE, "verdict =", 'name = "twice"\nverdict =', "", "it is not TOML"),
     (IMAGE, "[[rule]]", "[[rules]]", "rules", "unknown key"),
     (IMAGE, "[[rule]]", "[rule]", "rule", "valid list"),
-    (IMAGE, "[[rule]]", "[key.team]\n[[rule]]", "key", LATER),
+    (IMAGE, "[[rule]]", "[key.team]\n[[rule]]", "key.team", "exactly one of x509"),
     (IMAGE, 'verdict = "allow"', 'verdict = "allow"\nkey = 1', "rule 1: key", "unknown key"),
     (IMAGE, 'verdict = "allow"', "", "rule 1: verdict", "it is missing"),
     (IMAGE, 'verdict = "allow"', 'verdict = "yes"', "rule 1: verdict", "'allow', 'deny' or 'ask'"),
@@ -198,9 +198,9 @@ BROKEN = [
     (IMAGE, '"/srv/*"', r'"/srv/\\*"', "rule 1: image.location", "backslash"),
     (IMAGE, '"/srv/*"', r'"/srv/\u0007"', "rule 1: image.location", "control character"),
     (IMAGE, 'location = "/srv/*"', 'kind = "directory"', "rule 1: image.kind", LATER),
-    (IMAGE, 'location = "/srv/*"', 'registry = "x"', "rule 1: image.registry", LATER),
-    (IMAGE, 'location = "/srv/*"', 'signed = "x"', "rule 1: image.signed", LATER),
-    (IMAGE, 'location = "/srv/*"', 'digest = ["x"]', "rule 1: image.digest", LATER),
+    (IMAGE, 'location = "/srv/*"', 'registry = "x"', "rule 1: image.registry", "full name of a host"),
+    (IMAGE, 'location = "/srv/*"', 'signed = "x"', "rule 1: image.signed", "there is no key “x”"),
+    (IMAGE, 'location = "/srv/*"', 'digest = ["x"]', "rule 1: image.digest", "64 digits"),
     (IMAGE, 'location = "/srv/*"', 'network = "x"', "rule 1: image.network", LATER),
     (IMAGE, 'location = "/srv/*"', 'path = "x"', "rule 1: image.path", "unknown key"),
     (IMAGE, "caller = { any = true }", "", "rule 1: caller", "it is missing"),
@@ -224,19 +224,17 @@ BROKEN = [
     (IMAGE, "any = true", "host = false, nested = false", "rule 1: caller.nested", "or neither"),
     (IMAGE, "any = true", 'nested = true, user-namespace = "none"', "rule 1: caller.user-namespace",
      "no nested caller"),
-    (IMAGE, "any = true", 'units = ["x"]', "rule 1: caller.units", LATER),
-    (IMAGE, "any = true", 'slices = ["x"]', "rule 1: caller.slices", LATER),
-    (IMAGE, "any = true", 'containers = ["x"]', "rule 1: caller.containers", LATER),
+    (IMAGE, "any = true", 'units = ["x"]', "rule 1: caller.units", "no name of a .service"),
+    (IMAGE, "any = true", 'slices = ["x"]', "rule 1: caller.slices", "no name of a .slice"),
+    (IMAGE, "any = true", 'containers = ["x"]', "rule 1: caller.containers", "MANAGER:NAME"),
     (IMAGE, 'require = { integrity = ["root-owned"] }', "", "rule 1: require", "it is missing"),
     (IMAGE, 'integrity = ["root-owned"]', "", "rule 1: require.integrity", "it is missing"),
     (IMAGE, '["root-owned"]', "[]", "rule 1: require.integrity", "the list is empty"),
-    (IMAGE, '["root-owned"]', '["fs-verity"]', "rule 1: require.integrity", LATER),
-    (IMAGE, '["root-owned"]', '["root-owned", "dm-verity"]', "rule 1: require.integrity", LATER),
-    (IMAGE, '["root-owned"]', '["stored"]', "rule 1: require.integrity", LATER),
-    (IMAGE, '["root-owned"]', '["sealed"]', "rule 1: require.integrity", LATER),
     (IMAGE, '["root-owned"]', '["none"]', "rule 1: require.integrity", "“none” is unknown"),
-    (IMAGE, '["root-owned"]', '["root-owned"], signature = "x"', "rule 1: require.signature", LATER),
-    (IMAGE, '["root-owned"]', '["root-owned"], min-strength = "x"', "rule 1: require.min-strength", LATER),
+    (IMAGE, '["root-owned"]', '["root-owned"], signature = "x"', "rule 1: require.signature",
+     "there is no key “x”"),
+    (IMAGE, '["root-owned"]', '["root-owned"], min-strength = "x"', "rule 1: require.min-strength",
+     "'signed', 'digest' or 'location'"),
     (IMAGE, 'grant = { file-systems = ["ext4"] }', "", "rule 1: grant", "it is missing"),
     (IMAGE, 'file-systems = ["ext4"]', "", "rule 1: grant.file-systems", "name some of"),
     (IMAGE, '["ext4"]', "[]", "rule 1: grant.file-systems", "name some of"),
@@ -253,8 +251,55 @@ BROKEN = [
     (IMAGE, '["ext4"]', '["ext4"], options = [1]', "rule 1: grant.options.0", "valid string"),
     (IMAGE, '["ext4"]', '["ext4"], max-size = 1', "rule 1: grant.max-size", "for a tmpfs only"),
     (IMAGE, '["ext4"]', '["ext4"], max-inodes = 1', "rule 1: grant.max-inodes", "for a tmpfs only"),
-    (IMAGE, '["ext4"]', '["ext4"], attach = ["/"]', "rule 1: grant.attach", LATER),
-    (IMAGE, '["ext4"]', '["ext4"], max-mounts = 1', "rule 1: grant.max-mounts", LATER),
+    (IMAGE, '["ext4"]', '["ext4"], attach = ["/"]', "rule 1: grant.attach", "whole system"),
+    (IMAGE, '["ext4"]', '["ext4"], max-mounts = 0', "rule 1: grant.max-mounts", "out of range"),
+    *(
+        (IMAGE, '["ext4"]', f'["ext4"], max-mounts = {number}', "rule 1: grant.max-mounts", reason)
+        for number, reason in [
+            (-1, "out of range"), ((1 << 20) + 1, "out of range"), ('"1"', "valid integer"),
+            ("true", "valid integer"),
+        ]
+    ),
+    *(
+        (IMAGE, '["ext4"]', f'["ext4"], attach = ["{pattern}"]', "rule 1: grant.attach", reason)
+        for pattern, reason in [
+            ("", "whole system"), ("/**", "whole system"), ("srv", "not absolute"), ("/srv/", "empty"),
+            ("/srv/../etc", "empty"), ("/srv/**/x", "“**” is not supported"), ("/$HOME", "neither $HOME"),
+            ("$HOME2/a", "neither $HOME"), ("/run/$USER", "neither $HOME"), ("$UID", "not absolute"),
+            ("~/a", "not absolute"),
+        ]
+    ),
+    *(
+        (IMAGE, 'location = "/srv/*"', f"digest = {value}", "rule 1: image.digest", reason)
+        for value, reason in [
+            ("[]", "the list is empty"), ('["sha256:00"]', "64 digits"), (f'["{"0" * 64}"]', "64 digits"),
+            (f'["sha256:{"A" * 64}"]', "64 digits"), (f'["sha512:{"0" * 64}"]', "64 digits"),
+            (f'["sha256:{"0" * 65}"]', "64 digits"), (f'"sha256:{"0" * 64} "', "64 digits"),
+        ]
+    ),
+    (IMAGE, 'location = "/srv/*"', "registry = []", "rule 1: image.registry", "the list is empty"),
+    (IMAGE, 'location = "/srv/*"', 'registry = "R.example/a"', "rule 1: image.registry", "lower case"),
+    (IMAGE, 'location = "/srv/*"', 'signed = ["x"]', "rule 1: image.signed", "valid string"),
+    (IMAGE, 'location = "/srv/*"', 'registry = "r.example/a", any = true', "rule 1: image", "exactly one"),
+    (IMAGE, "any = true", "units = []", "rule 1: caller.units", "the list is empty"),
+    (IMAGE, "any = true", "slices = []", "rule 1: caller.slices", "the list is empty"),
+    (IMAGE, "any = true", "containers = []", "rule 1: caller.containers", "the list is empty"),
+    (IMAGE, "any = true", 'units = ["a/b.service"]', "rule 1: caller.units", "no name"),
+    (IMAGE, "any = true", 'units = ["[a].service"]', "rule 1: caller.units", "no name"),
+    (IMAGE, "any = true", 'units = ["a.slice"]', "rule 1: caller.units", "no name"),
+    (IMAGE, "any = true", 'slices = ["a*.slice"]', "rule 1: caller.slices", "no name"),
+    (IMAGE, "any = true", 'slices = ["a--b.slice"]', "rule 1: caller.slices", "no name"),
+    (IMAGE, "any = true", 'containers = ["lxc:"]', "rule 1: caller.containers", "empty"),
+    (IMAGE, "any = true", 'containers = ["rkt:a"]', "rule 1: caller.containers", "MANAGER:NAME"),
+    (IMAGE, "any = true", 'containers = ["lxc:[a]"]', "rule 1: caller.containers", "character"),
+    (IMAGE, '["root-owned"]', '["sealed", "sealed2"]', "rule 1: require.integrity", "“sealed2” is unknown"),
+    (change(IMAGE, '["root-owned"]', '["stored"]'), '["ext4"]', '["ext4"], access = "read-write"',
+     "rule 1: grant.access", "only what is “root-owned”"),
+    (change(IMAGE, '["root-owned"]', '["root-owned"], min-strength = "digest"'), '["ext4"]',
+     '["ext4"], access = "read-write"', "rule 1: grant.access", "trusted for its contents"),
+    (change(IMAGE, 'location = "/srv/*"', 'registry = "r.example/a"'), '["ext4"]',
+     '["ext4"], access = "read-write"', "rule 1: grant.access", "trusted for its contents"),
+    (TMPFS, '"tmpfs"', '"network"', "rule 1: image.kind", LATER),
     (IMAGE, '["ext4"]', '["ext4"], max_size = 1', "rule 1: grant.max_size", "unknown key"),
     (TMPFS, "grant = { max-size = 1000 }", "", "rule 1: grant", "it is missing"),
     (TMPFS, "max-size = 1000", "", "rule 1: grant.max-size", "it is missing"),
@@ -290,7 +335,8 @@ def test_broken(
     assert error.file == str(directories[0] / "a.toml")
     assert error.key == key
     assert reason in error.reason
-    assert str(error) == ": ".join(filter(None, (error.file, key, error.reason)))
+    where = error.file if error.line is None else f"{error.file}:{error.line}"
+    assert str(error) == ": ".join(filter(None, (where, key, error.reason)))
     assert str(error).isprintable()
 
 

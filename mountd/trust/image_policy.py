@@ -1,0 +1,158 @@
+"""A client's own policy for its image, in the grammar of systemd.image-policy(7).
+
+    policy := "*" | "-" | "~" | rule (":" rule)…
+    rule   := [designator] "=" [flag ("+" flag)…]
+
+Without a designator, a rule is for all partitions that no other names. The flags of use say what is allowed
+of a partition, and are alternatives: that it is used without protection, with dm-verity, with dm-verity and
+a signature, encrypted; that it is there but not used; that it is absent. The flags about read-only mounts,
+about growing and about types of file systems narrow how it is used. Where a group of flags is left out, all
+of the group is allowed, except that what nothing is said about may only be unused or absent.
+
+Such a policy comes from the caller and is no reason to allow anything. It is read strictly, and can refuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mountd.errors import InvalidParameter
+from mountd.trust.options import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PARAMETER = "imagePolicy"
+MAXIMUM_LENGTH = 4096
+ROOT = "root"
+DESIGNATORS = (
+    ROOT,
+    "usr",
+    "home",
+    "srv",
+    "esp",
+    "xbootldr",
+    "swap",
+    "root-verity",
+    "root-verity-sig",
+    "usr-verity",
+    "usr-verity-sig",
+    "tmp",
+    "var",
+)
+NOT_USED = frozenset({"unused", "absent"})
+USES = frozenset({"unprotected", "verity", "signed", "encrypted"}) | NOT_USED
+READ_ONLY = frozenset({"read-only-on", "read-only-off"})
+GROWING = frozenset({"growfs-on", "growfs-off"})
+TYPES = frozenset({"ext4", "erofs", "squashfs", "btrfs", "xfs", "f2fs", "vfat"})
+GROUPS = (USES, READ_ONLY, GROWING, TYPES)
+HOW_USED = READ_ONLY | GROWING | TYPES
+EVERYTHING = USES | HOW_USED
+OPEN = "open"
+
+ALLOW, IGNORE, DENY = EVERYTHING, NOT_USED | HOW_USED, frozenset({"absent"}) | HOW_USED
+WHOLE = {"*": ALLOW, "-": IGNORE, "~": DENY}
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePolicy:
+    """For each partition that is named, all flags that are allowed; `default` is for all others.
+
+    No group of flags is left out here any more: a group without a member allows nothing.
+    """
+
+    partitions: Mapping[str, frozenset[str]]
+    default: frozenset[str]
+
+    def flags(self, designator: str) -> frozenset[str]:
+        """Return the flags allowed for a partition.
+
+        The data of dm-verity and its signature follow from the partition that they protect.
+        """
+        if designator in self.partitions:
+            return self.partitions[designator]
+        for suffix, needed in (("-verity-sig", {"signed"}), ("-verity", {"verity", "signed"})):
+            protected = designator.removesuffix(suffix)
+            if protected != designator and protected in self.partitions:
+                flags = self.partitions[protected]
+                if flags & needed:
+                    return flags & (NOT_USED | HOW_USED) | {"unprotected"}
+                break
+        return self.default
+
+
+def parse(text: str) -> ImagePolicy:
+    """Read a policy. Raises InvalidParameter for what is not understood or said twice."""
+    if len(text) > MAXIMUM_LENGTH:
+        raise InvalidParameter(PARAMETER, f"it is longer than {MAXIMUM_LENGTH} characters")
+    if text in WHOLE:
+        return ImagePolicy({}, WHOLE[text])
+    partitions: dict[str, frozenset[str]] = {}
+    for rule in text.split(":"):
+        designator, equals, flags = rule.partition("=")
+        if not equals:
+            raise InvalidParameter(PARAMETER, f"“{shown(rule)}” is not DESIGNATOR=FLAGS")
+        if designator and designator not in DESIGNATORS:
+            raise InvalidParameter(PARAMETER, f"“{shown(designator)}” is no kind of partition")
+        if designator in partitions:
+            raise InvalidParameter(PARAMETER, f"“{designator}=” is there twice")
+        partitions[designator] = parse_flags(flags)
+    return ImagePolicy(partitions, partitions.pop("", IGNORE))
+
+
+def parse_flags(text: str) -> frozenset[str]:
+    """Return the flags of one rule, with all of each group that it says nothing about."""
+    flags: set[str] = set()
+    for flag in text.split("+") if text else ():
+        if flag == OPEN:
+            flags |= USES
+        elif flag in EVERYTHING:
+            flags.add(flag)
+        else:
+            raise InvalidParameter(PARAMETER, f"“{shown(flag)}” is no flag")
+    for group in GROUPS:
+        if not flags & group:
+            flags |= group
+    return frozenset(flags)
+
+
+def intersect(first: ImagePolicy, second: ImagePolicy) -> ImagePolicy:
+    """Return the policy that allows what both allow."""
+    named = {*first.partitions, *second.partitions}
+    # What follows from a partition that one of them names would not follow from both.
+    named |= {f"{name}{suffix}" for name in ("root", "usr") for suffix in ("-verity", "-verity-sig")}
+    return ImagePolicy(
+        {designator: first.flags(designator) & second.flags(designator) for designator in sorted(named)},
+        first.default & second.default,
+    )
+
+
+def refusal(
+    policy: ImagePolicy, *, file_system_type: str, read_only: bool, verity: bool, signed: bool
+) -> str | None:
+    """Return why `policy` refuses a bare file system to be mounted, None if it does not.
+
+    Such an image has no partitions, and is judged as the root partition would be. `verity` is whether
+    dm-verity protects it, `signed` whether its root hash is signed as well.
+    """
+    flags = policy.flags(ROOT)
+    found = {"unprotected"} | ({"verity"} if verity or signed else set()) | ({"signed"} if signed else set())
+    if not flags & USES - NOT_USED:
+        return "it allows no use of a root partition, and a bare file system is one"
+    if not flags & found:
+        wanted = ", ".join(sorted(flags & USES - NOT_USED))
+        return f"it wants the root partition to be {wanted}, and the image is {strongest(verity, signed)}"
+    if file_system_type not in flags:
+        allowed = ", ".join(sorted(flags & TYPES)) or "no type of file system"
+        return f"it allows {allowed}, and the image is {file_system_type}"
+    if not read_only and "read-only-off" not in flags:
+        return "it allows the root partition to be mounted read-only only"
+    return None
+
+
+def strongest(verity: bool, signed: bool) -> str:
+    """Name the best protection that an image has."""
+    if signed:
+        return "signed"
+    return "protected by dm-verity" if verity else "unprotected"

@@ -1,0 +1,390 @@
+"""What holds for every policy, caller, image and wish: hypothesis looks for one for which it does not."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mountd.caller.model import OVERFLOW_ID, Caller
+from mountd.errors import BadFileDescriptor, KeyUnknown, MountdError, OptionNotPermitted, SignatureInvalid
+from mountd.evidence.model import Evidence, Proof, Provenance, Signer
+from mountd.fds import OwnedFd
+from mountd.plan.idmap import IdMapKind, IdMapWish
+from mountd.service import mount as methods
+from mountd.service.context import RequestContext
+from mountd.service.requests import MountRequest
+from mountd.source.model import Source
+from mountd.trust.decide import decide
+from mountd.trust.image_policy import DESIGNATORS, EVERYTHING, ImagePolicy, intersect, parse
+from mountd.trust.options import RESTRICTING
+from mountd.trust.policy import (
+    Access,
+    CallerMatch,
+    Grant,
+    ImageMatch,
+    Policy,
+    PolicyValueError,
+    Require,
+    Rule,
+    Strength,
+    Verdict,
+)
+from mountd.trust.vouching import bound_signers
+from mountd.trust.wishes import IDMAP_KINDS, MountWishes
+from tests.policies import (
+    BYTES,
+    EVERY_KIND,
+    KEYS,
+    NESTED,
+    OTHER_BYTES,
+    PATH,
+    PULLED,
+    ROOT,
+    TREE,
+    USER,
+    image,
+    tmpfs,
+)
+
+EXAMPLES = settings(
+    max_examples=int(os.environ.get("MOUNTD_PROPERTY_EXAMPLES", "400")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+maybe = st.none() | st.booleans()
+digests = st.sampled_from([BYTES, OTHER_BYTES, TREE])
+key_names = st.sampled_from(sorted(KEYS))
+units = st.none() | st.sampled_from(["a.service", "b@1.service", "s.scope"])
+slices = st.none() | st.sampled_from(["system.slice", "user.slice", "user-1000.slice"])
+containers = st.none() | st.sampled_from(["lxc:a", "docker:b"])
+
+
+def some(values: list[str], *, least: int = 1) -> st.SearchStrategy[tuple[str, ...]]:
+    return st.lists(st.sampled_from(values), min_size=least, max_size=3, unique=True).map(tuple)
+
+
+callers = st.builds(
+    replace,
+    st.sampled_from([USER, ROOT, NESTED, replace(USER, uid=OVERFLOW_ID)]),
+    unit=units,
+    slice=slices,
+    container=containers,
+)
+proofs = st.lists(st.builds(Proof, st.sampled_from(EVERY_KIND[:-1]), st.none() | digests), max_size=3).map(
+    tuple
+)
+signers = st.lists(
+    st.builds(
+        Signer, key_names, st.just("CN=x"), st.sampled_from(["image", "root-hash", "fs-verity"]), digests
+    ),
+    max_size=3,
+).map(tuple)
+provenances = st.none() | st.builds(
+    replace,
+    st.just(PULLED),
+    repository=st.sampled_from([PULLED.repository, "registry.example.com.evil/team/app", "r.example/a"]),
+    requirement=st.sampled_from(["signedBy", "sigstoreSigned", "insecureAcceptAnything"]),
+)
+evidences = st.builds(
+    Evidence,
+    root_owned_path=st.none() | st.sampled_from([PATH, "/opt/a"]),
+    location_problem=st.none() | st.just("why"),
+    descriptor_writable=st.booleans(),
+    proofs=proofs,
+    unproven=st.just((("stored", "it is not there"),)),
+    digest=st.none() | digests,
+    signers=signers,
+    signature_error=st.none() | st.sampled_from([SignatureInvalid("torn"), KeyUnknown("who")]),
+    provenance=provenances,
+)
+sources = st.builds(image, st.sampled_from(["ext4", "erofs", "xfs"]), st.none() | st.just(PATH)) | st.builds(
+    tmpfs, st.integers(-1, 1 << 21), st.none() | st.integers(-1, 300)
+)
+
+flags = st.lists(st.sampled_from([*sorted(EVERYTHING), "open"]), max_size=4).map("+".join)
+image_policies = st.one_of(
+    st.sampled_from(["*", "-", "~", "=open", "root=verity", "root=signed", "root=unprotected"]),
+    st.dictionaries(st.sampled_from(["", *DESIGNATORS]), flags, min_size=1, max_size=3).map(
+        lambda rules: ":".join(f"{name}={value}" for name, value in rules.items())
+    ),
+).map(parse)
+option_words = st.sampled_from(["acl", "discard", "rw", "ro", "suid", "relatime", "strictatime", "x\n"])
+wishes = st.builds(
+    MountWishes,
+    read_only=st.booleans(),
+    file_system_type=st.none() | st.sampled_from(["ext4", "erofs", "tmpfs"]),
+    options=st.lists(option_words | st.sampled_from(sorted(RESTRICTING)), max_size=2).map(tuple),
+    idmap_kind=st.sampled_from(IDMAP_KINDS),
+    namespace_given=st.booleans(),
+    image_policy=st.none() | image_policies,
+)
+
+image_matches = st.one_of(
+    st.just(ImageMatch(any=True)),
+    st.just(ImageMatch(kind="image")),
+    st.just(ImageMatch(kind="tmpfs")),
+    st.builds(ImageMatch, location=some(["/srv/images/*", "/opt/*", "/home/*"])),
+    st.builds(ImageMatch, signed=key_names),
+    st.builds(ImageMatch, digest=st.lists(digests, min_size=1, max_size=2).map(tuple)),
+    st.builds(ImageMatch, registry=some(["registry.example.com/team/*", "r.example/a"])),
+)
+caller_matches = st.just(CallerMatch(any=True)) | st.builds(
+    dict,
+    users=st.none() | st.just(frozenset({1000})) | st.just(frozenset({0, 100000})),
+    groups=st.none() | st.just(frozenset({500})),
+    user_namespace=st.sampled_from([None, "own", "none"]),
+    host=maybe,
+    nested=maybe,
+    units=st.none() | some(["a.service", "b@*.service"]),
+    slices=st.none() | some(["user.slice", "system.slice"]),
+    containers=st.none() | some(["lxc:*", "docker:b"]),
+)
+requires = st.none() | st.builds(
+    Require,
+    integrity=some(list(EVERY_KIND)),
+    signature=st.none() | key_names | st.just("containers-policy"),
+    min_strength=st.none() | st.sampled_from(Strength),
+)
+grants = st.none() | st.builds(
+    Grant,
+    file_systems=some(["ext4", "erofs"], least=0),
+    access=st.sampled_from(Access),
+    options=some(["acl", "discard", "huge"], least=0),
+    flags=some(["noexec", "noatime"], least=0),
+    idmap=some(list(IDMAP_KINDS)),
+    max_size=st.none() | st.just(1 << 20),
+    attach=st.just(("$HOME/**",)),
+    max_mounts=st.none() | st.just(3),
+)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    """All rules that can be made of what is drawn; what cannot be is left out."""
+    rules = []
+    for number in range(draw(st.integers(0, 4))):
+        parts = draw(caller_matches)
+        drawn = (draw(image_matches), draw(requires), draw(grants), draw(st.sampled_from(Verdict)))
+        rule = made(f"r{number}", parts, *drawn)
+        if rule is not None:
+            rules.append(rule)
+    return Policy(tuple(rules), KEYS)
+
+
+def made(
+    name: str,
+    caller: CallerMatch | dict[str, Any],
+    match: ImageMatch,
+    require: Require | None,
+    grant: Grant | None,
+    verdict: Verdict,
+) -> Rule | None:
+    try:
+        who = caller if isinstance(caller, CallerMatch) else CallerMatch(**caller)
+        if verdict is Verdict.DENY:
+            require = grant = None
+        elif match.kind == "tmpfs":
+            require, grant = None, replace(grant or Grant(), file_systems=(), options=("huge",))
+        elif grant is not None:
+            grant = replace(
+                grant, max_size=None, options=tuple(each for each in grant.options if each != "huge")
+            )
+        return Rule(name, f"a.toml: {name}", match, who, require, grant, verdict)
+    except PolicyValueError:
+        return None
+
+
+every_case = (policies(), callers, sources, evidences, wishes)
+
+
+@EXAMPLES
+@given(*every_case)
+def test_the_same_question_has_the_same_answer(
+    policy: Policy, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes
+) -> None:
+    first = decide(policy, caller, source, evidence, wishes)
+    second = decide(policy, caller, source, evidence, wishes)
+    without = replace(first, error=None)
+    assert replace(second, error=None) == without
+    assert str(first.error) == str(second.error)
+    assert type(first.error) is type(second.error)
+    # Every rule is listed, in order, and the one that decides is the only one that applies.
+    assert [step.rule for step in first.steps] == [rule.name for rule in policy.rules]
+    assert [step.rule for step in first.steps if step.applies] == ([first.rule] if first.rule else [])
+    for text in (first.reason, *(step.reason for step in first.steps)):
+        assert text
+        assert text.isprintable()
+
+
+@EXAMPLES
+@given(*every_case)
+def test_an_allowed_image_is_immutable_and_vouched_for(
+    policy: Policy, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes
+) -> None:
+    decision = decide(policy, caller, source, evidence, wishes)
+    assert (decision.error is None) == (decision.verdict is Verdict.ALLOW)
+    if decision.error is not None:
+        return
+    (rule,) = [each for each in policy.rules if each.name == decision.rule]
+    assert rule.verdict is Verdict.ALLOW
+    assert rule.grant is not None
+    assert (decision.attach, decision.max_mounts) == (rule.grant.attach, rule.grant.max_mounts)
+    assert caller.is_host_root or decision.attributes >= {"nosuid", "nodev"}
+    assert decision.read_only or rule.grant.access is Access.READ_WRITE
+    if source.tmpfs is not None:
+        return
+    assert rule.require is not None
+    proven = {proof.kind for proof in evidence.proofs}
+    if evidence.root_owned_path is not None:
+        proven.add("root-owned")
+    assert decision.trusted_by in proven & set(rule.require.integrity)
+    # Whoever can write to it is either let to, or the host's root, or has no power over what is proven.
+    if evidence.descriptor_writable and decision.trusted_by == "root-owned":
+        assert caller.is_host_root or not decision.read_only
+    named = {rule.image.signed, rule.require.signature} - {None, "containers-policy"}
+    assert named <= {signer.key for signer in bound_signers(evidence)}
+    if rule.require.signature == "containers-policy":
+        assert isinstance(evidence.provenance, Provenance)
+        assert evidence.provenance.requirement != "insecureAcceptAnything"
+    if rule.image.names_bytes or rule.require.names_bytes:
+        assert decision.read_only
+
+
+@EXAMPLES
+@given(*every_case)
+def test_absence_is_refusal(
+    policy: Policy, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes
+) -> None:
+    assert decide(Policy(()), caller, source, evidence, wishes).verdict is Verdict.DENY
+    # Without the rules that allow, nobody is allowed anything.
+    rest = tuple(rule for rule in policy.rules if rule.verdict is not Verdict.ALLOW)
+    assert decide(Policy(rest, KEYS), caller, source, evidence, wishes).verdict is Verdict.DENY
+    # Without any evidence, no image is allowed.
+    nothing = Evidence(None, None, False)
+    assert source.tmpfs or decide(policy, caller, source, nothing, wishes).verdict is Verdict.DENY
+
+
+def narrowed(wishes: MountWishes, more: str | ImagePolicy) -> MountWishes:
+    """Return `wishes` with one demand more: a type of file system, a restricting option, an image policy."""
+    if isinstance(more, ImagePolicy):
+        both = more if wishes.image_policy is None else intersect(wishes.image_policy, more)
+        return replace(wishes, image_policy=both)
+    if more in RESTRICTING:
+        return replace(wishes, options=(*wishes.options, more))
+    return replace(wishes, file_system_type=wishes.file_system_type or more)
+
+
+@EXAMPLES
+@given(
+    *every_case, st.sampled_from([*sorted(RESTRICTING), "ext4", "erofs", "tmpfs", "a\n"]) | image_policies
+)
+def test_a_demand_more_never_allows(
+    policy: Policy,
+    caller: Caller,
+    source: Source,
+    evidence: Evidence,
+    wishes: MountWishes,
+    more: str | ImagePolicy,
+) -> None:
+    before = decide(policy, caller, source, evidence, wishes)
+    after = decide(policy, caller, source, evidence, narrowed(wishes, more))
+    if after.verdict is Verdict.ALLOW:
+        assert before.verdict is Verdict.ALLOW
+        assert (after.rule, after.trusted_by) == (before.rule, before.trusted_by)
+        assert (after.read_only, after.options) == (before.read_only, before.options)
+        assert after.attributes >= before.attributes
+
+
+@EXAMPLES
+@given(*every_case)
+def test_asking_for_less_than_writing_allows_only_what_writing_prevented(
+    policy: Policy, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes
+) -> None:
+    """A read-only mount may be allowed where a writable one is not, and then for that reason alone."""
+    writable = replace(wishes, read_only=False)
+    before = decide(policy, caller, source, evidence, writable)
+    after = decide(policy, caller, source, evidence, replace(wishes, read_only=True))
+    if after.verdict is Verdict.ALLOW and before.verdict is not Verdict.ALLOW:
+        assert before.rule == after.rule
+        assert about_writing(before.error) or "imagePolicy" in before.reason
+    if before.verdict is Verdict.ALLOW and after.verdict is Verdict.ALLOW:
+        assert after.read_only
+        assert after.attributes == before.attributes
+
+
+def about_writing(error: MountdError | None) -> bool:
+    if isinstance(error, OptionNotPermitted):
+        return error.parameters["option"] == "rw"
+    return isinstance(error, BadFileDescriptor)
+
+
+@EXAMPLES
+@given(*every_case, callers)
+def test_who_else_calls_does_not_matter_to_a_rule_for_all(
+    policy: Policy,
+    caller: Caller,
+    source: Source,
+    evidence: Evidence,
+    wishes: MountWishes,
+    other: Caller,
+) -> None:
+    """A caller that nothing is known about gets no rule that names units, slices or containers."""
+    unknown = replace(caller, unit=None, slice=None, container=None)
+    decision = decide(policy, unknown, source, evidence, wishes)
+    for rule in policy.rules:
+        if rule.name == decision.rule:
+            assert (rule.caller.units, rule.caller.slices, rule.caller.containers) == (None, None, None)
+
+
+# --- the methods of the interface ---
+
+
+@contextmanager
+def judging(judged: methods.Judged) -> Iterator[RequestContext]:
+    """Let the methods find these facts about a request, and hand out /dev/null as the mount."""
+    ours, theirs = socket.socketpair()
+    with (
+        ours,
+        theirs,
+        patch.object(methods, "judge", lambda *_: judged),
+        patch.object(methods, "make", lambda *_: OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))),
+    ):
+        context: Any = type("Context", (), {"connection": ours, "enter": lambda *_: None, "writable": False})
+        yield context()
+
+
+@settings(EXAMPLES, max_examples=100)
+@given(*every_case)
+def test_explain_and_mount_never_disagree(
+    policy: Policy, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes
+) -> None:
+    decision = decide(policy, caller, source, evidence, wishes)
+    request = MountRequest(source.kind, None, source.tmpfs, None, IdMapWish(IdMapKind.NONE), wishes)
+    judged = methods.Judged(request, caller, source, evidence, decision, (), ())
+    with judging(judged) as context:
+        explained: Any = methods.explain({}, [], context)[0]
+        mounted: Any = None
+        raised: MountdError | None = None
+        try:
+            mounted, fds = methods.mount({}, [], context)
+            fds[0].close()
+        except MountdError as error:
+            raised = error
+    assert raised is decision.error
+    if raised is None:
+        assert explained["decision"] == mounted["decision"]
+        assert explained["decision"]["verdict"] == "allow"
+    else:
+        assert explained["decision"]["verdict"] == "deny"
+        assert explained["decision"].get("hint") == raised.hint
+        assert explained["decision"]["reason"] in raised.message
+    assert [step["rule"] for step in explained["steps"]] == [rule.name for rule in policy.rules]
