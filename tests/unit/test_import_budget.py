@@ -31,6 +31,7 @@ def lean_modules() -> list[str]:
         *(f"mountd.kernel.{name}" for name in kernel),
         *CLIENTS,
         "mountd.cli.container",
+        "mountd.cli.image",
     ]
 
 
