@@ -324,10 +324,10 @@ class Request:
     ) -> None:
         """Open what has to be opened.
 
-        `source` is the path of an image, "stored:sha256:…" for one of mountd's store, or "tmpfs:SIZE";
-        `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path of a user namespace, "none" for none, None
-        for that of this process if it is not the host's. Raises NotFound, InvalidParameter,
-        OptionNotPermitted and OSError.
+        `source` is the path of an image, "stored:sha256:…" for one of mountd's store, or "tmpfs:SIZE".
+        `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
+        of a user namespace, "none" for none, None for that of this process if it is not the host's. Raises
+        NotFound, InvalidParameter, OptionNotPermitted and OSError.
         """
         check_text(options, file_system_type)
         if read_only is None:

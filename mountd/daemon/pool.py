@@ -219,8 +219,8 @@ class Pool:
     def enforce(self, *, draining: bool = False) -> list[Ended]:
         """Kill what is past its deadline, charge what does not die; return the connections to drop.
 
-        When `draining`, who has been answered is not waited for, nor is what sleeps in the kernel for long and
-        cannot be woken.
+        When `draining`, who has been answered is not waited for, nor is what sleeps in the kernel for long
+        and cannot be woken.
         """
         now = time.monotonic()
         dropped: list[Ended] = []

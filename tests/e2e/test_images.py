@@ -1,4 +1,4 @@
-"""io.mountd.Images through the socket: who may import, see and remove what, and how long operations report."""
+"""io.mountd.Images through the socket: who may import, see and remove what, and how progress is told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pty
 import signal
 import socket
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mountd.client import Client, Request, attach
+from mountd.client import Client, Request
 from mountd.errors import (
     BadFileDescriptor,
     DeniedByPolicy,
@@ -27,11 +26,10 @@ from mountd.errors import (
     MountdError,
     NotFound,
     NotSupported,
-    UnsupportedFileSystem,
 )
 from mountd.fds import OwnedFd
-from mountd.kernel import loop_device, mount_api, sockets
-from mountd.kernel.flags import MountAttr, MoveMount, Unmount
+from mountd.kernel import sockets
+from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
 from mountd.store.record import Owner
 from mountd.store.store import Store
@@ -40,9 +38,8 @@ from tests.container import RANGE, USER, in_container
 from tests.daemon import ROOT, Daemon
 from tests.e2e.calls import refused
 from tests.fuse import Fuse
-from tests.images import build_image
 from tests.process import in_child
-from tests.programs import as_user, run
+from tests.programs import run
 
 MIB = 1 << 20
 IMAGES = "io.mountd.Images"
@@ -119,7 +116,11 @@ def test_import_list_inspect_verify_remove(daemon: Daemon, images: dict[str, Pat
     image = import_file(daemon, images["erofs"], name="base")
     digest = digest_of(images["erofs"])
     assert image["digest"] == digest
-    assert (image["name"], image["ownerUids"], image["size"]) == ("base", [0], images["erofs"].stat().st_size)
+    assert (image["name"], image["ownerUids"], image["size"]) == (
+        "base",
+        [0],
+        images["erofs"].stat().st_size,
+    )
     assert image["fileSystem"]["type"] == "erofs"  # type: ignore[index]
     assert image["signers"] == []
     assert call(daemon, "List") == {"images": [image]}
@@ -157,7 +158,9 @@ def test_progress_is_told_if_it_is_wanted(
 
 def check_steps(steps: list[dict[str, object]], size: int) -> None:
     done = [step["progress"]["done"] for step in steps]  # type: ignore[index]
-    assert all(step == {"progress": {"done": each, "total": size}} for step, each in zip(steps, done))
+    assert all(
+        step == {"progress": {"done": each, "total": size}} for step, each in zip(steps, done, strict=True)
+    )
     assert done == sorted(set(done))
     assert 0 < done[0] <= done[-1] <= size
 
@@ -240,7 +243,9 @@ def test_many_are_listed_on_several_pages(daemon: Daemon, clean: Store) -> None:
             clean.add(fd.fileno(), len(name.encode()), Owner(0, 0), name=name)
     first = call(daemon, "List")
     assert len(first["images"]) < 600  # type: ignore[arg-type]
-    done = run([sys.executable, "-m", "mountd.cli.mountctl", "image", "list", "--json"], daemon.socket, cwd=ROOT)
+    done = run(
+        [sys.executable, "-m", "mountd.cli.mountctl", "image", "list", "--json"], daemon.socket, cwd=ROOT
+    )
     listed = json.loads(done.stdout)["images"]
     assert {image["name"] for image in listed} == set(names)
     assert len(listed) == 600
@@ -325,7 +330,9 @@ class TestRefused:
         path.write_bytes(b"no file system at all" * 500)
         assert "fileSystem" not in import_file(daemon, path)
 
-    def test_without_a_store(self, start: Callable[..., Daemon], place: Path, images: dict[str, Path]) -> None:
+    def test_without_a_store(
+        self, start: Callable[..., Daemon], place: Path, images: dict[str, Path]
+    ) -> None:
         """The daemon serves mounts all the same."""
         (place / "a file").write_text("")
         daemon = start("", "--state-dir", str(place / "a file"))
@@ -449,7 +456,9 @@ class TestReference:
 
         as_uid(USER, work)
         import_file(daemon, images["erofs"])  # root's now as well: then it is for the policy to say
-        as_uid(USER, lambda: refused(lambda: mount(daemon, f"stored:{digest}", userns="none"), "DeniedByPolicy"))
+        as_uid(
+            USER, lambda: refused(lambda: mount(daemon, f"stored:{digest}", userns="none"), "DeniedByPolicy")
+        )
 
     def test_references(self, daemon: Daemon) -> None:
         refused(lambda: mount(daemon, "stored:x"), "InvalidParameter", "source.reference")
