@@ -117,7 +117,7 @@ class Store:
             raise LimitExceeded("bytes in an image of the store", self.limits.image_bytes)
         with self._named("writing to the store"), State(self._path) as state, self.slot(owner):
             with state.locked():
-                garbage.sweep(state)
+                garbage.sweep(state, read_records=False)
                 quota.check(state, self.limits, size, owner)
                 path, fd = state.reserve(size, owner.charged)
             try:

@@ -317,7 +317,7 @@ class TestQuota:
             put(store, content(MIB // 2, 3))
 
     def test_a_disk_without_inodes(self, home: Path) -> None:
-        with mounted_tmpfs(home / "small", "2m,nr_inodes=13") as place:
+        with mounted_tmpfs(home / "small", "2m,nr_inodes=20") as place:
             store = Store(place / "state")
             store.prepare()
             held = set()
