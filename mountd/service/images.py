@@ -1,8 +1,8 @@
 """The methods of io.mountd.Images: mountd's store, for those who have images in it.
 
 Who asks is found out as for a mount. An image belongs to the host's uid that has imported it; the host's
-root may see and remove all. Whoever is uid 0 in some namespace is not that root, even if the namespace maps
-the host's.
+root may see and remove all. A uid 0 that is not that root (`Caller.is_host_root`), as in a container that
+was left without the capability or whose namespace maps the host's root, is nobody here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mountd.caller.identify import identify, pin
 from mountd.caller.model import OVERFLOW_ID
 from mountd.errors import (
+    DeniedByPolicy,
     InvalidParameter,
     NotFound,
     NotSupported,
@@ -161,8 +162,13 @@ def admit(context: RequestContext) -> tuple[Caller, Owner, Store]:
 
 
 def owner_of(caller: Caller) -> Owner:
-    """Return as whom the store knows a caller. Raises UserNamespaceNotPermitted."""
-    if not caller.on_host and caller.uid in (ROOT, OVERFLOW_ID):
+    """Return as whom the store knows a caller. Raises UserNamespaceNotPermitted, DeniedByPolicy."""
+    if caller.uid == ROOT and not caller.is_host_root:
+        raise DeniedByPolicy(
+            "root without CAP_SYS_ADMIN on the host has nothing in the store",
+            hint="call as an ordinary user, or as the host's root",
+        )
+    if caller.uid == OVERFLOW_ID and not caller.on_host:
         raise UserNamespaceNotPermitted(
             "nothing in the store can belong to the caller's uid",
             hint="call as a user that the user namespace maps to an id of its own",

@@ -19,7 +19,7 @@ from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mount
 from mountd.service.context import RequestContext
-from mountd.service.images import may_see, not_found, owner_of
+from mountd.service.images import not_found
 from mountd.service.phase import Phase
 from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, MountRequest
 from mountd.source.confined import recognise_image
@@ -172,13 +172,12 @@ def inspect_stored(
     It is the caller's own, or one that root has put there; whom that is for is up to the policy. Raises
     NotFound for any other, InvalidImage for a damaged store.
     """
-    owner = owner_of(caller)
     if context.store is None:
         raise NotFound("the store", hint="the journal of mountd says why it has none")
     fd, record = context.store.lookup(digest)
     # From here on it is closed with those that came along.
     fds.append(fd)
-    if not may_see(owner, record) and not record.belongs_to(ROOT):
+    if not caller.is_host_root and not record.belongs_to(caller.uid) and not record.belongs_to(ROOT):
         raise not_found(digest)
     context.notes["digest"] = digest
     backing = inspect_descriptor(fd.fileno(), REFERENCE_FIELD)

@@ -31,13 +31,13 @@ from mountd.errors import (
     NotSupported,
 )
 from mountd.fds import OwnedFd
-from mountd.kernel import sockets
-from mountd.kernel.flags import MountAttr
+from mountd.kernel import namespaces, sockets
+from mountd.kernel.flags import Clone, MountAttr
 from mountd.kernel.fs_context import FsContext
 from mountd.store.record import Owner
 from mountd.store.store import Store
 from mountd.wire.framing import encode
-from tests.container import RANGE, USER, in_container
+from tests.container import USER, drop_capabilities, in_container
 from tests.daemon import ROOT, Daemon
 from tests.e2e.calls import refused
 from tests.fuse import Fuse
@@ -235,7 +235,36 @@ def test_a_containers_root_is_not_the_hosts(
             import_file(daemon, images["squashfs"])
 
     in_container(work)
-    assert RANGE
+
+
+def test_a_uid_0_that_is_not_the_hosts_root_is_nobody(
+    daemon: Daemon, images: dict[str, Path], clean: Store
+) -> None:
+    digest = str(import_file(daemon, images["erofs"])["digest"])
+
+    def ask() -> None:
+        for method, parameters in (
+            ("List", {}),
+            ("Remove", {"digest": digest}),
+            ("CollectGarbage", {"maximumAge": 0}),
+        ):
+            with pytest.raises(DeniedByPolicy, match="CAP_SYS_ADMIN"):
+                call(daemon, method, **parameters)
+        with pytest.raises(DeniedByPolicy):
+            import_file(daemon, images["squashfs"])
+
+    def without_capability() -> None:
+        drop_capabilities()
+        ask()
+
+    def in_namespace_with_the_hosts_root() -> None:
+        namespaces.unshare(Clone.NEWUSER)
+        Path("/proc/self/uid_map").write_text("0 0 1")
+        ask()
+
+    in_child(without_capability)
+    in_child(in_namespace_with_the_hosts_root)
+    assert call(daemon, "Inspect", digest=digest)
 
 
 def test_many_are_listed_on_several_pages(daemon: Daemon, clean: Store) -> None:
