@@ -236,13 +236,15 @@ def transferred(
 def image_reply(record: Record, owner: Owner) -> dict[str, object]:
     """Return a record as the wire has it, for `owner`, who does not learn who else has the image."""
     owners = [each.uid for each in record.owners] if owner.uid == ROOT else [owner.uid]
+    # What another has called it is that one's own affair.
+    name = record.name if owner.uid in (ROOT, record.owner_uid) else None
     file_system, provenance = record.file_system, record.provenance
     return given(
         digest=record.digest,
         size=record.size,
         ownerUids=owners,
         created=record.created,
-        name=record.name,
+        name=name,
         fileSystem=None
         if file_system is None
         else given(

@@ -220,7 +220,9 @@ class Store:
                 raise missing(digest)
             others = tuple(each for each in record.owners if each.uid != by_uid)
             if by_uid != ROOT and others:
-                state.write_record(replace(record, owners=others))
+                # The name was given by the first owner, and goes with that one.
+                name = record.name if others[0] == record.owners[0] else None
+                state.write_record(replace(record, owners=others, name=name))
             elif not garbage.drop(state, digest):
                 raise InUse(
                     f"the stored image {digest} is mounted or being read",

@@ -203,22 +203,28 @@ def test_everybody_has_their_own(daemon: Daemon, images: dict[str, Path], clean:
         size = images["squashfs"].stat().st_size
         mine = clean.add(file.fileno(), size, Owner(USER, USER), name="mine").digest
         clean.add(file.fileno(), size, Owner(USER + 1, USER + 1))
+    with images["ext4"].open("rb") as file:
+        size = images["ext4"].stat().st_size
+        ours = clean.add(file.fileno(), size, Owner(USER + 1, USER + 1), name="theirs").digest
+        clean.add(file.fileno(), size, Owner(USER, USER))
 
     def work() -> None:
         listed = call(daemon, "List")["images"]
-        # Nor who else has it.
-        assert [(each["digest"], each["ownerUids"]) for each in listed] == [(mine, [USER])]  # type: ignore[attr-defined]
+        # Nor who else has it, and what they call it.
+        found = {(each["digest"], *each["ownerUids"], each.get("name")) for each in listed}  # type: ignore[attr-defined]
+        assert found == {(mine, USER, "mine"), (ours, USER, None)}
         for method in ("Inspect", "Verify", "Remove"):
             with pytest.raises(NotFound):
                 call(daemon, method, digest=roots)
         call(daemon, "Verify", digest=mine)
         assert call(daemon, "CollectGarbage", maximumAge=0)["removed"] == []
-        call(daemon, "Remove", digest=mine)
+        for digest in (mine, ours):
+            call(daemon, "Remove", digest=digest)
         assert call(daemon, "List") == {"images": []}
 
     as_uid(USER, work)
     listed = {each["digest"]: each["ownerUids"] for each in call(daemon, "List")["images"]}  # type: ignore[attr-defined]
-    assert listed == {roots: [0], mine: [USER + 1]}
+    assert listed == {roots: [0], mine: [USER + 1], ours: [USER + 1]}
 
 
 def test_a_containers_root_is_not_the_hosts(

@@ -357,7 +357,7 @@ class TestOwners:
         assert (record.owners, record.name) == ((USER, OTHER), "first")
         assert tree(home) == files(record.digest)
         store.remove(record.digest, USER.uid)
-        assert store.record(record.digest).owners == (OTHER,)
+        assert (store.record(record.digest).owners, store.record(record.digest).name) == ((OTHER,), None)
         with pytest.raises(NotFound):
             store.remove(record.digest, USER.uid)
         with pytest.raises(NotFound):
