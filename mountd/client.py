@@ -36,7 +36,7 @@ from mountd.wire.framing import MAX_FDS, MessageReader, boundary, encode, is_tex
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
     from mountd.wire.framing import Message
@@ -47,6 +47,7 @@ TIMEOUT = 90.0  # seconds; the daemon's own deadlines are shorter
 HOST_ID_MAP = ["0", "0", "4294967295"]
 IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
 TMPFS = "tmpfs:"
+STORED = "stored:"
 TRY_AGAIN = "try again; the journal of mountd says what it was doing"
 ENDED = "it closed the connection without an answer"
 MAXIMUM_INTEGER = (1 << 63) - 1
@@ -214,16 +215,12 @@ class Client:
     def call(
         self, method: str, parameters: Mapping[str, object], fds: list[OwnedFd]
     ) -> tuple[dict[str, object], list[OwnedFd]]:
-        """Call any method of io.mountd.Mount and return the reply with its descriptors, which are owned."""
-        given = {name: value for name, value in parameters.items() if value is not None}
-        request = encode({"method": f"{INTERFACE}.{method}", "parameters": given})
+        """Call any method of io.mountd.Mount and return the reply with its descriptors, which are owned.
+
+        Another interface's is called by its full name, which has dots in it. Raises as `mount` does.
+        """
         deadline = time.monotonic() + self._timeout
-        try:
-            sockets.send(self._socket, request, fds, deadline)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it may have answered before it closed: too busy, shutting down
-        except OSError as error:
-            raise Unreachable(error.strerror or str(error)) from None
+        self._send({"method": full_name(method), "parameters": given(parameters)}, fds, deadline)
         message = self._receive(deadline)
         try:
             reply, _ = parse_reply(message.body)
@@ -231,6 +228,35 @@ class Client:
             return reply, received
         finally:
             message.close()
+
+    def call_more(
+        self, method: str, parameters: Mapping[str, object], fds: list[OwnedFd]
+    ) -> Iterator[dict[str, object]]:
+        """Call a method that tells how far it is, and yield each reply, the last one as well.
+
+        None of these have descriptors. The timeout is for each reply. Raises as `call` does; whoever stops
+        before the last reply cannot use the connection any more.
+        """
+        deadline = time.monotonic() + self._timeout
+        call = {"method": full_name(method), "parameters": given(parameters), "more": True}
+        self._send(call, fds, deadline)
+        continues = True
+        while continues:
+            message = self._receive(deadline)
+            try:
+                reply, continues = parse_reply(message.body)
+            finally:
+                message.close()
+            yield reply
+            deadline = time.monotonic() + self._timeout
+
+    def _send(self, call: Mapping[str, object], fds: list[OwnedFd], deadline: float) -> None:
+        try:
+            sockets.send(self._socket, encode(call), fds, deadline)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it may have answered before it closed: too busy, shutting down
+        except OSError as error:
+            raise Unreachable(error.strerror or str(error)) from None
 
     def _receive(self, deadline: float) -> Message:
         reader = MessageReader()
@@ -255,6 +281,16 @@ class Client:
             raise Unreachable(error.strerror or str(error)) from None
         finally:
             reader.close()
+
+
+def full_name(method: str) -> str:
+    """Return the full name of a method, which is one of io.mountd.Mount if no interface is named."""
+    return method if "." in method else f"{INTERFACE}.{method}"
+
+
+def given(parameters: Mapping[str, object]) -> dict[str, object]:
+    """Return the parameters that are not None."""
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def connect(path: str, deadline: float) -> socket.socket:
@@ -288,10 +324,10 @@ class Request:
     ) -> None:
         """Open what has to be opened.
 
-        `source` is the path of an image or "tmpfs:SIZE"; `read_only` is None for what fits: images are
-        mounted read-only, a tmpfs is not. `userns` is the path of a user namespace, "none" for none, None
-        for that of this process if it is not the host's. Raises NotFound, InvalidParameter,
-        OptionNotPermitted and OSError.
+        `source` is the path of an image, "stored:sha256:…" for one of mountd's store, or "tmpfs:SIZE".
+        `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
+        of a user namespace, "none" for none, None for that of this process if it is not the host's. Raises
+        NotFound, InvalidParameter, OptionNotPermitted and OSError.
         """
         check_text(options, file_system_type)
         if read_only is None:
@@ -316,6 +352,10 @@ class Request:
     def _read_source(self, source: str, read_only: bool) -> dict[str, object]:
         if source.startswith(TMPFS):
             return {"tmpfs": {"size": parse_size(source.removeprefix(TMPFS))}}
+        if source.startswith(STORED):
+            if not is_text(source):
+                raise InvalidParameter("SOURCE", "it is no text")
+            return {"reference": source}
         try:
             return {"imageFileDescriptor": self._add(open_image(source, writable=not read_only))}
         except OSError as error:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 INTERFACE = "io.mountd.Mount"
+IMAGES_INTERFACE = "io.mountd.Images"
 
 
 class MountdError(Exception):
@@ -178,6 +179,16 @@ class NotFound(MountdError):
     def __init__(self, what: str, *, hint: str | None = None) -> None:
         """`what` is the missing thing."""
         super().__init__(f"not found: {what}", hint=hint, what=what)
+
+
+class InUse(MountdError):
+    """What shall go away is still needed by somebody."""
+
+    wire_name = "InUse"
+
+    def __init__(self, what: str, *, hint: str | None = None) -> None:
+        """`what` says what is used, and how."""
+        super().__init__(what, hint=hint, what=what)
 
 
 class NotSupported(MountdError):

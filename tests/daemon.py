@@ -29,7 +29,8 @@ class Daemon:
         self.log_path = directory / "log"
         self._command = [
             *(sys.executable, "-m", "mountd.daemon.main"),
-            *("--runtime-dir", directory / "run", "--policy-dir", self.policy_dir, *arguments),
+            *("--runtime-dir", directory / "run", "--state-dir", directory / "state"),
+            *("--policy-dir", self.policy_dir, *arguments),
         ]
         self._run = run
         self.launch()

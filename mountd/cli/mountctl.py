@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from mountd.cli import image
 from mountd.cli.report import EXIT_USAGE, end, fail, printable, say, show_json
 from mountd.client import IDMAPS, Client, Request, attach_at, open_target
 from mountd.errors import MountdError
@@ -23,6 +24,8 @@ examples:
   unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt
   mountctl mount -o noexec tmpfs:64M /mnt
   mountctl policy check
+  mountctl image import --name base /home/me/base.raw
+  mountctl mount stored:sha256:… /mnt
 
 exit status:
   0 done, 1 wrong usage or not allowed, 2 mountd cannot be reached, 8 interrupted, 32 the mount failed.
@@ -73,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     add_namespace(explain)
     # Only for the list of verbs: its own command line is read by the program that it is.
     verbs.add_parser("policy", add_help=False, help="check and show policy files")
+    images = verbs.add_parser("image", help="import images into mountd's store, and see to those in it")
+    image.add_image_verbs(images.add_subparsers(dest="image_verb", required=True, metavar="VERB"))
     return top
 
 
@@ -83,7 +88,11 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("-t", "--type", help="refuse to mount another type of file system")
     verb.add_argument("-o", "--options", metavar="OPTION[,…]", action="append", help="mount options")
     verb.add_argument("--idmap", choices=IDMAPS, help="how to map ids")
-    verb.add_argument("source", metavar="SOURCE", help="an image, or tmpfs:SIZE, such as tmpfs:64M")
+    verb.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="an image, stored:sha256:…, or tmpfs:SIZE, such as tmpfs:64M",
+    )
 
 
 def add_namespace(verb: argparse.ArgumentParser) -> None:
@@ -190,6 +199,8 @@ def act(argv: Sequence[str]) -> int:
             become_policy_tool(argv[1:])
         options = parse(argv)
         as_json = options.json
+        if options.verb == "image":
+            return image.VERBS[options.image_verb](options)
         with request_of(options) as request, Client() as client:
             return VERBS[options.verb](options, request, client)
     except (MountdError, OSError) as error:

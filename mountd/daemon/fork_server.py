@@ -30,7 +30,9 @@ from mountd.kernel import namespaces
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
 from mountd.service.context import PolicyInForce
+from mountd.service.images import METHODS as IMAGE_METHODS
 from mountd.service.mount import METHODS
+from mountd.store.store import Store
 from mountd.trust.policy import Policy
 from mountd.trust.policy_file import PolicyError, load
 from mountd.wire.dispatch import Dispatcher, interface_directory
@@ -49,14 +51,22 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides
 class ForkServer:
     """One instance for the life of the process."""
 
-    def __init__(self, control: socket.socket, board: Board, policy_dirs: list[Path], staging: Path) -> None:
+    def __init__(
+        self,
+        control: socket.socket,
+        board: Board,
+        policy_dirs: list[Path],
+        staging: Path,
+        state_dir: Path,
+    ) -> None:
         """`control` leads to the listener. Raises SyscallError, NotSupported, OSError."""
         self._control = control
         self._board = board
         self._policy_dirs = policy_dirs
-        self._dispatcher = Dispatcher(interface_directory(), METHODS, report_bug)
+        self._dispatcher = Dispatcher(interface_directory(), {**METHODS, **IMAGE_METHODS}, report_bug)
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
+        self._store = open_store(state_dir)
         # Each worker and each cleaner leads a process group, which its own children are in, too.
         self._groups: dict[int, int] = {}  # -> slot
         self._cleaners: set[int] = set()
@@ -140,10 +150,10 @@ class ForkServer:
             seal = self._staging.seal(slot)
             namespaces.close_all_but({0, 1, 2, own.fileno(), *journal.descriptors, *seal.fds})
 
-            def enter(phase: Phase) -> None:
-                self._board.enter(slot, phase)
+            def enter(phase: Phase, seconds: int = 0) -> None:
+                self._board.enter(slot, phase, seconds)
 
-            Worker(own, enter, self._dispatcher, self._policy, seal).run()
+            Worker(own, enter, self._dispatcher, self._policy, seal, self._store).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
             if isinstance(error, Exception):
@@ -196,7 +206,9 @@ class ForkServer:
         self._cleaners.add(pid)
 
 
-def serve(control: socket.socket, board: Board, policy_dirs: list[Path], staging: Path) -> NoReturn:
+def serve(
+    control: socket.socket, board: Board, policy_dirs: list[Path], staging: Path, state_dir: Path
+) -> NoReturn:
     """Be the fork server: for the child of a fork of the listener. Never returns."""
     code = 1
     try:
@@ -204,7 +216,7 @@ def serve(control: socket.socket, board: Board, policy_dirs: list[Path], staging
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
         namespaces.close_all_but({0, 1, 2, control.fileno(), *journal.descriptors})
-        attempt(lambda: ForkServer(control, board, policy_dirs, staging), control).run()
+        attempt(lambda: ForkServer(control, board, policy_dirs, staging, state_dir), control).run()
         code = 0
     except ConnectionError:
         code = 0  # the listener has ended
@@ -224,6 +236,17 @@ def attempt(start: Callable[[], ForkServer], control: socket.socket) -> ForkServ
     except (MountdError, SyscallError, OSError) as error:
         channel.tell(control, Word.FAILED, 0, str(error))
         raise SystemExit(str(error)) from None
+
+
+def open_store(state_dir: Path) -> Store | None:
+    """Return the store, swept; without one, the journal says why, and everything else goes on."""
+    store = Store(state_dir)
+    try:
+        store.prepare()
+    except (MountdError, SyscallError) as error:
+        log(Priority.WARNING, f"there is no store for images: {state_dir}: {error}", message_id=WORKER_ID)
+        return None
+    return store
 
 
 def any_child_in(group: int) -> bool:

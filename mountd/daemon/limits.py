@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from mountd.service.phase import Phase
 
-# Seconds that a request may spend in each phase, all in all.
-DEADLINES = {Phase.READ: 10, Phase.VERIFY: 30, Phase.MOUNT: 10, Phase.REPLY: 5, Phase.CLOSE: 5}
+# Seconds that a request may spend in each phase, all in all. A transfer says its own, by the size of what it
+# reads (service/images); this is for one that has not.
+DEADLINES = {
+    Phase.READ: 10,
+    Phase.VERIFY: 30,
+    Phase.MOUNT: 10,
+    Phase.REPLY: 5,
+    Phase.CLOSE: 5,
+    Phase.TRANSFER: 30,
+}
 # What the listener adds to them: a worker that can end the phase by itself does, and need not be killed.
 GRACE_SECONDS = 0.5
 

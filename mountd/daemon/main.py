@@ -48,7 +48,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         help=f"where to read the policy from, may be repeated; default: {' '.join(map(str, POLICY_DIRS))}",
     )
-    parser.add_argument("--state-dir", metavar="DIR", type=Path, default=Path("/var/lib/mountd"))
+    parser.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        type=Path,
+        default=Path("/var/lib/mountd"),
+        help="where the store for images is; default: /var/lib/mountd",
+    )
     parser.add_argument("--runtime-dir", metavar="DIR", type=Path, default=Path("/run/mountd"))
     parser.add_argument(
         "--idle-exit", metavar="SECONDS", type=float, help="end when nobody was there for so long"
@@ -70,6 +76,7 @@ class Daemon:
         """Get the socket and set the limits. Raises StartFailure."""
         self._policy_dirs = options.policy_dir
         self._idle_exit = options.idle_exit
+        self._state_dir = options.state_dir
         self._staging = prepare_runtime_dir(options.runtime_dir)
         self.path = options.socket or str(options.runtime_dir / SOCKET_NAME)
         self._listening, self._bound = listening_socket(self.path)
@@ -108,7 +115,7 @@ class Daemon:
         if pid == 0:
             from mountd.daemon.fork_server import serve
 
-            serve(theirs, board, self._policy_dirs, self._staging)
+            serve(theirs, board, self._policy_dirs, self._staging, self._state_dir)
         theirs.close()
         listener = Listener(
             self._listening,

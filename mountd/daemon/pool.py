@@ -212,8 +212,8 @@ class Pool:
                 if not worker.charged:
                     times.append(worker.killed_at + SECONDS_TO_DIE)
             elif worker.owner is not None:
-                phase, since = self._board.read(worker.slot)
-                times.append(since + DEADLINES.get(phase, DEADLINES[Phase.CLOSE]) + GRACE_SECONDS)
+                _, since, seconds = self._phase(worker)
+                times.append(since + seconds + GRACE_SECONDS)
         return min(times, default=None)
 
     def enforce(self, *, draining: bool = False) -> list[Ended]:
@@ -229,12 +229,16 @@ class Pool:
                 if not worker.charged and now >= worker.killed_at + SECONDS_TO_DIE:
                     self._charge(worker)
             elif worker.owner is not None:
-                phase, since = self._board.read(worker.slot)
-                seconds = DEADLINES.get(phase, DEADLINES[Phase.CLOSE])
+                phase, since, seconds = self._phase(worker)
                 hangs = draining and now >= since + HANGS_SECONDS and _waits_for_nobody(worker, phase)
                 if hangs or now >= since + seconds + GRACE_SECONDS:
                     dropped += self._give_up(worker, phase, int(now - since) if hangs else seconds)
         return dropped
+
+    def _phase(self, worker: Worker) -> tuple[Phase, float, int]:
+        """Return what a worker is doing, since when, and for how many seconds it may."""
+        phase, since, seconds = self._board.read(worker.slot)
+        return phase, since, seconds or DEADLINES.get(phase, DEADLINES[Phase.CLOSE])
 
     def _give_up(self, worker: Worker, phase: Phase, seconds: int) -> list[Ended]:
         connection, worker.connection = worker.connection, None

@@ -24,7 +24,7 @@ from mountd.daemon.limits import (
     SECONDS_OF_WORKER,
 )
 from mountd.daemon.transport import DescriptorsLost, read_message
-from mountd.errors import MountdError, TimedOut
+from mountd.errors import MountdError, PeerGone, TimedOut
 from mountd.fds import close_all
 from mountd.kernel import sockets
 from mountd.service.context import PolicyInForce, RequestContext
@@ -32,10 +32,10 @@ from mountd.service.phase import Phase
 from mountd.wire.framing import encode, error_body, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mountd.execute.seal import Seal
     from mountd.fds import OwnedFd
+    from mountd.service.context import Enter
+    from mountd.store.store import Store
     from mountd.wire.dispatch import Dispatcher
     from mountd.wire.framing import Message
 
@@ -46,10 +46,11 @@ class Worker:
     def __init__(
         self,
         own: socket.socket,
-        enter: Callable[[Phase], None],
+        enter: Enter,
         dispatcher: Dispatcher,
         policy: PolicyInForce,
         seal: Seal,
+        store: Store | None,
     ) -> None:
         """`own` is the socket to the listener; `enter` writes this worker's row of the board."""
         self._own = own
@@ -57,6 +58,7 @@ class Worker:
         self._dispatcher = dispatcher
         self._policy = policy
         self._seal = seal
+        self._store = store
         self._healthy = True
         self._may_linger = False  # after the last request
         self._served = 0
@@ -130,10 +132,12 @@ class Worker:
 
     def _answer(self, connection: socket.socket, message: Message, connected_from: tuple[int, int]) -> bool:
         """Dispatch and reply; return whether the peer has taken the reply."""
-        context = RequestContext(connection, connected_from, self._policy, self._seal, self._enter)
+        context = RequestContext(
+            connection, connected_from, self._policy, self._seal, self._enter, store=self._store
+        )
         begin = time.monotonic()
         try:
-            reply, fds = self._dispatcher.handle(message, context)
+            reply, fds = self._dispatcher.handle(message, context, lambda data: send_ahead(connection, data))
             try:
                 taken = self._send(connection, reply, fds)
             finally:
@@ -197,6 +201,24 @@ class Worker:
             duration_usec=str(int(seconds * 1e6)),
             **notes,
         )
+
+
+def send_ahead(connection: socket.socket, reply: bytes) -> None:
+    """Send a reply that others follow, or leave it out while the peer does not read: nobody waits for it.
+
+    The kernel says that there is room only if three quarters of the buffer are free, so that it takes all of
+    such a short message. Raises PeerGone.
+    """
+    poller = select.poll()
+    poller.register(connection, select.POLLOUT)
+    events = dict(poller.poll(0)).get(connection.fileno(), 0)
+    if events & (select.POLLHUP | select.POLLERR):
+        raise PeerGone("it has closed the connection")
+    if events & select.POLLOUT:
+        try:
+            sockets.send(connection, reply, [], time.monotonic() + DEADLINES[Phase.REPLY])
+        except OSError:
+            raise PeerGone("it takes no replies") from None
 
 
 def error_name(reply: bytes) -> str:

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 from mountd.caller.delegated import delegated_ids
 from mountd.caller.identify import given_namespace, identify, pin
 from mountd.caller.model import OVERFLOW_ID, DelegatedIds
-from mountd.errors import PeerGone, SyscallError, UserNamespaceNotPermitted
+from mountd.errors import NotFound, PeerGone, SyscallError, UserNamespaceNotPermitted
 from mountd.evidence.location import locate
-from mountd.evidence.model import Evidence
+from mountd.evidence.model import Evidence, Proof
 from mountd.execute.run import Inputs, run
 from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mount
 from mountd.service.context import RequestContext
+from mountd.service.images import not_found
 from mountd.service.phase import Phase
-from mountd.service.requests import IMAGE_FIELD, MountRequest
+from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, MountRequest
 from mountd.source.confined import recognise_image
 from mountd.source.descriptor import inspect_descriptor
 from mountd.source.model import Source, SourceKind
+from mountd.store.record import ROOT
 from mountd.trust.decide import Decision, decide
 from mountd.trust.ids import authorize_extents, authorize_ids
 
@@ -36,16 +38,18 @@ if TYPE_CHECKING:
     Extents = tuple[IdExtent, ...]
 
 NO_PLACE = Evidence(None, "it has no location", False)
+STORED = "stored"  # the kind of immutability, as the policy names it
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A request with all the facts about it, and what was decided."""
+    """A request with all the facts about it, and what was decided. `image_fd` is borrowed."""
 
     request: MountRequest
     caller: Caller
     source: Source
     evidence: Evidence
+    image_fd: int | None
     decision: Decision
     uids: Extents
     gids: Extents
@@ -102,7 +106,7 @@ def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContex
     context.enter(Phase.VERIFY)
     request = MountRequest.from_call(parameters, fds)
     caller = identify(context.connection, pidfd, context.connected_from)
-    note_caller(context, caller)
+    context.note_caller(caller)
     if context.policy.refusal is not None:
         raise context.policy.refusal
     if caller.uid == OVERFLOW_ID and not caller.on_host:
@@ -111,13 +115,17 @@ def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContex
             hint="call as a user that the user namespace maps",
         )
     uids, gids = authorize(request, caller)
-    source, evidence = inspect(request, caller)
+    image_fd = request.image_fd
+    if request.stored is not None:
+        image_fd, source, evidence = inspect_stored(request.stored, caller, fds, context)
+    else:
+        source, evidence = inspect(request, caller)
     decision = decide(context.policy.policy, caller, source, evidence, request.wishes)
     context.notes["verdict"] = decision.verdict.value
     context.notes["file_system"] = file_system_type(source)
     if decision.rule is not None:
         context.notes["rule"] = decision.rule
-    return Judged(request, caller, source, evidence, decision, uids, gids)
+    return Judged(request, caller, source, evidence, image_fd, decision, uids, gids)
 
 
 def authorize(request: MountRequest, caller: Caller) -> tuple[Extents, Extents]:
@@ -156,13 +164,44 @@ def inspect(request: MountRequest, caller: Caller) -> tuple[Source, Evidence]:
     return Source(SourceKind.IMAGE, backing, file_system, None), evidence
 
 
+def inspect_stored(
+    digest: str, caller: Caller, fds: list[OwnedFd], context: RequestContext
+) -> tuple[int, Source, Evidence]:
+    """Return a stored image, open and borrowed, and what it is and what speaks for it.
+
+    It is the caller's own, or one that root has put there; whom that is for is up to the policy. Raises
+    NotFound for any other, InvalidImage for a damaged store.
+    """
+    if context.store is None:
+        raise NotFound("the store", hint="the journal of mountd says why it has none")
+    fd, record = context.store.lookup(digest)
+    # From here on it is closed with those that came along.
+    fds.append(fd)
+    if not caller.is_host_root and not record.belongs_to(caller.uid) and not record.belongs_to(ROOT):
+        raise not_found(digest)
+    context.notes["digest"] = digest
+    backing = inspect_descriptor(fd.fileno(), REFERENCE_FIELD)
+    # It was looked at when it was stored, and is the same since; but it is whatever somebody has imported.
+    file_system = record.file_system or recognise_image(fd.fileno(), backing.size, confined=True)
+    evidence = Evidence(
+        root_owned_path=None,
+        location_problem="it lies in mountd's own store",
+        descriptor_writable=False,
+        proofs=(Proof(STORED, digest),),
+        digest=digest,
+        signers=record.signers,
+        provenance=record.provenance,
+    )
+    return fd.fileno(), Source(SourceKind.IMAGE, backing, file_system, None), evidence
+
+
 def make(judged: Judged, context: RequestContext) -> OwnedFd:
     """Carry out what was decided and return the detached mount."""
     plan = plan_mount(
         judged.source, judged.decision, judged.caller, judged.request.idmap.kind, judged.uids, judged.gids
     )
     inputs = Inputs(
-        image_fd=judged.request.image_fd,
+        image_fd=judged.image_fd,
         userns_fd=judged.request.userns_fd,
         seal=context.seal,
     )
@@ -209,19 +248,11 @@ def facts(judged: Judged) -> dict[str, str]:
         found["uuid"] = source.file_system.uuid
         found["descriptor"] = "writable" if evidence.descriptor_writable else "read-only"
         found["location"] = evidence.location_problem or "root's alone"
+        found["digest"] = evidence.digest
+        found["immutable by"] = ", ".join(proof.kind for proof in evidence.proofs) or None
         if evidence.root_owned_path is not None and caller.on_host:
             found["path"] = evidence.root_owned_path
     return {name: str(value) for name, value in found.items() if value is not None}
-
-
-def note_caller(context: RequestContext, caller: Caller) -> None:
-    """Tell the journal who called."""
-    context.notes.update(
-        caller_uid=str(caller.uid),
-        caller_gid=str(caller.gid),
-        caller_pid=str(caller.pid),
-        owner_uid=str(caller.owner_uid),
-    )
 
 
 METHODS = {"io.mountd.Mount.Mount": mount, "io.mountd.Mount.Explain": explain}

@@ -4,7 +4,10 @@ from enum import IntEnum
 
 
 class Phase(IntEnum):
-    """What a worker is doing. Each but IDLE has a deadline that the listener holds it to."""
+    """What a worker is doing. Each but IDLE has a deadline that the listener holds it to.
+
+    That of TRANSFER depends on the size of what is read, and is said when it is entered.
+    """
 
     IDLE = 0
     READ = 1
@@ -12,3 +15,4 @@ class Phase(IntEnum):
     MOUNT = 3
     REPLY = 4
     CLOSE = 5
+    TRANSFER = 6

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mountd.errors import InvalidParameter, NotSupported
 from mountd.plan.idmap import IdMapKind, IdMapWish, IdRange
 from mountd.source.model import SourceKind, Tmpfs
+from mountd.store.record import hex_of
 from mountd.trust.wishes import MountWishes
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mountd.fds import OwnedFd
 
 IMAGE_FIELD = "source.imageFileDescriptor"
+REFERENCE_FIELD = "source.reference"
+STORED_PREFIX = "stored:"
 NAMESPACE_FIELD = "userNamespaceFileDescriptor"
 SOURCES = (
     "imageFileDescriptor",
@@ -32,18 +35,22 @@ SOURCES = (
     "contextFileDescriptor",
 )
 COMPANIONS = ("verity", "signature")  # of imageFileDescriptor
-SUPPORTED_SOURCES = ("imageFileDescriptor", "tmpfs")
+SUPPORTED_SOURCES = ("imageFileDescriptor", "reference", "tmpfs")
 DEFAULT_TMPFS_MODE = 0o755
 TMPFS_MODE_BITS = 0o1777
 
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:
-    """A call of Mount or Explain. The descriptors are borrowed from the message."""
+    """A call of Mount or Explain. The descriptors are borrowed from the message.
+
+    Of `image_fd`, `stored` (the digest of an image of the store) and `tmpfs`, one is not None.
+    """
 
     kind: SourceKind
     image_fd: int | None
     tmpfs: Tmpfs | None
+    stored: str | None
     userns_fd: int | None
     idmap: IdMapWish
     wishes: MountWishes
@@ -52,7 +59,8 @@ class MountRequest:
     def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
         """Read the parameters. Raises InvalidParameter and NotSupported."""
         table = Descriptors(fds)
-        kind, image_fd, tmpfs = read_source(parameters["source"], table)
+        image_fd, tmpfs, stored = read_source(parameters["source"], table)
+        kind = SourceKind.TMPFS if tmpfs is not None else SourceKind.IMAGE
         userns_fd = table.optional(parameters.get(NAMESPACE_FIELD), NAMESPACE_FIELD)
         idmap = read_idmap(parameters.get("idMap"), namespace_given=userns_fd is not None)
         table.check_all_named()
@@ -66,7 +74,7 @@ class MountRequest:
             idmap_kind=idmap.kind.value,
             namespace_given=userns_fd is not None,
         )
-        return cls(kind, image_fd, tmpfs, userns_fd, idmap, wishes)
+        return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes)
 
 
 class Descriptors:
@@ -101,8 +109,8 @@ class Descriptors:
 
 def read_source(
     source: Mapping[str, Any], table: Descriptors
-) -> tuple[SourceKind, int | None, Tmpfs | None]:
-    """Read the one source that a request has."""
+) -> tuple[int | None, Tmpfs | None, str | None]:
+    """Read the one source that a request has: an image, a tmpfs or the digest of a stored image."""
     given = [name for name in SOURCES if source.get(name) is not None]
     if len(given) != 1:
         raise InvalidParameter("source", f"exactly one of {', '.join(SOURCES)} has to be given")
@@ -112,8 +120,22 @@ def read_source(
         if source.get(name) is not None:
             raise NotSupported(f"source.{name}", hint="leave it out")
     if given[0] == "tmpfs":
-        return SourceKind.TMPFS, None, read_tmpfs(source["tmpfs"])
-    return SourceKind.IMAGE, table.take(source["imageFileDescriptor"], IMAGE_FIELD), None
+        return None, read_tmpfs(source["tmpfs"]), None
+    if given[0] == "reference":
+        return None, None, read_reference(source["reference"])
+    return table.take(source["imageFileDescriptor"], IMAGE_FIELD), None, None
+
+
+def read_reference(reference: str) -> str:
+    """Return the digest of the stored image that a reference names. Raises NotSupported for another kind."""
+    if not reference.startswith(STORED_PREFIX):
+        raise NotSupported(REFERENCE_FIELD, hint="name an image of the store, as “stored:sha256:…”")
+    digest = reference.removeprefix(STORED_PREFIX)
+    try:
+        hex_of(digest)
+    except InvalidParameter as error:
+        raise InvalidParameter(REFERENCE_FIELD, str(error.parameters["reason"])) from None
+    return digest
 
 
 def read_tmpfs(tmpfs: Mapping[str, Any]) -> Tmpfs:

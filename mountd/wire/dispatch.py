@@ -6,6 +6,9 @@ and says MethodNotFound, InterfaceNotFound and MethodNotImplemented. What it doe
 * It coerces: 1.0 and true become 1, unknown fields of structs vanish, null becomes []. A privileged daemon
   must not guess, so `check_parameters` compares every value with its declared type first.
 * It knows no descriptors. They, and the context of the connection, travel around it in an `_Exchange`.
+* It would send progress after the fact. A handler of a long method is a generator: what it yields goes out
+  at once, as replies that say that they continue, if the call allows that (more); what it returns is the
+  last reply, and the only one otherwise.
 * It lets the exceptions of handlers through. Here each becomes the error reply that it means, and what means
   none is a bug: reported by `on_bug`, and answered without its details.
 
@@ -19,15 +22,23 @@ or closed.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
-from inspect import signature
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from inspect import isgeneratorfunction, signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from varlink import Service, scanner  # type: ignore[import-untyped]  # the package has no types
 
-from mountd.errors import InvalidParameter, LimitExceeded, MountdError, MountFailed, SyscallError
+from mountd.errors import (
+    INTERFACE,
+    InvalidParameter,
+    LimitExceeded,
+    MountdError,
+    MountFailed,
+    SyscallError,
+)
 from mountd.fds import OwnedFd, close_all
 from mountd.version import VERSION
 from mountd.wire.framing import (
@@ -45,7 +56,10 @@ from mountd.wire.framing import (
 
 # handler(parameters, descriptors, context) -> (parameters of the reply, its descriptors). A handler moves
 # what it keeps out of the list, by `OwnedFd.take()` or list.pop(). The rest stays the message's.
-Handler = Callable[[dict[str, Any], list[OwnedFd], Any], tuple[dict[str, object], list[OwnedFd]]]
+Reply = tuple[dict[str, object], list[OwnedFd]]
+# A streaming handler yields the parameters of replies that continue, and returns the last reply.
+Stream = Generator[dict[str, object], None, Reply]
+Handler = Callable[[dict[str, Any], list[OwnedFd], Any], Reply | Stream]
 
 Check = Callable[[object, str], None]
 
@@ -77,11 +91,12 @@ class _Interface(scanner.Interface):  # type: ignore[misc]  # the package has no
 class _Exchange:
     """What belongs to one call and does not fit through the varlink package."""
 
-    __slots__ = ("context", "fds", "parameters", "reply_fds")
+    __slots__ = ("context", "fds", "parameters", "reply_fds", "send")
 
     def __init__(self, fds: list[OwnedFd], context: object) -> None:
         self.fds = fds
         self.context = context
+        self.send: Callable[[bytes], None] | None = None  # for replies that continue, if they are wanted
         self.parameters: dict[str, object] = {}
         self.reply_fds: list[OwnedFd] = []
 
@@ -98,6 +113,7 @@ class Dispatcher:
         method is not declared, OSError for an interface file that cannot be read.
         """
         self._on_bug = on_bug
+        self._streaming = {name for name, handler in handlers.items() if isgeneratorfunction(handler)}
         self._service = Service(
             vendor="mountd",
             product="mountd",
@@ -123,15 +139,20 @@ class Dispatcher:
             methods = self._service.interfaces_handlers[interface.name]
             setattr(methods, declared.name, _adapter(interface, declared, handler))
 
-    def handle(self, message: Message, context: object) -> tuple[bytes, list[OwnedFd]]:
-        """Answer one message: the reply with its NUL, and the descriptors to send along, owned.
+    def handle(
+        self, message: Message, context: object, send: Callable[[bytes], None] | None = None
+    ) -> tuple[bytes, list[OwnedFd]]:
+        """Answer one message: the last reply with its NUL, and the descriptors to send along, owned.
+
+        `send` gets each reply before that, with its NUL, as soon as it is there; what it raises ends the
+        call, as an exception of the handler does. None is for a transport that cannot.
 
         A oneway call gets no bytes, whatever comes of it. What descriptors `message` still has are its
         owner's to close, after the reply was sent: closing one can take as long as a hostile server likes.
         """
         exchange = _Exchange(message.fds, context)
         try:
-            reply = self._reply(message, exchange)
+            reply = self._reply(message, exchange, send)
             if message.body.get("oneway") is True:
                 # Also if the call was refused: a reply would be taken for that of the next call.
                 return b"", []
@@ -140,11 +161,11 @@ class Dispatcher:
         finally:
             close_all(exchange.reply_fds)
 
-    def _reply(self, message: Message, exchange: _Exchange) -> bytes:
+    def _reply(self, message: Message, exchange: _Exchange, send: Callable[[bytes], None] | None) -> bytes:
         """Return the reply, which for every exception is an error without descriptors."""
         failure: MountdError
         try:
-            return self._run(message, exchange)
+            return self._run(message, exchange, send)
         except MountdError as error:
             failure = error
         except SyscallError as error:
@@ -157,16 +178,17 @@ class Dispatcher:
             failure = self._bug(error)
         close_all(exchange.reply_fds)
         try:
-            return encode(error_body(failure))
+            return encode(error_body(failure, self._error_interface(message, failure)))
         except (MountdError, TypeError, ValueError) as error:
             # The error itself cannot be said: it is too long, or its parameters are no JSON.
             return encode(error_body(self._bug(error)))
 
-    def _run(self, message: Message, exchange: _Exchange) -> bytes:
-        """Check the call, let the package route it, and return the reply."""
+    def _run(self, message: Message, exchange: _Exchange, send: Callable[[bytes], None] | None) -> bytes:
+        """Check the call, let the package route it, and return the last reply."""
         call = parse_call(message.body)
-        for flag, wanted in (("more", call.more), ("upgrade", call.upgrade)):
-            if wanted:
+        more = call.more and call.method not in self._streaming
+        for flag, refused in (("more", more), ("upgrade", call.upgrade)):
+            if refused:
                 raise InvalidParameter(flag, "this method does not offer it")
         interface, method = self._find(call.method)
         if method is not None:
@@ -175,13 +197,22 @@ class Dispatcher:
                 # Not even begun: its whole result would be closed at once.
                 return b""
         exchange.parameters = call.parameters
-        # At most one: only a handler that is a generator makes more of them.
+        if call.more and not call.oneway:
+            exchange.send = send
+        # At most one: no adapter is a generator.
         reply = b"".join(self._service.handle(message.raw, _request=exchange))
         if len(reply) > MAX_MESSAGE:
             raise LimitExceeded("bytes in a message", MAX_MESSAGE)
         if len(exchange.reply_fds) > MAX_FDS:
             raise LimitExceeded("descriptors in a message", MAX_FDS)
         return reply + b"\0"
+
+    def _error_interface(self, message: Message, failure: MountdError) -> str:
+        """Return the interface of the call if it declares such an error, the usual one otherwise."""
+        interface, _ = self._find(str(message.body.get("method")))
+        if interface is not None and isinstance(interface.members.get(failure.wire_name), scanner._Error):
+            return str(interface.name)
+        return INTERFACE
 
     def _bug(self, error: Exception) -> MountdError:
         self._on_bug(error)
@@ -204,21 +235,42 @@ def _adapter(
 ) -> Callable[..., dict[str, object]]:
     """Make of a handler what the varlink package calls: with the fields in order, and what came along."""
 
-    check = _compile(interface, method.out_type, {})
+    compiled = _compile(interface, method.out_type, {})
 
     def adapter(*_fields: object, _request: _Exchange) -> dict[str, object]:
         # The checked parameters instead of the fields, which went through the package's coercion.
-        reply, _request.reply_fds = handler(_request.parameters, _request.fds, _request.context)
+        made = handler(_request.parameters, _request.fds, _request.context)
+        if not isinstance(made, tuple):
+            made = _run_stream(made, check, _request.send)
+        reply, _request.reply_fds = made
+        check(reply)
+        return reply
+
+    def check(reply: dict[str, object]) -> None:
         try:
-            check(reply, "")
+            compiled(reply, "")
         except InvalidParameter as error:
             # Not the client's fault, and not to be blamed on a field of its call.
             raise ValueError(f"the reply of {method.name} is not as declared: {error}") from error
-        return reply
 
     # The package looks at the signature for each call; it need not be worked out each time.
     adapter.__signature__ = signature(adapter)  # type: ignore[attr-defined]
     return adapter
+
+
+def _run_stream(
+    stream: Stream, check: Callable[[dict[str, object]], None], send: Callable[[bytes], None] | None
+) -> Reply:
+    """Send what `stream` yields, if that is wanted, and return what it returns."""
+    with closing(stream):
+        while True:
+            try:
+                parameters = next(stream)
+            except StopIteration as end:
+                return end.value  # type: ignore[no-any-return]
+            check(parameters)
+            if send is not None:
+                send(encode({"parameters": parameters, "continues": True}))
 
 
 def check_parameters(

@@ -42,9 +42,11 @@ from __future__ import annotations
 import json
 
 from mountd.errors import (
+    IMAGES_INTERFACE,
     INTERFACE,
     BadFileDescriptor,
     DeniedByPolicy,
+    InUse,
     InvalidImage,
     InvalidParameter,
     KeyUnknown,
@@ -397,12 +399,15 @@ def parse_reply(body: Mapping[str, object]) -> tuple[dict[str, object], bool]:
     return parameters, continues
 
 
-def error_body(error: MountdError) -> dict[str, object]:
-    """Return the error reply that says `error`. Raises ValueError if it has no name on the wire."""
+def error_body(error: MountdError, interface: str = INTERFACE) -> dict[str, object]:
+    """Return the error reply that says `error`, by the name that it has in `interface`.
+
+    Raises ValueError if it has no name on the wire.
+    """
     name = error.name if isinstance(error, RemoteError) else error.wire_name
     if not name:
         raise ValueError(f"{type(error).__name__} has no name on the wire")
-    full = name if "." in name else f"{INTERFACE}.{name}"
+    full = name if "." in name else f"{interface}.{name}"
     return {"error": full, "parameters": dict(error.parameters)}
 
 
@@ -422,6 +427,7 @@ _ERRORS: Sequence[tuple[type[MountdError], str]] = (
     (MountFailed, "call errnoName log"),
     (TimedOut, "seconds"),
     (NotFound, "what hint?"),
+    (InUse, "what hint?"),
     (NotSupported, "feature hint?"),
     (PeerGone, "reason"),
     (ShuttingDown, ""),
@@ -430,8 +436,9 @@ _ERRORS: Sequence[tuple[type[MountdError], str]] = (
 _KINDS: Mapping[str, type] = {"offset": int, "maximum": int, "seconds": int, "log": list}
 _ARGUMENTS = {"fileSystemType": "file_system_type", "errnoName": "errno_name"}
 _BY_NAME = {
-    cls.wire_name if "." in cls.wire_name else f"{INTERFACE}.{cls.wire_name}": (cls, fields.split())
+    cls.wire_name if "." in cls.wire_name else f"{interface}.{cls.wire_name}": (cls, fields.split())
     for cls, fields in _ERRORS
+    for interface in (INTERFACE, IMAGES_INTERFACE)
 }
 
 

@@ -20,11 +20,14 @@ ALLOWED = {
     "source": LEAN | {"kernel", "caller.model"},
     "evidence": LEAN | {"kernel", "caller.model", "source.model"},
     "trust": LEAN | {"caller.model", "source.model", "evidence.model"},
+    # Records hold facts of the models; what an image is, the caller of the store finds out.
+    "store": LEAN | {"kernel", "source.model", "evidence.model"},
     # The flags are names for numbers, and pure.
     "plan": LEAN | {"kernel.flags", "caller.model", "source.model", "evidence.model", "trust"},
     "execute": LEAN | {"kernel", "plan"},
-    "service": LEAN | {"kernel", "wire", "caller", "source", "evidence", "trust", "plan", "execute"},
-    "daemon": LEAN | {"kernel", "wire", "caller", "trust", "execute", "service"},
+    "service": LEAN
+    | {"kernel", "wire", "caller", "source", "evidence", "trust", "plan", "execute", "store"},
+    "daemon": LEAN | {"kernel", "wire", "caller", "trust", "execute", "service", "store"},
     "client": LEAN | {"kernel", "wire.framing"},
     "cli": LEAN | {"kernel", "wire.framing", "client"},
     "errors": set(),

@@ -32,6 +32,7 @@ def lean_modules() -> list[str]:
         *CLIENTS,
         "mountd.cli.container",
         "mountd.cli.policy",
+        "mountd.cli.image",
     ]
 
 

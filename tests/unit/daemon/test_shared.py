@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mountd.daemon import channel
-from mountd.daemon.board import Board
+from mountd.daemon.board import MAXIMUM_SECONDS, Board
 from mountd.daemon.channel import Word
 from mountd.daemon.connection import answer
 from mountd.daemon.limits import DEADLINES, MAXIMUM_STUCK, MAXIMUM_WORKERS, SLOTS
@@ -27,12 +27,22 @@ def test_the_board_is_shared_with_a_child() -> None:
     pid = os.fork()
     if pid == 0:
         board.enter(1, Phase.MOUNT)
+        board.enter(2, Phase.TRANSFER, 3600)
         os._exit(0)
     os.waitpid(pid, 0)
-    phase, since = board.read(1)
-    assert phase is Phase.MOUNT
+    for slot, expected in ((1, (Phase.MOUNT, 0)), (2, (Phase.TRANSFER, 3600))):
+        phase, since, seconds = board.read(slot)
+        assert (phase, seconds) == expected
+        assert 0 <= time.monotonic() - since < 5
+    assert board.read(0) == (Phase.IDLE, 0.0, 0)
+
+
+def test_a_deadline_that_the_board_has_no_room_for_is_the_longest() -> None:
+    board = Board(1)
+    board.enter(0, Phase.TRANSFER, 1 << 40)
+    phase, since, seconds = board.read(0)
+    assert (phase, seconds) == (Phase.TRANSFER, MAXIMUM_SECONDS)
     assert 0 <= time.monotonic() - since < 5
-    assert board.read(0) == (Phase.IDLE, 0.0)
 
 
 def test_commands_keep_their_descriptors_and_texts() -> None:

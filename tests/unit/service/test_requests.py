@@ -11,7 +11,7 @@ import pytest
 from mountd.errors import InvalidParameter, NotSupported
 from mountd.fds import OwnedFd, close_all
 from mountd.plan.idmap import IdMapKind, IdRange
-from mountd.service.requests import SOURCES, MountRequest
+from mountd.service.requests import SOURCES, SUPPORTED_SOURCES, MountRequest
 from mountd.source.model import SourceKind, Tmpfs
 
 IMAGE = {"imageFileDescriptor": 0}
@@ -80,7 +80,24 @@ def test_refused(fds: list[OwnedFd], parameters: dict[str, Any], count: int, par
     assert caught.value.parameters["parameter"] == parameter
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("imageFileDescriptor", "tmpfs")])
+def test_a_stored_image() -> None:
+    digest = "sha256:" + "0a" * 32
+    found = MountRequest.from_call({"source": {"reference": f"stored:{digest}"}}, [])
+    assert (found.kind, found.stored, found.image_fd) == (SourceKind.IMAGE, digest, None)
+
+
+@pytest.mark.parametrize("digest", ["", "sha256:", "sha256:../../lock", "sha512:" + "0" * 64, "0a" * 32])
+def test_a_stored_image_is_named_by_its_whole_digest(digest: str) -> None:
+    with pytest.raises(InvalidParameter, match="source.reference"):
+        MountRequest.from_call({"source": {"reference": f"stored:{digest}"}}, [])
+
+
+def test_another_reference_is_not_supported() -> None:
+    with pytest.raises(NotSupported, match="source.reference"):
+        MountRequest.from_call({"source": {"reference": "oci:example.com/a:1"}}, [])
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name not in SUPPORTED_SOURCES])
 def test_sources_of_later_versions_are_named(fds: list[OwnedFd], name: str) -> None:
     with pytest.raises(NotSupported, match=f"source.{name}"):
         request(fds, 0, source={name: 0})

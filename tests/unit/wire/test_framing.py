@@ -451,6 +451,7 @@ EXAMPLES = [
     errors.MountFailed("fsmount(3, 0)", "EINVAL", ["e xfs: no", "e xfs: never"]),
     errors.MountFailed("fsmount(3, 0)", "EINVAL"),
     errors.TimedOut(10),
+    errors.InUse("it", hint="hint"),
     errors.NotFound("it", hint="hint"),
     errors.NotSupported("statmount"),
     errors.PeerGone("reason"),

@@ -1,0 +1,287 @@
+"""The methods of io.mountd.Images: mountd's store, for those who have images in it.
+
+Who asks is found out as for a mount. An image belongs to the host's uid that has imported it; the host's
+root may see and remove all. A uid 0 that is not that root (`Caller.is_host_root`), as in a container that
+was left without the capability or whose namespace maps the host's root, is nobody here.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from mountd.caller.identify import identify, pin
+from mountd.caller.model import OVERFLOW_ID
+from mountd.errors import (
+    DeniedByPolicy,
+    InvalidParameter,
+    NotFound,
+    NotSupported,
+    TimedOut,
+    UnsupportedFileSystem,
+    UserNamespaceNotPermitted,
+)
+from mountd.service.phase import Phase
+from mountd.service.requests import Descriptors
+from mountd.source.confined import recognise_image
+from mountd.source.descriptor import inspect_descriptor
+from mountd.store.record import ROOT, Owner, Record
+from mountd.store.store import Known
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from mountd.caller.model import Caller
+    from mountd.evidence.model import Signer
+    from mountd.fds import OwnedFd
+    from mountd.service.context import RequestContext
+    from mountd.store.store import Progress, Store
+    from mountd.wire.dispatch import Handler, Reply, Stream
+
+IMAGE_FIELD = "imageFileDescriptor"
+MAXIMUM_SIGNATURE = 64 << 10  # characters of base64
+# A transfer may take this long, all in all: what a slow disk needs, and no more than an hour.
+TRANSFER_SECONDS = 30
+TRANSFER_BYTES_PER_SECOND = 20 << 20
+MAXIMUM_TRANSFER_SECONDS = 3600
+PROGRESS_INTERVAL = 0.1  # seconds between two replies with progress
+PAGE = 256 << 10  # bytes of JSON in one reply of List
+
+
+def import_image(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Stream:
+    """io.mountd.Images.Import: put an image into the store."""
+    context.enter(Phase.VERIFY)
+    table = Descriptors(fds)
+    image_fd = table.take(parameters[IMAGE_FIELD], IMAGE_FIELD)
+    table.check_all_named()
+    signature = read_signature(parameters.get("signature"))
+    caller, owner, store = admit(context)
+    context.may_import(caller)
+    if signature is not None and context.verify_signature is None:
+        raise NotSupported("signature", hint="leave it out")
+    backing = inspect_descriptor(image_fd, IMAGE_FIELD)
+
+    def judge(fd: int, digest: str) -> Known:
+        signers: tuple[Signer, ...] = ()
+        if signature is not None and context.verify_signature is not None:
+            signers = (context.verify_signature(signature, digest),)
+        try:
+            # Nobody vouches for it.
+            return Known(recognise_image(fd, backing.size, confined=True), signers)
+        except UnsupportedFileSystem:
+            return Known(None, signers)
+
+    steps = store.adding(image_fd, backing.size, owner, name=parameters.get("name"), judge=judge)
+    record = yield from transferred(steps, backing.size, context)
+    context.notes["digest"] = record.digest
+    return {"image": image_reply(record, owner)}, []
+
+
+def list_images(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
+    """io.mountd.Images.List: return what of the caller's images fits into one reply."""
+    owner, store = begin(fds, context)
+    images: list[dict[str, object]] = []
+    length = 0
+    for record in store.records(parameters.get("after")):
+        if not may_see(owner, record):
+            continue
+        image = image_reply(record, owner)
+        length += len(json.dumps(image))
+        if images and length > PAGE:
+            return {"images": images, "next": images[-1]["digest"]}, []
+        images.append(image)
+    return {"images": images}, []
+
+
+def inspect_image(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
+    """io.mountd.Images.Inspect: return one image of the caller's."""
+    owner, store = begin(fds, context)
+    record = store.record(parameters["digest"])
+    check_seen(owner, record)
+    return {"image": image_reply(record, owner)}, []
+
+
+def verify_image(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Stream:
+    """io.mountd.Images.Verify: read an image anew and compare its digest."""
+    owner, store = begin(fds, context)
+    record = store.record(parameters["digest"])
+    check_seen(owner, record)
+    context.notes["digest"] = record.digest
+    steps = store.verifying(record.digest, owner)
+    record = yield from transferred(steps, record.size, context)
+    return {"image": image_reply(record, owner)}, []
+
+
+def remove_image(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
+    """io.mountd.Images.Remove: remove an image for the caller, or for all if that is root."""
+    owner, store = begin(fds, context)
+    store.remove(parameters["digest"], owner.uid)
+    context.notes["digest"] = parameters["digest"]
+    return {}, []
+
+
+def collect_garbage(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
+    """io.mountd.Images.CollectGarbage: remove what nobody has used for long."""
+    owner, store = begin(fds, context)
+    age = parameters.get("maximumAge")
+    if age is not None and age < 0:
+        raise InvalidParameter("maximumAge", "it cannot be negative")
+    collected = store.collect_garbage(owner.uid, age)
+    reply: dict[str, object] = {
+        "removed": list(collected.removed),
+        "freed": collected.freed,
+        "inUse": list(collected.in_use),
+    }
+    return reply, []
+
+
+def begin(fds: list[OwnedFd], context: RequestContext) -> tuple[Owner, Store]:
+    """Find out who asks, for a method that takes no descriptors."""
+    context.enter(Phase.VERIFY)
+    Descriptors(fds).check_all_named()
+    _, owner, store = admit(context)
+    return owner, store
+
+
+def admit(context: RequestContext) -> tuple[Caller, Owner, Store]:
+    """Return who calls, as whom the store knows it, and the store.
+
+    Raises NotFound where there is none, PeerGone, UserNamespaceNotPermitted, NotSupported, SyscallError.
+    """
+    with pin(context.connection) as pidfd:
+        caller = identify(context.connection, pidfd.fileno(), context.connected_from)
+    context.note_caller(caller)
+    owner = owner_of(caller)
+    if context.store is None:
+        raise NotFound("the store", hint="the journal of mountd says why it has none")
+    return caller, owner, context.store
+
+
+def owner_of(caller: Caller) -> Owner:
+    """Return as whom the store knows a caller. Raises UserNamespaceNotPermitted, DeniedByPolicy."""
+    if caller.uid == ROOT and not caller.is_host_root:
+        raise DeniedByPolicy(
+            "root without CAP_SYS_ADMIN on the host has nothing in the store",
+            hint="call as an ordinary user, or as the host's root",
+        )
+    if caller.uid == OVERFLOW_ID and not caller.on_host:
+        raise UserNamespaceNotPermitted(
+            "nothing in the store can belong to the caller's uid",
+            hint="call as a user that the user namespace maps to an id of its own",
+        )
+    return Owner(caller.uid, caller.owner_uid)
+
+
+def may_see(owner: Owner, record: Record) -> bool:
+    """Tell whether an image is one of the caller's."""
+    return owner.uid == ROOT or record.belongs_to(owner.uid)
+
+
+def check_seen(owner: Owner, record: Record) -> None:
+    """Raise NotFound for an image that is not one of the caller's, as for one that is not there."""
+    if not may_see(owner, record):
+        raise not_found(record.digest)
+
+
+def not_found(digest: str) -> NotFound:
+    """Return the error for an image that is not there for the caller."""
+    return NotFound(f"the stored image {digest}", hint="“mountctl image list” shows those of yours")
+
+
+def read_signature(text: str | None) -> bytes | None:
+    """Return the bytes of a signature. Raises InvalidParameter."""
+    if text is None:
+        return None
+    if len(text) > MAXIMUM_SIGNATURE:
+        raise InvalidParameter("signature", f"longer than {MAXIMUM_SIGNATURE} characters")
+    try:
+        return base64.b64decode(text.encode(), validate=True)
+    except binascii.Error:
+        raise InvalidParameter("signature", "it is not base64") from None
+
+
+def transfer_seconds(size: int) -> int:
+    """Return how long reading `size` bytes may take."""
+    return min(MAXIMUM_TRANSFER_SECONDS, TRANSFER_SECONDS + size // TRANSFER_BYTES_PER_SECOND)
+
+
+def transferred(
+    steps: Generator[Progress, None, Record], size: int, context: RequestContext
+) -> Generator[dict[str, object], None, Record]:
+    """Run `steps` within the time that `size` bytes may take, yield progress now and then.
+
+    Raises TimedOut, and what `steps` raises.
+    """
+    seconds = transfer_seconds(size)
+    context.enter(Phase.TRANSFER, seconds)
+    end, next_reply = time.monotonic() + seconds, 0.0
+    with closing(steps):
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
+            now = time.monotonic()
+            if now >= end:
+                raise TimedOut(seconds)
+            if now >= next_reply:
+                next_reply = now + PROGRESS_INTERVAL
+                yield {"progress": {"done": step.done, "total": step.total}}
+
+
+def image_reply(record: Record, owner: Owner) -> dict[str, object]:
+    """Return a record as the wire has it, for `owner`, who does not learn who else has the image."""
+    owners = [each.uid for each in record.owners] if owner.uid == ROOT else [owner.uid]
+    # What another has called it is that one's own affair.
+    name = record.name if owner.uid in (ROOT, record.owner_uid) else None
+    file_system, provenance = record.file_system, record.provenance
+    return given(
+        digest=record.digest,
+        size=record.size,
+        ownerUids=owners,
+        created=record.created,
+        name=name,
+        fileSystem=None
+        if file_system is None
+        else given(
+            type=file_system.type,
+            size=file_system.size,
+            blockSize=file_system.block_size,
+            uuid=file_system.uuid,
+            label=file_system.label,
+            needsRecovery=file_system.needs_recovery,
+        ),
+        provenance=None
+        if provenance is None
+        else given(
+            repository=provenance.repository,
+            manifest=provenance.manifest,
+            layers=list(provenance.layers),
+            requirement=provenance.requirement,
+            signer=provenance.signer,
+            time=provenance.time,
+        ),
+        signers=[
+            given(key=each.key, subject=each.subject, covers=each.covers, digest=each.digest)
+            for each in record.signers
+        ],
+    )
+
+
+def given(**fields: object) -> dict[str, object]:
+    """Return the fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+METHODS: dict[str, Handler] = {
+    "io.mountd.Images.Import": import_image,
+    "io.mountd.Images.List": list_images,
+    "io.mountd.Images.Inspect": inspect_image,
+    "io.mountd.Images.Verify": verify_image,
+    "io.mountd.Images.Remove": remove_image,
+    "io.mountd.Images.CollectGarbage": collect_garbage,
+}

@@ -1,0 +1,89 @@
+"""How much the store takes, of whom, and how many long operations run at the same time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mountd.errors import LimitExceeded
+from mountd.store.disk import INCOMING, RESERVED, SLOTS, all_records
+from mountd.store.record import ROOT
+
+if TYPE_CHECKING:
+    from mountd.fds import OwnedFd
+    from mountd.store.disk import State
+    from mountd.store.record import Owner
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the store, in bytes and in numbers; those of an owner do not hold for the host's root.
+
+    `transfers` are imports, pulls and verifications at the same time: fewer than there are workers, so that
+    long ones leave room for mounts.
+    """
+
+    total_bytes: int = 256 << 30
+    owner_bytes: int = 32 << 30
+    image_bytes: int = 64 << 30
+    images: int = 4096
+    owner_images: int = 256
+    transfers: int = 4
+    owner_transfers: int = 2
+
+
+def check(state: State, limits: Limits, size: int, owner: Owner) -> None:
+    """Raise LimitExceeded if one image more, of `size` bytes, would be too much. The lock has to be held.
+
+    What is being imported counts as if it were there.
+    """
+    taken = [(record.size, {each.charged for each in record.owners}) for record in all_records(state)]
+    for name in state.names(INCOMING):
+        reserved = RESERVED.fullmatch(name)
+        if reserved is not None:
+            taken.append((int(reserved[1]), {int(reserved[2])}))
+    own = [size for size, charged in taken if owner.charged in charged]
+    hint = "“mountctl image remove” makes room"
+    if owner.uid != ROOT and sum(own) + size > limits.owner_bytes:
+        raise LimitExceeded("bytes of one owner in the store", limits.owner_bytes, hint=hint)
+    if owner.uid != ROOT and len(own) >= limits.owner_images:
+        raise LimitExceeded("images of one owner in the store", limits.owner_images, hint=hint)
+    if sum(size for size, _ in taken) + size > limits.total_bytes:
+        raise LimitExceeded("bytes in the store", limits.total_bytes, hint=hint)
+    if len(taken) >= limits.images:
+        raise LimitExceeded("images in the store", limits.images, hint=hint)
+
+
+def take_slot(state: State, limits: Limits, owner: Owner) -> OwnedFd:
+    """Return what has to be kept open during a transfer. The lock has to be held.
+
+    Raises LimitExceeded, SyscallError.
+    """
+    free: OwnedFd | None = None
+    own = 0
+    try:
+        for number in range(limits.transfers):
+            fd = state.open(f"{SLOTS}/{number}", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                own += os.pread(fd.fileno(), 16, 0) == str(owner.charged).encode()
+                fd.close()
+                continue
+            if free is None:
+                free = fd
+            else:
+                fd.close()
+        if free is None:
+            raise LimitExceeded("transfers at the same time", limits.transfers, hint="try again later")
+        if owner.uid != ROOT and own >= limits.owner_transfers:
+            raise LimitExceeded("transfers of one owner at the same time", limits.owner_transfers)
+        os.ftruncate(free.fileno(), 0)
+        os.pwrite(free.fileno(), str(owner.charged).encode(), 0)
+    except BaseException:
+        if free is not None:
+            free.close()
+        raise
+    return free

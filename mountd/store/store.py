@@ -1,0 +1,335 @@
+"""mountd's own images: content-addressed, root's, and never changed once they are there.
+
+How an image gets in
+--------------------
+1. Under the lock: the quota is checked, and a file in incoming/ is made that reserves the image's size.
+2. Without the lock: the bytes are shared or copied into it, and what is in it is hashed (`transfer`). Then
+   it is looked at through a descriptor that cannot write to it, and flushed.
+3. Under the lock: it gets its name in images/, and then its record in records/. From then on it counts. If
+   another has imported the same bytes meanwhile, the copy is dropped and the record gets one owner more.
+
+An image belongs to everybody who has imported its bytes. Each of them has it on its account with its full
+size, since nobody shall learn from its quota what others have; the total counts it once. When one removes
+it, the others keep it.
+
+A `Store` holds nothing but the path and the limits: each call opens the directory anew, so that it can be
+handed to any process. The methods that read a whole image come twice: as a generator, which yields
+`Progress` and returns the result, and as a plain method with a callback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from mountd.errors import InUse, InvalidImage, LimitExceeded, SyscallError
+from mountd.store import garbage, quota, transfer
+from mountd.store.disk import IMAGE_MODE, State, all_records, at, image_path, missing
+from mountd.store.quota import Limits
+from mountd.store.record import (
+    MAXIMUM_OWNERS,
+    MAXIMUM_SIGNERS,
+    ROOT,
+    NoRecord,
+    Record,
+    check_name,
+    hex_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
+
+    from mountd.evidence.model import Provenance, Signer
+    from mountd.fds import OwnedFd
+    from mountd.source.model import FileSystem
+    from mountd.store.garbage import Collected
+    from mountd.store.record import Owner
+
+    Report = Callable[[int, int], None]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How old the time of the last access may be before it is written anew.
+TOUCH_SECONDS = 3600
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a long operation is, in bytes."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was found out about the stored bytes, before they count."""
+
+    file_system: FileSystem | None = None
+    signers: tuple[Signer, ...] = ()
+
+
+class Store:
+    """The store in a state directory. Holds no descriptors."""
+
+    def __init__(self, state_dir: Path, limits: Limits | None = None) -> None:
+        """Nothing is touched yet."""
+        self._path = state_dir
+        self.limits = limits or Limits()
+
+    def prepare(self) -> None:
+        """Make what is missing, and sweep what killed processes have left. Raises SyscallError, NotFound."""
+        with self._named("preparing the store"):
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(self._path, 0o700)
+            with State(self._path) as state:
+                state.make_directories()
+                with state.locked():
+                    garbage.sweep(state)
+
+    def adding(
+        self,
+        source_fd: int,
+        size: int,
+        owner: Owner,
+        *,
+        name: str | None = None,
+        provenance: Provenance | None = None,
+        judge: Callable[[int, str], Known] = lambda fd, digest: Known(),
+    ) -> Generator[Progress, None, Record]:
+        """Import the `size` bytes of the regular file `source_fd`, borrowed, and return the record.
+
+        The descriptor has passed `source.descriptor.inspect_descriptor`, which `size` is from. `judge` gets
+        a descriptor of the stored bytes that cannot write to them, borrowed, and their digest; what it
+        raises ends the import. Raises InvalidImage, InvalidParameter, LimitExceeded, NotFound without a
+        store, and SyscallError. Nothing is left then, nor when the generator is closed.
+        """
+        check_name(name)
+        if size < 1:
+            raise InvalidImage("it is empty")
+        if size > self.limits.image_bytes:
+            raise LimitExceeded("bytes in an image of the store", self.limits.image_bytes)
+        with self._named("writing to the store"), State(self._path) as state, self.slot(owner):
+            with state.locked():
+                garbage.sweep(state, read_records=False)
+                quota.check(state, self.limits, size, owner)
+                path, fd = state.reserve(size, owner.charged)
+            try:
+                with fd:
+                    digest = yield from progress(transfer.transfer(source_fd, size, fd.fileno()), size)
+                    at("flush image")
+                    os.fchmod(fd.fileno(), IMAGE_MODE)
+                    os.fsync(fd.fileno())
+                    with state.open(path) as readable:
+                        known = judge(readable.fileno(), digest)
+                    record = Record(
+                        digest=digest,
+                        size=size,
+                        owners=(owner,),
+                        created=int(time.time()),
+                        name=name,
+                        file_system=known.file_system,
+                        provenance=provenance,
+                        signers=known.signers,
+                    )
+                    with state.locked():
+                        return self._publish(state, path, record)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path, dir_fd=state.fileno())
+
+    def add(
+        self,
+        source_fd: int,
+        size: int,
+        owner: Owner,
+        *,
+        name: str | None = None,
+        provenance: Provenance | None = None,
+        judge: Callable[[int, str], Known] = lambda fd, digest: Known(),
+        report: Report | None = None,
+    ) -> Record:
+        """As `adding`, with a callback for done and total bytes."""
+        steps = self.adding(source_fd, size, owner, name=name, provenance=provenance, judge=judge)
+        return finish(steps, report)
+
+    def lookup(self, digest: str) -> tuple[OwnedFd, Record]:
+        """Return the stored bytes, open for reading and owned by the caller, and their record.
+
+        They are proven to be what mountd wrote by their place and by being root's and 0400; they are not
+        hashed again (`verify` does). Raises InvalidParameter, NotFound, InvalidImage, SyscallError.
+        """
+        hex_of(digest)
+        with self._named("reading the store"), State(self._path) as state:
+            record = self._record(state, digest)
+            fd = state.open_image(record)
+            now = time.time()
+            status = os.fstat(fd.fileno())
+            if now - status.st_atime > TOUCH_SECONDS:
+                # Reads of the kernel count for nothing where the file system is mounted noatime.
+                with contextlib.suppress(OSError):
+                    os.utime(fd.fileno(), ns=(int(now * 1e9), status.st_mtime_ns))
+            return fd, record
+
+    def record(self, digest: str) -> Record:
+        """Return what is known about an image. Raises InvalidParameter, NotFound, InvalidImage."""
+        hex_of(digest)
+        with self._named("reading the store"), State(self._path) as state:
+            return self._record(state, digest)
+
+    def records(self, after: str | None = None) -> Iterator[Record]:
+        """Yield all records in the order of their digests, those past the digest `after`.
+
+        One that cannot be read is left out, and is removed by the next who sweeps. Raises as `record`.
+        """
+        past = hex_of(after) if after is not None else ""
+        with self._named("reading the store"), State(self._path) as state:
+            yield from all_records(state, past)
+
+    def verifying(self, digest: str, owner: Owner) -> Generator[Progress, None, Record]:
+        """Hash an image anew and compare. `owner` is who asks. Raises InvalidImage, and as `lookup`."""
+        fd, record = self.lookup(digest)
+        with fd, self._named("reading the store"):
+            if owner.uid != ROOT and not record.belongs_to(owner.uid):
+                raise missing(digest)
+            with self.slot(owner):
+                found = yield from progress(transfer.hashing(fd.fileno(), record.size), record.size)
+        if found != digest:
+            raise InvalidImage(f"the store is damaged: the bytes of {digest} are those of {found}")
+        return record
+
+    def verify(self, digest: str, owner: Owner, report: Report | None = None) -> Record:
+        """As `verifying`, with a callback for done and total bytes."""
+        return finish(self.verifying(digest, owner), report)
+
+    def remove(self, digest: str, by_uid: int) -> None:
+        """Remove an image for one of its owners; the host's root (ROOT) removes it for all.
+
+        Raises NotFound also for an image of others, InUse for one that is mounted or read just now.
+        """
+        hex_of(digest)
+        with self._named("writing to the store"), State(self._path) as state, state.locked():
+            record = self._record(state, digest)
+            if by_uid != ROOT and not record.belongs_to(by_uid):
+                raise missing(digest)
+            others = tuple(each for each in record.owners if each.uid != by_uid)
+            if by_uid != ROOT and others:
+                # The name was given by the first owner, and goes with that one.
+                name = record.name if others[0] == record.owners[0] else None
+                state.write_record(replace(record, owners=others, name=name))
+            elif not garbage.drop(state, digest):
+                raise InUse(
+                    f"the stored image {digest} is mounted or being read",
+                    hint="unmount it everywhere first, also where a descriptor holds the mount",
+                )
+
+    def collect_garbage(self, by_uid: int = ROOT, maximum_age: int | None = None) -> Collected:
+        """Sweep, and remove images that nobody has used for `maximum_age` seconds, None for no image.
+
+        Only those of `by_uid` alone, for the host's root (ROOT) all; never what is in use.
+        """
+        with self._named("writing to the store"), State(self._path) as state, state.locked():
+            garbage.sweep(state)
+            if maximum_age is None:
+                return garbage.collect(state, [])
+            before = time.time() - maximum_age
+            candidates = [
+                record
+                for record in all_records(state)
+                if (by_uid == ROOT or all(owner.uid == by_uid for owner in record.owners))
+                and garbage.last_used(state, record) <= before
+            ]
+            return garbage.collect(state, candidates)
+
+    @contextlib.contextmanager
+    def slot(self, owner: Owner) -> Iterator[None]:
+        """Be one of the transfers that run at the same time. Raises LimitExceeded, SyscallError."""
+        with State(self._path) as state:
+            with state.locked():
+                fd = quota.take_slot(state, self.limits, owner)
+            with fd:
+                yield
+
+    def _publish(self, state: State, path: str, record: Record) -> Record:
+        """Give an image its name, or its owner to the one that is there. The lock is held."""
+        if garbage.is_whole(state, record.digest):
+            known = state.read_record(record.digest)
+            merged = merge(known, record)
+            if merged != known:
+                state.write_record(merged)
+            return merged
+        try:
+            state.rename(path, image_path(record.digest))
+            state.write_record(record)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(image_path(record.digest), dir_fd=state.fileno())
+            raise
+        at("done")
+        return record
+
+    def _record(self, state: State, digest: str) -> Record:
+        try:
+            return state.read_record(digest)
+        except NoRecord as reason:
+            raise InvalidImage(f"the store is damaged: {reason}") from None
+
+    @contextlib.contextmanager
+    def _named(self, doing: str) -> Iterator[None]:
+        """Give the errors of the disk a name: LimitExceeded for a full one, SyscallError for any other."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                free = os.statvfs(self._path)
+                left = free.f_bavail * free.f_frsize
+                hint = "the disk of the store is full: an administrator has to make room"
+                raise LimitExceeded("bytes on the disk of the store", left, hint=hint) from None
+            if isinstance(error, SyscallError):
+                raise
+            raise SyscallError(error.errno or 0, doing) from None
+
+
+def merge(known: Record, new: Record) -> Record:
+    """Return the record of an image that is imported once more. Raises LimitExceeded."""
+    owner = new.owners[0]
+    owners = known.owners if known.belongs_to(owner.uid) else (*known.owners, owner)
+    if len(owners) > MAXIMUM_OWNERS:
+        raise LimitExceeded("owners of one stored image", MAXIMUM_OWNERS)
+    signers = tuple(dict.fromkeys((*known.signers, *new.signers)))
+    if len(signers) > MAXIMUM_SIGNERS:
+        raise LimitExceeded("signatures of one stored image", MAXIMUM_SIGNERS)
+    return replace(
+        known,
+        owners=owners,
+        signers=signers,
+        file_system=known.file_system or new.file_system,
+        # A later pull has the more recent word on where it is from.
+        provenance=new.provenance or known.provenance,
+    )
+
+
+def progress(steps: Generator[int, None, T], total: int) -> Generator[Progress, None, T]:
+    """Yield what `steps` yields as Progress, and return what it returns."""
+    while True:
+        try:
+            yield Progress(next(steps), total)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+def finish(steps: Generator[Progress, None, T], report: Report | None) -> T:
+    """Run `steps` to the end, and return what it returns."""
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if report is not None:
+            report(step.done, step.total)
