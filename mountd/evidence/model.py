@@ -40,13 +40,14 @@ class Signer:
     """A signature that was verified: with the policy's key of the name `key`, over `digest`.
 
     `subject` says who that is, as the key itself has it. `covers` is what `digest` ("ALGORITHM:HEX") is of:
-    "image", "root-hash" or "fs-verity".
+    "image", "root-hash" or "fs-verity". `key_mark` tells the key from another that is given its name later.
     """
 
     key: str
     subject: str
     covers: str
     digest: str
+    key_mark: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

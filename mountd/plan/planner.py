@@ -20,7 +20,7 @@ from mountd.source.model import SourceKind
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller, IdExtent
-    from mountd.plan.operations import Operation
+    from mountd.plan.operations import Operation, Verity
     from mountd.source.model import Source
     from mountd.trust.decide import Decision
 
@@ -55,12 +55,16 @@ def plan_mount(
     idmap: IdMapKind,
     uids: tuple[IdExtent, ...] = (),
     gids: tuple[IdExtent, ...] = (),
+    verity: Verity | None = None,
 ) -> Plan:
-    """Return the operations for a request that was allowed; `uids` and `gids` are for IdMapKind.RANGES."""
+    """Return the operations for a request that was allowed; `uids` and `gids` are for IdMapKind.RANGES.
+
+    With `verity`, the image is read through dm-verity: that is what the verdict was about.
+    """
     attributes = MountAttr.RDONLY if decision.read_only else MountAttr(0)
     for name in decision.attributes:
         attributes |= ATTRIBUTES[name]
-    operations: list[Operation] = [superblock(source, decision), MakeMount(attributes)]
+    operations: list[Operation] = [superblock(source, decision, verity), MakeMount(attributes)]
     if idmap is IdMapKind.NAMESPACE:
         operations.append(MapToNamespace())
     elif idmap is IdMapKind.RANGES:
@@ -73,7 +77,7 @@ def plan_mount(
     return Plan(tuple(operations))
 
 
-def superblock(source: Source, decision: Decision) -> CreateSuperblock:
+def superblock(source: Source, decision: Decision, verity: Verity | None = None) -> CreateSuperblock:
     """Return how the file system is made."""
     granted = tuple(split(option) for option in decision.options)
     if source.kind is SourceKind.TMPFS and source.tmpfs is not None:
@@ -87,7 +91,9 @@ def superblock(source: Source, decision: Decision) -> CreateSuperblock:
     type = source.file_system.type
     forced = FORCED.get(type, ()) + (FORCED_READ_ONLY.get(type, ()) if decision.read_only else ())
     backing = Backing.FILE if type == "erofs" else Backing.LOOP
-    return CreateSuperblock(type, backing, decision.read_only, (*forced, *granted))
+    if verity is not None:
+        backing = Backing.VERITY
+    return CreateSuperblock(type, backing, decision.read_only, (*forced, *granted), verity)
 
 
 def split(option: str) -> tuple[str, str | None]:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mountd.caller.model import Caller
-    from mountd.evidence.model import Signer
     from mountd.fds import OwnedFd
     from mountd.service.phase import Phase
     from mountd.store.store import Store
+    from mountd.trust.decide import Decision
     from mountd.trust.policy import Policy
 
 
@@ -34,24 +34,13 @@ class PolicyInForce:
     refusal: DeniedByPolicy | None
 
 
-def only_root(caller: Caller) -> None:
-    """Raise DeniedByPolicy for everybody but the host's root."""
-    if not caller.is_host_root:
-        raise DeniedByPolicy(
-            "only root may put images into the store",
-            hint="an administrator can import it with “mountctl image import”",
-        )
-
-
 @dataclass(slots=True)
 class RequestContext:
     """One request. `connection` is borrowed.
 
     `connected_from` identifies the user namespace that the peer was in when it connected; `enter` is called
     at the border of each phase. `notes` is what the journal says about the request, `writable` whether a
-    mount was made that can be written to. `store` is None where there is no directory for one; `may_import`
-    raises DeniedByPolicy for a caller who may put nothing into it. `verify_signature` takes a signature and
-    the "sha256:HEX" of the image, None where signatures are not looked at.
+    mount was made that can be written to. `store` is None where there is no directory for one.
     """
 
     connection: socket.socket
@@ -62,14 +51,29 @@ class RequestContext:
     notes: dict[str, str] = field(default_factory=dict)
     writable: bool = False
     store: Store | None = None
-    may_import: Callable[[Caller], None] = only_root
-    verify_signature: Callable[[bytes, str], Signer] | None = None
 
     def note_caller(self, caller: Caller) -> None:
         """Tell the journal who called."""
+        if caller.cgroup is not None:
+            self.notes["caller_cgroup"] = caller.cgroup
+        if caller.unit is not None:
+            self.notes["caller_unit"] = caller.unit
         self.notes.update(
             caller_uid=str(caller.uid),
             caller_gid=str(caller.gid),
             caller_pid=str(caller.pid),
             owner_uid=str(caller.owner_uid),
         )
+
+    def note_decision(self, decision: Decision, file_system: str) -> None:
+        """Tell the journal what was decided, and what it rests on."""
+        fields = {
+            "verdict": decision.verdict.value,
+            "file_system": file_system,
+            "rule": decision.rule,
+            "trusted_by": decision.trusted_by,
+            "signer": decision.signer,
+            "digest": decision.digest,
+            "reason": decision.reason,
+        }
+        self.notes.update({name: value for name, value in fields.items() if value is not None})

@@ -7,8 +7,6 @@ was left without the capability or whose namespace maps the host's root, is nobo
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import time
 from contextlib import closing
@@ -20,17 +18,18 @@ from mountd.errors import (
     DeniedByPolicy,
     InvalidParameter,
     NotFound,
-    NotSupported,
     TimedOut,
     UnsupportedFileSystem,
     UserNamespaceNotPermitted,
 )
+from mountd.service import signatures
 from mountd.service.phase import Phase
-from mountd.service.requests import Descriptors
+from mountd.service.requests import Descriptors, read_signature
 from mountd.source.confined import recognise_image
 from mountd.source.descriptor import inspect_descriptor
 from mountd.store.record import ROOT, Owner, Record
 from mountd.store.store import Known
+from mountd.trust.storing import may_store
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -38,12 +37,11 @@ if TYPE_CHECKING:
     from mountd.caller.model import Caller
     from mountd.evidence.model import Signer
     from mountd.fds import OwnedFd
-    from mountd.service.context import RequestContext
+    from mountd.service.context import PolicyInForce, RequestContext
     from mountd.store.store import Progress, Store
     from mountd.wire.dispatch import Handler, Reply, Stream
 
 IMAGE_FIELD = "imageFileDescriptor"
-MAXIMUM_SIGNATURE = 64 << 10  # characters of base64
 # A transfer may take this long, all in all: what a slow disk needs, and no more than an hour.
 TRANSFER_SECONDS = 30
 TRANSFER_BYTES_PER_SECOND = 20 << 20
@@ -58,17 +56,15 @@ def import_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     table = Descriptors(fds)
     image_fd = table.take(parameters[IMAGE_FIELD], IMAGE_FIELD)
     table.check_all_named()
-    signature = read_signature(parameters.get("signature"))
+    signature = read_signature(parameters.get("signature"), "signature")
     caller, owner, store = admit(context)
-    context.may_import(caller)
-    if signature is not None and context.verify_signature is None:
-        raise NotSupported("signature", hint="leave it out")
+    check_may_import(caller, context.policy)
     backing = inspect_descriptor(image_fd, IMAGE_FIELD)
 
     def judge(fd: int, digest: str) -> Known:
         signers: tuple[Signer, ...] = ()
-        if signature is not None and context.verify_signature is not None:
-            signers = (context.verify_signature(signature, digest),)
+        if signature is not None:
+            signers = (signatures.verify(signature, [("image", digest)], context.policy.policy),)
         try:
             # Nobody vouches for it.
             return Known(recognise_image(fd, backing.size, confined=True), signers)
@@ -79,6 +75,19 @@ def import_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     record = yield from transferred(steps, backing.size, context)
     context.notes["digest"] = record.digest
     return {"image": image_reply(record, owner)}, []
+
+
+def check_may_import(caller: Caller, policy: PolicyInForce) -> None:
+    """Raise DeniedByPolicy for who may put nothing into the store: root may, and whom a rule lets."""
+    if caller.is_host_root:
+        return
+    if policy.refusal is not None:
+        raise policy.refusal
+    if not may_store(policy.policy, caller, namespace_given=False):
+        raise DeniedByPolicy(
+            "no rule lets this caller have stored images",
+            hint="an administrator can import it, or add a rule with require.integrity = [“stored”]",
+        )
 
 
 def list_images(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
@@ -190,18 +199,6 @@ def check_seen(owner: Owner, record: Record) -> None:
 def not_found(digest: str) -> NotFound:
     """Return the error for an image that is not there for the caller."""
     return NotFound(f"the stored image {digest}", hint="“mountctl image list” shows those of yours")
-
-
-def read_signature(text: str | None) -> bytes | None:
-    """Return the bytes of a signature. Raises InvalidParameter."""
-    if text is None:
-        return None
-    if len(text) > MAXIMUM_SIGNATURE:
-        raise InvalidParameter("signature", f"longer than {MAXIMUM_SIGNATURE} characters")
-    try:
-        return base64.b64decode(text.encode(), validate=True)
-    except binascii.Error:
-        raise InvalidParameter("signature", "it is not base64") from None
 
 
 def transfer_seconds(size: int) -> int:

@@ -11,21 +11,17 @@ from typing import TYPE_CHECKING, Any
 from mountd.caller.delegated import delegated_ids
 from mountd.caller.identify import given_namespace, identify, pin
 from mountd.caller.model import OVERFLOW_ID, DelegatedIds
-from mountd.errors import NotFound, PeerGone, SyscallError, UserNamespaceNotPermitted
-from mountd.evidence.location import locate
-from mountd.evidence.model import Evidence, Proof
+from mountd.errors import PeerGone, SyscallError, UserNamespaceNotPermitted
+from mountd.evidence.model import Evidence
 from mountd.execute.run import Inputs, run
 from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mount
 from mountd.service.context import RequestContext
-from mountd.service.images import not_found
+from mountd.service.inspection import Inspected, inspect
 from mountd.service.phase import Phase
-from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, MountRequest
-from mountd.source.confined import recognise_image
-from mountd.source.descriptor import inspect_descriptor
-from mountd.source.model import Source, SourceKind
-from mountd.store.record import ROOT
+from mountd.service.requests import MountRequest
+from mountd.source.model import Source
 from mountd.trust.decide import Decision, decide
 from mountd.trust.ids import authorize_extents, authorize_ids
 
@@ -43,13 +39,11 @@ STORED = "stored"  # the kind of immutability, as the policy names it
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A request with all the facts about it, and what was decided. `image_fd` is borrowed."""
+    """A request with all the facts about it, and what was decided."""
 
     request: MountRequest
     caller: Caller
-    source: Source
-    evidence: Evidence
-    image_fd: int | None
+    inspected: Inspected
     decision: Decision
     uids: Extents
     gids: Extents
@@ -60,7 +54,7 @@ def mount(
 ) -> tuple[dict[str, object], list[OwnedFd]]:
     """io.mountd.Mount.Mount: return the reply, and the detached mount that goes with it."""
     with pin(context.connection) as pidfd:
-        judged = judge(parameters, fds, context, pidfd.fileno())
+        judged = judge(parameters, fds, context, pidfd.fileno(), may_change=True)
         if judged.decision.error is not None:
             raise judged.decision.error
         check_peer(pidfd.fileno())
@@ -75,7 +69,7 @@ def mount(
             raise
     described = {
         "mountFileDescriptor": 0,
-        "fileSystemType": file_system_type(judged.source),
+        "fileSystemType": file_system_type(judged.inspected.source),
         "readOnly": judged.decision.read_only,
         "id": id,
     }
@@ -87,7 +81,7 @@ def explain(
 ) -> tuple[dict[str, object], list[OwnedFd]]:
     """io.mountd.Mount.Explain: return what would be decided, and why."""
     with pin(context.connection) as pidfd:
-        judged = judge(parameters, fds, context, pidfd.fileno())
+        judged = judge(parameters, fds, context, pidfd.fileno(), may_change=False)
     steps = [
         {
             "rule": step.rule,
@@ -101,8 +95,13 @@ def explain(
     return {"decision": decision_reply(judged.decision), "facts": facts(judged), "steps": steps}, []
 
 
-def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext, pidfd: int) -> Judged:
-    """Find out the facts and decide. Raises for what is no matter of policy: a bad request, a bad image."""
+def judge(
+    parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext, pidfd: int, *, may_change: bool
+) -> Judged:
+    """Find out the facts and decide. Raises for what is no matter of policy: a bad request, a bad image.
+
+    `may_change` is whether the image may be copied into the store to be judged there.
+    """
     context.enter(Phase.VERIFY)
     request = MountRequest.from_call(parameters, fds)
     caller = identify(context.connection, pidfd, context.connected_from)
@@ -115,17 +114,10 @@ def judge(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContex
             hint="call as a user that the user namespace maps",
         )
     uids, gids = authorize(request, caller)
-    image_fd = request.image_fd
-    if request.stored is not None:
-        image_fd, source, evidence = inspect_stored(request.stored, caller, fds, context)
-    else:
-        source, evidence = inspect(request, caller)
-    decision = decide(context.policy.policy, caller, source, evidence, request.wishes)
-    context.notes["verdict"] = decision.verdict.value
-    context.notes["file_system"] = file_system_type(source)
-    if decision.rule is not None:
-        context.notes["rule"] = decision.rule
-    return Judged(request, caller, source, evidence, image_fd, decision, uids, gids)
+    inspected = inspect(request, caller, fds, context, may_change=may_change)
+    decision = decide(context.policy.policy, caller, inspected.source, inspected.evidence, request.wishes)
+    context.note_decision(decision, file_system_type(inspected.source))
+    return Judged(request, caller, inspected, decision, uids, gids)
 
 
 def authorize(request: MountRequest, caller: Caller) -> tuple[Extents, Extents]:
@@ -152,56 +144,21 @@ def with_delegated(caller: Caller, check: Callable[[DelegatedIds], None]) -> Non
         check(delegated_ids(caller.uid))
 
 
-def inspect(request: MountRequest, caller: Caller) -> tuple[Source, Evidence]:
-    """Return what the source is, and what speaks for it."""
-    if request.kind is SourceKind.TMPFS or request.image_fd is None:
-        return Source(SourceKind.TMPFS, None, None, request.tmpfs), NO_PLACE
-    backing = inspect_descriptor(request.image_fd, IMAGE_FIELD)
-    evidence = locate(backing, name_paths=caller.on_host)
-    # What root vouches for is read here; what nobody does is read where it can do no harm.
-    confined = evidence.root_owned_path is None
-    file_system = recognise_image(request.image_fd, backing.size, confined=confined)
-    return Source(SourceKind.IMAGE, backing, file_system, None), evidence
-
-
-def inspect_stored(
-    digest: str, caller: Caller, fds: list[OwnedFd], context: RequestContext
-) -> tuple[int, Source, Evidence]:
-    """Return a stored image, open and borrowed, and what it is and what speaks for it.
-
-    It is the caller's own, or one that root has put there; whom that is for is up to the policy. Raises
-    NotFound for any other, InvalidImage for a damaged store.
-    """
-    if context.store is None:
-        raise NotFound("the store", hint="the journal of mountd says why it has none")
-    fd, record = context.store.lookup(digest)
-    # From here on it is closed with those that came along.
-    fds.append(fd)
-    if not caller.is_host_root and not record.belongs_to(caller.uid) and not record.belongs_to(ROOT):
-        raise not_found(digest)
-    context.notes["digest"] = digest
-    backing = inspect_descriptor(fd.fileno(), REFERENCE_FIELD)
-    # It was looked at when it was stored, and is the same since; but it is whatever somebody has imported.
-    file_system = record.file_system or recognise_image(fd.fileno(), backing.size, confined=True)
-    evidence = Evidence(
-        root_owned_path=None,
-        location_problem="it lies in mountd's own store",
-        descriptor_writable=False,
-        proofs=(Proof(STORED, digest),),
-        digest=digest,
-        signers=record.signers,
-        provenance=record.provenance,
-    )
-    return fd.fileno(), Source(SourceKind.IMAGE, backing, file_system, None), evidence
-
-
 def make(judged: Judged, context: RequestContext) -> OwnedFd:
     """Carry out what was decided and return the detached mount."""
+    inspected = judged.inspected
     plan = plan_mount(
-        judged.source, judged.decision, judged.caller, judged.request.idmap.kind, judged.uids, judged.gids
+        inspected.source,
+        judged.decision,
+        judged.caller,
+        judged.request.idmap.kind,
+        judged.uids,
+        judged.gids,
+        verity=inspected.verity,
     )
     inputs = Inputs(
-        image_fd=judged.image_fd,
+        image_fd=inspected.image_fd,
+        hash_fd=inspected.hash_fd,
         userns_fd=judged.request.userns_fd,
         seal=context.seal,
     )
@@ -227,6 +184,8 @@ def decision_reply(decision: Decision) -> dict[str, object]:
         "verdict": decision.verdict.value,
         "rule": decision.rule,
         "trustedBy": decision.trusted_by,
+        "signer": decision.signer,
+        "digest": decision.digest,
         "reason": decision.reason,
         "hint": decision.hint,
     }
@@ -235,7 +194,7 @@ def decision_reply(decision: Decision) -> dict[str, object]:
 
 def facts(judged: Judged) -> dict[str, str]:
     """Return what was found out, as text for people."""
-    caller, source, evidence = judged.caller, judged.source, judged.evidence
+    caller, source, evidence = judged.caller, judged.inspected.source, judged.inspected.evidence
     found: dict[str, object] = {
         "caller": f"uid {caller.uid}, gid {caller.gid}"
         + (", on the host" if caller.on_host else ", in a user namespace"),

@@ -6,6 +6,9 @@ Descriptors stay the message's: a request borrows their numbers.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +16,20 @@ from mountd.errors import InvalidParameter, NotSupported
 from mountd.plan.idmap import IdMapKind, IdMapWish, IdRange
 from mountd.source.model import SourceKind, Tmpfs
 from mountd.store.record import hex_of
+from mountd.trust import image_policy
 from mountd.trust.wishes import MountWishes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mountd.fds import OwnedFd
+    from mountd.trust.image_policy import ImagePolicy
 
 IMAGE_FIELD = "source.imageFileDescriptor"
+SIGNATURE_FIELD = "source.signature"
+VERITY_FIELD = "source.verity.dataFileDescriptor"
+ROOT_HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{128}")
+MAXIMUM_SIGNATURE = 350_000  # characters of base64: as many bytes as a signature may have
 REFERENCE_FIELD = "source.reference"
 STORED_PREFIX = "stored:"
 NAMESPACE_FIELD = "userNamespaceFileDescriptor"
@@ -44,7 +53,8 @@ TMPFS_MODE_BITS = 0o1777
 class MountRequest:
     """A call of Mount or Explain. The descriptors are borrowed from the message.
 
-    Of `image_fd`, `stored` (the digest of an image of the store) and `tmpfs`, one is not None.
+    Of `image_fd`, `stored` (the digest of an image of the store) and `tmpfs`, one is not None. `verity` and
+    the bytes of `signature` may go with `image_fd`.
     """
 
     kind: SourceKind
@@ -54,18 +64,26 @@ class MountRequest:
     userns_fd: int | None
     idmap: IdMapWish
     wishes: MountWishes
+    signature: bytes | None = None
+    verity: VerityRequest | None = None
 
     @classmethod
     def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
         """Read the parameters. Raises InvalidParameter and NotSupported."""
         table = Descriptors(fds)
-        image_fd, tmpfs, stored = read_source(parameters["source"], table)
+        source = parameters["source"]
+        image_fd, tmpfs, stored = read_source(source, table)
+        verity = read_verity(source.get("verity"), table)
         kind = SourceKind.TMPFS if tmpfs is not None else SourceKind.IMAGE
         userns_fd = table.optional(parameters.get(NAMESPACE_FIELD), NAMESPACE_FIELD)
         idmap = read_idmap(parameters.get("idMap"), namespace_given=userns_fd is not None)
         table.check_all_named()
-        if parameters.get("imagePolicy") is not None:
-            raise NotSupported("imagePolicy", hint="leave it out: only the system's policy is applied")
+        image_policy = read_image_policy(parameters.get("imagePolicy"))
+        signature = read_signature(source.get("signature"), SIGNATURE_FIELD)
+        if verity is not None and verity.signature is not None:
+            if signature is not None:
+                raise InvalidParameter(SIGNATURE_FIELD, "the root hash has one already; give one of them")
+            signature = verity.signature
         read_only = parameters.get("readOnly")
         wishes = MountWishes(
             read_only=True if read_only is None else read_only,
@@ -73,8 +91,18 @@ class MountRequest:
             options=tuple(parameters.get("options") or ()),
             idmap_kind=idmap.kind.value,
             namespace_given=userns_fd is not None,
+            image_policy=image_policy,
         )
-        return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes)
+        return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes, signature, verity)
+
+
+@dataclass(frozen=True, slots=True)
+class VerityRequest:
+    """The hash data of dm-verity, borrowed, and the root hash that the image is to have."""
+
+    hash_fd: int
+    root_hash: bytes
+    signature: bytes | None
 
 
 class Descriptors:
@@ -117,13 +145,47 @@ def read_source(
     if given[0] not in SUPPORTED_SOURCES:
         raise NotSupported(f"source.{given[0]}", hint="hand over the image itself, as imageFileDescriptor")
     for name in COMPANIONS:
-        if source.get(name) is not None:
-            raise NotSupported(f"source.{name}", hint="leave it out")
+        if source.get(name) is not None and given[0] != "imageFileDescriptor":
+            raise InvalidParameter(f"source.{name}", "it goes with imageFileDescriptor only")
     if given[0] == "tmpfs":
         return None, read_tmpfs(source["tmpfs"]), None
     if given[0] == "reference":
         return None, None, read_reference(source["reference"])
     return table.take(source["imageFileDescriptor"], IMAGE_FIELD), None, None
+
+
+def read_verity(verity: Mapping[str, Any] | None, table: Descriptors) -> VerityRequest | None:
+    """Read what belongs to dm-verity. Raises InvalidParameter."""
+    if verity is None:
+        return None
+    hash_fd = table.take(verity["dataFileDescriptor"], VERITY_FIELD)
+    text = verity["rootHash"]
+    if ROOT_HASH.fullmatch(text) is None:
+        raise InvalidParameter("source.verity.rootHash", "it is not 64 or 128 digits of 0-9 and a-f")
+    signature = read_signature(verity.get("signature"), "source.verity.signature")
+    return VerityRequest(hash_fd, bytes.fromhex(text), signature)
+
+
+def read_signature(text: str | None, field: str) -> bytes | None:
+    """Return the bytes of a signature. Raises InvalidParameter."""
+    if text is None:
+        return None
+    if len(text) > MAXIMUM_SIGNATURE:
+        raise InvalidParameter(field, f"longer than {MAXIMUM_SIGNATURE} characters")
+    try:
+        return base64.b64decode(text.encode(), validate=True)
+    except binascii.Error:
+        raise InvalidParameter(field, "it is not base64") from None
+
+
+def read_image_policy(text: str | None) -> ImagePolicy | None:
+    """Read what the request itself demands (systemd.image-policy(7)). Raises InvalidParameter."""
+    if text is None:
+        return None
+    try:
+        return image_policy.parse(text)
+    except ValueError as error:
+        raise InvalidParameter("imagePolicy", str(error)) from None
 
 
 def read_reference(reference: str) -> str:

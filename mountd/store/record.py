@@ -227,4 +227,5 @@ def _provenance(value: object) -> Provenance:
 
 def _signer(value: object) -> Signer:
     told = _struct(value, _names(Signer), "signer")
-    return Signer(**{name: _text(told[name], f"signer.{name}") for name in told})
+    texts = {name: _text(told[name], f"signer.{name}") for name in told if name != "key_mark"}
+    return Signer(**texts, key_mark=_optional_text(told["key_mark"], "signer.key_mark"))

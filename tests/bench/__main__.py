@@ -166,7 +166,7 @@ def activation(directory: Path, image: Path) -> tuple[float, float]:
             os.execv(
                 sys.executable,
                 [sys.executable, "-m", "mountd.daemon.main", "--runtime-dir", str(directory / "run2"),
-                 "--policy-dir", str(directory / "policy.d")],
+                 "--state-dir", str(directory / "state2"), "--policy-dir", str(directory / "policy.d")],
             )  # fmt: skip
         client._socket.sendall(b'{"method":"org.varlink.service.GetInfo"}\0')
         client._socket.recv(65536)

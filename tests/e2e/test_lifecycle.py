@@ -158,6 +158,7 @@ def test_relative_directories(images: dict[str, Path], place: Path) -> None:
     (directory / "rules").mkdir(parents=True)
     (directory / "rules/test.toml").write_text(trusting(images["erofs"].parent))
     command = [sys.executable, "-m", "mountd.daemon.main", "--runtime-dir", "run", "--policy-dir", "rules"]
+    command += ["--state-dir", "state"]
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=log)

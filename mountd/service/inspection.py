@@ -1,0 +1,252 @@
+"""What a request's source is, and what speaks for it: the steps of the route that look at an image.
+
+Nothing is changed here but mountd's own store: an image that its owner can still write to is copied there
+before it is judged, if the policy has a use for the copy and somebody vouches for what is in it. For Explain
+it is not; then the bytes are judged as they are at that moment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mountd.errors import InvalidImage, KeyUnknown, NotFound, SignatureInvalid
+from mountd.evidence import dm_verity, fs_verity, sealed
+from mountd.evidence.digest import sha256_of
+from mountd.evidence.location import locate
+from mountd.evidence.model import Evidence, Proof
+from mountd.plan.operations import Verity
+from mountd.service import signatures
+from mountd.service.images import not_found, owner_of, transfer_seconds
+from mountd.service.phase import Phase
+from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
+from mountd.source.confined import read_verity_superblock, recognise_image
+from mountd.source.descriptor import inspect_descriptor
+from mountd.source.model import Source, SourceKind
+from mountd.store.record import ROOT
+from mountd.store.store import Known
+from mountd.trust.storing import STORED, may_store, named_digests
+
+if TYPE_CHECKING:
+    from mountd.caller.model import Caller
+    from mountd.evidence.model import Signer
+    from mountd.fds import OwnedFd
+    from mountd.service.context import RequestContext
+    from mountd.service.requests import MountRequest
+    from mountd.source.model import BackingFile
+    from mountd.store.record import Record
+
+NO_PLACE = Evidence(None, "it has no location", False)
+SEALED = "sealed"
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """A source, what speaks for it, and how to get at it: `image_fd` and `hash_fd` are borrowed."""
+
+    source: Source
+    evidence: Evidence
+    image_fd: int | None = None
+    hash_fd: int | None = None
+    verity: Verity | None = None
+
+
+def inspect(
+    request: MountRequest, caller: Caller, fds: list[OwnedFd], context: RequestContext, *, may_change: bool
+) -> Inspected:
+    """Look at the source of a request. What is opened on the way is added to `fds`, for whoever has them.
+
+    `may_change` is whether the store may get a copy of it. Raises BadFileDescriptor, InvalidImage,
+    UnsupportedFileSystem, NotFound, LimitExceeded, SyscallError; whatever else is wrong is evidence.
+    """
+    if request.stored is not None:
+        return inspect_stored(request.stored, caller, fds, context)
+    if request.image_fd is None:
+        return Inspected(Source(SourceKind.TMPFS, None, None, request.tmpfs), NO_PLACE)
+    backing = inspect_descriptor(request.image_fd, IMAGE_FIELD)
+    evidence = locate(backing, name_paths=caller.on_host)
+    # What root vouches for is read here; what nobody does is read where it can do no harm.
+    confined = evidence.root_owned_path is None
+    file_system = recognise_image(request.image_fd, backing.size, confined=confined)
+    found = Inspected(Source(SourceKind.IMAGE, backing, file_system, None), evidence, request.image_fd)
+    if request.verity is not None:
+        return add_verity(found, backing, request, context)
+    evidence = add_proofs(request.image_fd, evidence)
+    found = replace(found, evidence=evidence)
+    if evidence.root_owned_path is not None or evidence.proofs:
+        return add_vouching(found, backing, request, context)
+    if not may_store(context.policy.policy, caller, namespace_given=request.wishes.namespace_given):
+        return found
+    return through_the_store(found, backing, request, caller, fds, context, may_change=may_change)
+
+
+def add_proofs(image_fd: int, evidence: Evidence) -> Evidence:
+    """Look for the kinds of immutability that a file has by itself."""
+    proofs: list[Proof] = []
+    unproven: list[tuple[str, str]] = []
+    for kind, prove in ((SEALED, sealed.prove_sealed), (fs_verity.KIND, fs_verity.prove)):
+        found = prove(image_fd)
+        if isinstance(found, Proof):
+            proofs.append(found)
+        else:
+            unproven.append((kind, found))
+    return replace(evidence, proofs=tuple(proofs), unproven=tuple(unproven))
+
+
+def add_verity(
+    found: Inspected, backing: BackingFile, request: MountRequest, context: RequestContext
+) -> Inspected:
+    """Have the image judged by the root hash that it is going to be read through."""
+    if request.verity is None:
+        return found
+    hashes = inspect_descriptor(request.verity.hash_fd, VERITY_FIELD)
+    superblock = read_verity_superblock(request.verity.hash_fd, hashes.size, backing.size)
+    proof = dm_verity.prove(superblock, request.verity.root_hash)
+    if not isinstance(proof, Proof):
+        unproven = (*found.evidence.unproven, (dm_verity.KIND, proof))
+        return replace(found, evidence=replace(found.evidence, unproven=unproven))
+    evidence = replace(found.evidence, proofs=(proof,))
+    if request.signature is not None and proof.digest is not None:
+        evidence = signed(evidence, request.signature, [("root-hash", proof.digest)], context)
+    return replace(
+        found,
+        evidence=evidence,
+        hash_fd=request.verity.hash_fd,
+        verity=Verity.of(superblock, request.verity.root_hash),
+    )
+
+
+def add_vouching(
+    found: Inspected, backing: BackingFile, request: MountRequest, context: RequestContext
+) -> Inspected:
+    """Find out who vouches for the bytes of an image that cannot change any more.
+
+    They are read only if somebody wants to know: a signature came along, or a rule names a digest.
+    """
+    evidence, image_fd = found.evidence, found.image_fd
+    if image_fd is None or (request.signature is None and not named_digests(context.policy.policy)):
+        return found
+    of_kernel = [("fs-verity", each.digest) for each in evidence.proofs if each.kind == fs_verity.KIND]
+    known = [(covers, digest) for covers, digest in of_kernel if digest is not None]
+    if request.signature is not None and known:
+        # Measured by the kernel at once, so that this is the one to try first.
+        evidence = signed(evidence, request.signature, known, context)
+        if evidence.signers:
+            return replace(found, evidence=evidence)
+    digest = hashed(image_fd, backing.size, context)
+    evidence = replace(evidence, digest=digest, signature_error=None)
+    if request.signature is not None:
+        evidence = signed(evidence, request.signature, [*known, ("image", digest)], context)
+    return replace(found, evidence=evidence)
+
+
+def through_the_store(
+    found: Inspected,
+    backing: BackingFile,
+    request: MountRequest,
+    caller: Caller,
+    fds: list[OwnedFd],
+    context: RequestContext,
+    *,
+    may_change: bool,
+) -> Inspected:
+    """Have an image that can still change replaced by a copy, if somebody vouches for what is in it.
+
+    The bytes are hashed first, and stored only if there is a good signature over them or a rule that names
+    them; what is stored in the end has to be the same.
+    """
+    image_fd = found.image_fd
+    named = named_digests(context.policy.policy)
+    if image_fd is None or context.store is None or (request.signature is None and not named):
+        return found
+    digest = hashed(image_fd, backing.size, context)
+    evidence = found.evidence
+    if request.signature is not None:
+        evidence = signed(evidence, request.signature, [("image", digest)], context)
+    if not evidence.signers and digest not in named:
+        return replace(found, evidence=evidence)
+    if not may_change:
+        proofs = (Proof(STORED, digest),)
+        return replace(found, evidence=replace(evidence, proofs=proofs, digest=digest))
+    record = stored(image_fd, backing, digest, evidence.signers, found.source, caller, context)
+    stored_found = inspect_stored(record.digest, caller, fds, context)
+    signers = tuple(dict.fromkeys((*evidence.signers, *stored_found.evidence.signers)))
+    return replace(stored_found, evidence=replace(stored_found.evidence, signers=signers))
+
+
+def stored(
+    image_fd: int,
+    backing: BackingFile,
+    digest: str,
+    signers: tuple[Signer, ...],
+    source: Source,
+    caller: Caller,
+    context: RequestContext,
+) -> Record:
+    """Return the record of the copy that the store has, or gets now, of the bytes that were hashed."""
+    if context.store is None:
+        raise NotFound("the store", hint="the journal of mountd says why it has none")
+    owner = owner_of(caller)
+    try:
+        record = context.store.record(digest)
+        if record.belongs_to(owner.uid):
+            return record
+    except NotFound:
+        pass  # it is new
+
+    def judge(_: int, found: str) -> Known:
+        if found != digest:
+            raise InvalidImage("it was changed while it was read")
+        return Known(source.file_system, signers)
+
+    context.enter(Phase.TRANSFER, transfer_seconds(backing.size))
+    return context.store.add(image_fd, backing.size, owner, judge=judge)
+
+
+def hashed(image_fd: int, size: int, context: RequestContext) -> str:
+    """Return the digest of an image, within the time that reading it may take."""
+    context.enter(Phase.TRANSFER, transfer_seconds(size))
+    digest = sha256_of(image_fd, size)
+    context.enter(Phase.VERIFY)
+    return digest
+
+
+def signed(
+    evidence: Evidence, blob: bytes, digests: list[tuple[str, str]], context: RequestContext
+) -> Evidence:
+    """Add who has made the signature `blob`, or what is wrong with it."""
+    try:
+        signer = signatures.verify(blob, digests, context.policy.policy)
+    except (SignatureInvalid, KeyUnknown) as error:
+        return replace(evidence, signature_error=error)
+    return replace(evidence, signers=(*evidence.signers, signer), signature_error=None)
+
+
+def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: RequestContext) -> Inspected:
+    """Look at a stored image, and add it to `fds`.
+
+    It is the caller's own, or one that root has put there; whom that is for is up to the policy. Raises
+    NotFound for any other, InvalidImage for a damaged store.
+    """
+    if context.store is None:
+        raise NotFound("the store", hint="the journal of mountd says why it has none")
+    fd, record = context.store.lookup(digest)
+    # From here on it is closed with those that came along.
+    fds.append(fd)
+    if not caller.is_host_root and not record.belongs_to(caller.uid) and not record.belongs_to(ROOT):
+        raise not_found(digest)
+    context.notes["digest"] = digest
+    backing = inspect_descriptor(fd.fileno(), REFERENCE_FIELD)
+    # It was looked at when it was stored, and is the same since; but it is whatever somebody has imported.
+    file_system = record.file_system or recognise_image(fd.fileno(), backing.size, confined=True)
+    evidence = Evidence(
+        root_owned_path=None,
+        location_problem="it lies in mountd's own store",
+        descriptor_writable=False,
+        proofs=(Proof(STORED, digest),),
+        digest=digest,
+        signers=signatures.still_known(record.signers, context.policy.policy),
+        provenance=record.provenance,
+    )
+    source = Source(SourceKind.IMAGE, backing, file_system, None)
+    return Inspected(source, evidence, fd.fileno())

@@ -1,0 +1,67 @@
+"""Who has signed an image: the policy's keys, and a memory for what was verified before.
+
+Verifying is done in a confined process, which takes longer than a mount. What it found is a function of the
+signature, the digests and the keys, and is remembered; how long a certificate is valid is asked again every
+few minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mountd.errors import KeyUnknown
+from mountd.evidence import confined_signature
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mountd.evidence.model import Key, Signer
+    from mountd.trust.policy import Policy
+
+    Digests = Sequence[tuple[str, str]]
+
+MAXIMUM_KNOWN = 256
+SECONDS_KNOWN = 300
+
+_known: dict[tuple[bytes, tuple[tuple[str, str], ...], tuple[str, ...]], tuple[float, Signer]] = {}
+
+
+def verify(blob: bytes, digests: Digests, policy: Policy) -> Signer:
+    """Return who has made the signature `blob` over one of `digests`, by a key of the policy.
+
+    Raises SignatureInvalid, KeyUnknown, and OSError where no process can be made.
+    """
+    keys = tuple(policy.keys.values())
+    if not keys:
+        raise KeyUnknown("the policy has no keys", hint="an administrator can add one: [key.NAME]")
+    marks = tuple(fingerprint(key) for key in keys)
+    case = (hashlib.sha256(blob).digest(), tuple(digests), marks)
+    now = time.monotonic()
+    if case in _known and now - _known[case][0] < SECONDS_KNOWN:
+        return _known[case][1]
+    signer = confined_signature.verify(blob, keys, digests, int(time.time()))
+    signer = replace(signer, key_mark=fingerprint(policy.keys[signer.key]))
+    if len(_known) >= MAXIMUM_KNOWN:
+        _known.pop(next(iter(_known)))
+    _known[case] = (now, signer)
+    return signer
+
+
+def still_known(signers: Sequence[Signer], policy: Policy) -> tuple[Signer, ...]:
+    """Return those of recorded signers whose key the policy still has, and has as it was."""
+    return tuple(
+        signer
+        for signer in signers
+        if signer.key in policy.keys and fingerprint(policy.keys[signer.key]) == signer.key_mark
+    )
+
+
+def fingerprint(key: Key) -> str:
+    """Return what tells a key from another that is given its name later."""
+    found = hashlib.sha256(key.kind.encode())
+    for each in key.data:
+        found.update(hashlib.sha256(each).digest())
+    return found.hexdigest()
