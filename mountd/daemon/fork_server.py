@@ -26,9 +26,10 @@ from mountd.daemon.worker import Worker, report_bug
 from mountd.errors import DeniedByPolicy, MountdError, SyscallError
 from mountd.execute.seal import Staging
 from mountd.fds import OwnedFd
-from mountd.kernel import namespaces
+from mountd.kernel import dm_verity, namespaces
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
+from mountd.service import signatures
 from mountd.service.context import PolicyInForce
 from mountd.service.images import METHODS as IMAGE_METHODS
 from mountd.service.mount import METHODS
@@ -71,6 +72,8 @@ class ForkServer:
         self._groups: dict[int, int] = {}  # -> slot
         self._cleaners: set[int] = set()
         self._killed: set[int] = set()  # workers that had no time to clear their spot
+        signatures.prepare()
+        remove_unused_devices()
         self._staging = Staging(str(staging), SLOTS)
         mount_fusectl()
 
@@ -227,6 +230,14 @@ def serve(
             report_bug(error)
     finally:
         os._exit(code)
+
+
+def remove_unused_devices() -> None:
+    """Take away the dm-verity devices of a mountd that was killed before their mounts were made."""
+    try:
+        dm_verity.remove_unused()
+    except SyscallError as error:
+        log(Priority.WARNING, f"cannot look for unused devices: {error}", message_id=WORKER_ID)
 
 
 def attempt(start: Callable[[], ForkServer], control: socket.socket) -> ForkServer:

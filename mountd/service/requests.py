@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mountd.fds import OwnedFd
-    from mountd.trust.image_policy import ImagePolicy
 
 IMAGE_FIELD = "source.imageFileDescriptor"
 SIGNATURE_FIELD = "source.signature"
@@ -78,7 +77,7 @@ class MountRequest:
         userns_fd = table.optional(parameters.get(NAMESPACE_FIELD), NAMESPACE_FIELD)
         idmap = read_idmap(parameters.get("idMap"), namespace_given=userns_fd is not None)
         table.check_all_named()
-        image_policy = read_image_policy(parameters.get("imagePolicy"))
+        demanded = parameters.get("imagePolicy")
         signature = read_signature(source.get("signature"), SIGNATURE_FIELD)
         if verity is not None and verity.signature is not None:
             if signature is not None:
@@ -91,7 +90,7 @@ class MountRequest:
             options=tuple(parameters.get("options") or ()),
             idmap_kind=idmap.kind.value,
             namespace_given=userns_fd is not None,
-            image_policy=image_policy,
+            image_policy=None if demanded is None else image_policy.parse(demanded),
         )
         return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes, signature, verity)
 
@@ -176,16 +175,6 @@ def read_signature(text: str | None, field: str) -> bytes | None:
         return base64.b64decode(text.encode(), validate=True)
     except binascii.Error:
         raise InvalidParameter(field, "it is not base64") from None
-
-
-def read_image_policy(text: str | None) -> ImagePolicy | None:
-    """Read what the request itself demands (systemd.image-policy(7)). Raises InvalidParameter."""
-    if text is None:
-        return None
-    try:
-        return image_policy.parse(text)
-    except ValueError as error:
-        raise InvalidParameter("imagePolicy", str(error)) from None
 
 
 def read_reference(reference: str) -> str:

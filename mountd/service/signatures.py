@@ -29,6 +29,11 @@ SECONDS_KNOWN = 300
 _known: dict[tuple[bytes, tuple[tuple[str, str], ...], tuple[str, ...]], tuple[float, Signer]] = {}
 
 
+def prepare() -> None:
+    """Load all that verifying needs, for this process and those that it forks."""
+    confined_signature.prepare()
+
+
 def verify(blob: bytes, digests: Digests, policy: Policy) -> Signer:
     """Return who has made the signature `blob` over one of `digests`, by a key of the policy.
 

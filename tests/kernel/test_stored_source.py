@@ -7,26 +7,33 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mountd.caller.model import Caller, UserNamespace
 from mountd.errors import NotFound
-from mountd.evidence.model import Proof, Provenance, Signer
+from mountd.evidence.model import Key, Proof, Provenance, Signer
 from mountd.execute.run import Inputs, run
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel.flags import MountAttr
 from mountd.plan.operations import Backing, CreateSuperblock, MakeMount, Plan
 from mountd.service.context import PolicyInForce, RequestContext
-from mountd.service.mount import inspect_stored
+from mountd.service.inspection import inspect_stored
+from mountd.service.signatures import fingerprint
 from mountd.source.confined import recognise_image
 from mountd.store.record import Owner
 from mountd.store.store import Known, Store
 from mountd.trust.policy import Policy
 
 HOST = UserNamespace(0, 0, (), (), 0, is_host=True)
+KEY = Key("team", "ed25519", (b"one",), "test.toml")
 PROVENANCE = Provenance("example.com/a", "sha256:" + "0" * 64, (), "signedBy", "team", 1)
+
+
+def signer(digest: str) -> Signer:
+    return Signer("team", "CN=team", "image", digest, fingerprint(KEY))
 
 
 def caller(uid: int, *, sys_admin: bool = False) -> Caller:
@@ -44,8 +51,8 @@ def store(scratch: Path, request: pytest.FixtureRequest) -> Store:
 def context(store: Store) -> Iterator[RequestContext]:
     with socket.socket(socket.AF_UNIX) as unconnected:
         yield RequestContext(
-            unconnected, None, PolicyInForce(Policy(()), None), lambda fd: fd, lambda phase, seconds=0: None,
-            store=store,
+            unconnected, None, PolicyInForce(Policy((), {"team": KEY}), None), lambda fd: fd,
+            lambda phase, seconds=0: None, store=store,
         )  # fmt: skip
 
 
@@ -53,7 +60,7 @@ def put(store: Store, path: Path, owner: Owner, *, known: bool) -> str:
     size = path.stat().st_size
 
     def judge(fd: int, digest: str) -> Known:
-        signers = (Signer("team", "CN=team", "image", digest),)
+        signers = (signer(digest), replace(signer(digest), key_mark="another key of this name"))
         return Known(recognise_image(fd, size, confined=True) if known else None, signers)
 
     with path.open("rb") as file:
@@ -68,11 +75,13 @@ def test_evidence_and_mount(
     digest = put(store, images[type], Owner(0, 0), known=known)
     fds: list[OwnedFd] = []
     try:
-        image_fd, source, evidence = inspect_stored(digest, caller(1000), fds, context)
+        found = inspect_stored(digest, caller(1000), fds, context)
+        image_fd, source, evidence = found.image_fd, found.source, found.evidence
         assert [fd.fileno() for fd in fds] == [image_fd]
         assert evidence.proofs == (Proof("stored", digest),)
         assert evidence.digest == digest
-        assert evidence.signers == (Signer("team", "CN=team", "image", digest),)
+        # With a key that has only its name left, nobody has signed it.
+        assert evidence.signers == (signer(digest),)
         assert evidence.provenance == PROVENANCE
         # It is not trusted for where it lies.
         assert (evidence.root_owned_path, evidence.descriptor_writable) == (None, False)

@@ -103,10 +103,46 @@ def test_sources_of_later_versions_are_named(fds: list[OwnedFd], name: str) -> N
         request(fds, 0, source={name: 0})
 
 
+HASH = "ab" * 32
+VERITY = {"dataFileDescriptor": 1, "rootHash": HASH}
+
+
+def test_what_vouches_for_an_image(fds: list[OwnedFd]) -> None:
+    found = request(fds, source={**IMAGE, "signature": "c2lnbmVk"}, imagePolicy="root=signed")
+    assert found.signature == b"signed"
+    assert found.wishes.image_policy is not None
+    found = request(fds, 2, source={**IMAGE, "verity": {**VERITY, "signature": "c2lnbmVk"}})
+    assert found.verity is not None
+    assert (found.verity.hash_fd, found.verity.root_hash) == (fds[1].fileno(), bytes.fromhex(HASH))
+    assert found.signature == b"signed"
+
+
 @pytest.mark.parametrize(
-    "parameters",
-    [{"imagePolicy": "*"}, {"source": {**IMAGE, "verity": {}}}, {"source": {**IMAGE, "signature": "x"}}],
+    ("source", "count", "parameter"),
+    [
+        ({**IMAGE, "signature": "no base64!"}, 1, "source.signature"),
+        ({**IMAGE, "signature": "A" * 400_000}, 1, "source.signature"),
+        ({**IMAGE, "verity": {**VERITY, "rootHash": "AB" * 32}}, 2, "source.verity.rootHash"),
+        ({**IMAGE, "verity": {**VERITY, "rootHash": "ab" * 31}}, 2, "source.verity.rootHash"),
+        ({**IMAGE, "verity": {**VERITY, "rootHash": HASH + "\n"}}, 2, "source.verity.rootHash"),
+        ({**IMAGE, "verity": {**VERITY, "dataFileDescriptor": 0}}, 2, "source.verity.dataFileDescriptor"),
+        ({**IMAGE, "verity": {**VERITY, "signature": "!"}}, 2, "source.verity.signature"),
+        ({**IMAGE, "signature": "", "verity": {**VERITY, "signature": ""}}, 2, "source.signature"),
+        ({"tmpfs": {"size": 1}, "signature": ""}, 0, "source.signature"),
+        ({"reference": f"stored:sha256:{HASH}", "verity": VERITY}, 2, "source.verity"),
+    ],
 )
-def test_what_would_narrow_is_never_ignored(fds: list[OwnedFd], parameters: dict[str, Any]) -> None:
-    with pytest.raises(NotSupported):
-        request(fds, **parameters)
+def test_what_does_not_go_together(
+    fds: list[OwnedFd], source: dict[str, Any], count: int, parameter: str
+) -> None:
+    with pytest.raises(InvalidParameter) as raised:
+        request(fds, count, source=source)
+    assert raised.value.parameters["parameter"] == parameter
+
+
+@pytest.mark.parametrize(
+    "text", ["", "root", "root=everything", "root=signed:root=verity", "*:*", "x" * 10_000]
+)
+def test_an_image_policy_that_is_not_understood_is_refused(fds: list[OwnedFd], text: str) -> None:
+    with pytest.raises(InvalidParameter, match="imagePolicy"):
+        request(fds, imagePolicy=text)

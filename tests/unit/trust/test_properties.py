@@ -20,6 +20,7 @@ from mountd.fds import OwnedFd
 from mountd.plan.idmap import IdMapKind, IdMapWish
 from mountd.service import mount as methods
 from mountd.service.context import RequestContext
+from mountd.service.inspection import Inspected
 from mountd.service.requests import MountRequest
 from mountd.source.model import Source
 from mountd.trust.decide import decide
@@ -365,7 +366,7 @@ def judging(judged: methods.Judged) -> Iterator[RequestContext]:
     with (
         ours,
         theirs,
-        patch.object(methods, "judge", lambda *_: judged),
+        patch.object(methods, "judge", lambda *_, **__: judged),
         patch.object(methods, "make", lambda *_: OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))),
     ):
         context: Any = type("Context", (), {"connection": ours, "enter": lambda *_: None, "writable": False})
@@ -378,8 +379,8 @@ def test_explain_and_mount_never_disagree(
     policy: Policy, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes
 ) -> None:
     decision = decide(policy, caller, source, evidence, wishes)
-    request = MountRequest(source.kind, None, source.tmpfs, None, IdMapWish(IdMapKind.NONE), wishes)
-    judged = methods.Judged(request, caller, source, evidence, decision, (), ())
+    request = MountRequest(source.kind, None, source.tmpfs, None, None, IdMapWish(IdMapKind.NONE), wishes)
+    judged = methods.Judged(request, caller, Inspected(source, evidence), decision, (), ())
     with judging(judged) as context:
         explained: Any = methods.explain({}, [], context)[0]
         mounted: Any = None
