@@ -60,6 +60,26 @@ class NotImmutable(MountdError):
         super().__init__(f"the image is not immutable: {reason}", hint=hint, rule=rule, reason=reason)
 
 
+class SignatureInvalid(MountdError):
+    """A signature does not belong to the image, or cannot be read."""
+
+    wire_name = "SignatureInvalid"
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        """`reason` says what is wrong with it."""
+        super().__init__(f"invalid signature: {reason}", hint=hint, reason=reason)
+
+
+class KeyUnknown(MountdError):
+    """A signature was made with a key that the policy does not name."""
+
+    wire_name = "KeyUnknown"
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        """`reason` says which key is needed, or who made the signature."""
+        super().__init__(f"unknown key: {reason}", hint=hint, reason=reason)
+
+
 class UnsupportedFileSystem(MountdError):
     """The image holds something that mountd does not mount."""
 

@@ -22,6 +22,20 @@ class Proof:
 
 
 @dataclass(frozen=True, slots=True)
+class Key:
+    """A key of the policy, under its name there, as plain bytes that were read when the policy was loaded.
+
+    `kind` is "x509", "ed25519", "ecdsa", "sigstore" or "gpg". `data` are the contents of its files, in PEM
+    or DER (armoured or binary for "gpg"), `origin` says where they were read, for messages.
+    """
+
+    name: str
+    kind: str
+    data: tuple[bytes, ...]
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
 class Signer:
     """A signature that was verified: with the policy's key of the name `key`, over `digest`.
 
