@@ -22,6 +22,7 @@ ALLOWED = {
     "trust": LEAN | {"caller.model", "source.model", "evidence.model"},
     # The flags are names for numbers, and pure.
     "plan": LEAN | {"kernel.flags", "caller.model", "source.model", "evidence.model", "trust"},
+    "store": LEAN | {"kernel", "evidence.model"},
     "execute": LEAN | {"kernel", "plan"},
     "service": LEAN | {"kernel", "wire", "caller", "source", "evidence", "trust", "plan", "execute"},
     "daemon": LEAN | {"kernel", "wire", "caller", "trust", "execute", "service"},

@@ -25,6 +25,8 @@ EXAMPLES = [
     errors.TimedOut(10),
     errors.NotFound("it", hint="hint"),
     errors.NotSupported("statmount", hint="hint"),
+    errors.RegistryFailed("registry.example.com:5000", "reason", hint="hint"),
+    errors.StorageFull("reason", hint="hint"),
     errors.PeerGone("reason"),
     errors.ShuttingDown(),
 ]
