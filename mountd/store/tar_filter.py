@@ -28,7 +28,7 @@ from mountd.store.tar_header import BLOCK, Entry
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CHUNK = 1 << 20
+CHUNK = 256 << 10
 MAXIMUM_PAX = 1 << 20
 MAXIMUM_PATH = 4095  # PATH_MAX without its NUL
 MAXIMUM_COMPONENT = 255  # NAME_MAX
