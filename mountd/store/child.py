@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 TICK_SECONDS = 0.1
+GRACE_SECONDS = 2.0
 CHUNK = 65536
 
 
@@ -112,11 +113,13 @@ class Deadline:
 
 
 def finish(children: Sequence[Child], deadline: Deadline, tick: Callable[[], None]) -> None:
-    """Wait for the end of all of the children and of what they write.
+    """Wait for the end of all of the children and of what they write, or until one of them fails.
 
-    `tick` is called about ten times a second and may raise, which ends the waiting and nothing else: the
-    children belong to the caller's with statements. Raises TimedOut.
+    Once one has failed, the others have a moment to notice; some wait for ever for input that has ended in
+    the middle. `tick` is called about ten times a second and may raise, which ends the waiting and nothing
+    else: the children belong to the caller's with statements. Raises TimedOut.
     """
+    failed: float | None = None
     poll = select.poll()
     by_fd = {output.fd.fileno(): output for child in children for output in child.outputs}
     for fd in by_fd:
@@ -124,6 +127,10 @@ def finish(children: Sequence[Child], deadline: Deadline, tick: Callable[[], Non
     while by_fd or not all(child.poll() for child in children):
         deadline.check()
         tick()
+        if failed is None and any(child.poll() and child.code for child in children):
+            failed = time.monotonic()
+        if failed is not None and time.monotonic() > failed + GRACE_SECONDS:
+            return
         for fd, _ in poll.poll(TICK_SECONDS * 1000):
             if not by_fd[fd].read():
                 poll.unregister(fd)
@@ -136,10 +143,11 @@ def pipe() -> tuple[OwnedFd, OwnedFd]:
     return OwnedFd(reader), OwnedFd(writer)
 
 
-def fork_python(name: str, work: Callable[[int], None], maximum: int) -> Child:
+def fork_python(name: str, work: Callable[[int], bool], maximum: int) -> Child:
     """Fork a child that calls `work` with a descriptor to write its answer to, of up to `maximum` bytes.
 
-    `work` closes what it does not need and never raises anything that matters: the child ends with it.
+    `work` closes what it does not need and says whether all went well, which is the child's exit code: 0 or
+    1. What it raises ends the child, which then has failed as well.
     """
     reader, writer = pipe()
     try:
@@ -149,10 +157,11 @@ def fork_python(name: str, work: Callable[[int], None], maximum: int) -> Child:
         writer.close()
         raise
     if pid == 0:
+        code = 1
         try:
-            work(writer.fileno())
+            code = 0 if work(writer.fileno()) else 1
         finally:
-            os._exit(0)
+            os._exit(code)
     writer.close()
     return Child(name, pid, [Output(reader, maximum)])
 

@@ -128,7 +128,7 @@ def _outcome(first: list[Child], filtering: Child, building: Child, diff_id: str
     except InvalidImage:
         for child in first:
             said = child.outputs[-1].kept.decode("utf-8", "replace")
-            if child.code and BROKEN_PIPE not in said:
+            if child.poll() and child.code and BROKEN_PIPE not in said:
                 shown = program.excerpt(said, child.code)
                 raise InvalidImage(f"a layer cannot be uncompressed: {shown}") from None
         raise
@@ -143,7 +143,7 @@ def _start_filter(work: Work, source: int, sink: int, limits: LayerLimits) -> Ch
     return fork_python("filter", lambda answer: _filter(work, source, sink, answer, limits), MAXIMUM_ANSWER)
 
 
-def _filter(work: Work, source: int, sink: int, answer_fd: int, limits: LayerLimits) -> None:
+def _filter(work: Work, source: int, sink: int, answer_fd: int, limits: LayerLimits) -> bool:
     """Be the child: filter and tell; whatever goes wrong is told as an answer that is not one."""
     answer: dict[str, object] = {}
     try:
@@ -162,8 +162,8 @@ def _filter(work: Work, source: int, sink: int, answer_fd: int, limits: LayerLim
         answer = {"broken": True}
     except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
         answer = {"failed": f"{type(error).__name__}: {error}"}
-    finally:
-        os.write(answer_fd, json.dumps(answer).encode())
+    os.write(answer_fd, json.dumps(answer).encode())
+    return "made" in answer
 
 
 def warm_up() -> None:

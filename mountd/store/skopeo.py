@@ -55,7 +55,9 @@ FULL_HINT = "free space where mountd keeps its images"
 REJECTED = "Source image rejected: "
 UNSIGNED = "A signature was required, but no signature exists"
 BY_POLICY = "is rejected by policy"
-OTHER_KEY = re.compile(r"Signature by key \S+ is not accepted|No public key|no public key")
+OTHER_KEY = re.compile(r"Signature by key (\w+) is not accepted")
+# gpg-error.h: 9 is GPG_ERR_NO_PUBKEY
+GPG_KEY_UNKNOWN = re.compile(r'Fingerprint:"(\w+)", Status:gpgme\.Error\{err:0x9\}')
 FULL = re.compile(r"no space left on device|disk quota exceeded|file too large", re.I)
 TAMPERED = re.compile(
     r"digest did not match|does not match (?:provided manifest|expected) digest|digest mismatch|"
@@ -207,6 +209,7 @@ def _rejected(reference: Reference, text: str, shown: str) -> MountdError:
         return SignatureInvalid(f"{reference} is not signed", hint=SIGN_HINT)
     if BY_POLICY in text:
         return DeniedByPolicy(f"the system's policy rejects {reference}", hint=SIGN_HINT)
-    if OTHER_KEY.search(text):
-        return KeyUnknown(f"{reference}: {shown}", hint=SIGN_HINT)
+    if match := OTHER_KEY.search(text) or GPG_KEY_UNKNOWN.search(text):
+        reason = f"{reference} is signed with {match[1]}, which the system's policy does not name"
+        return KeyUnknown(reason, hint=SIGN_HINT)
     return SignatureInvalid(f"{reference}: {shown}", hint=SIGN_HINT)
