@@ -151,6 +151,16 @@ def read_system_file(path: str, maximum: int) -> bytes:
     return contents
 
 
+def read_key_file(path: str) -> bytes:
+    """Return the contents of a key file. Raises as `read_system_file` does."""
+    if not os.stat(path).st_mode & stat.S_IROTH:
+        raise ValueError(f"{path}: skopeo runs as another user, who cannot read it; chmod it o+r")
+    try:
+        return read_system_file(path, MAXIMUM_KEY_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def parse(path: str, contents: bytes) -> ContainersPolicy:
     """Return what the bytes of the file `path` say. Raises ContainersPolicyError."""
     try:
@@ -276,7 +286,7 @@ def require(
     reference: Reference,
     *,
     accept_anything: bool = False,
-    read_key: Callable[[str, int], bytes] = read_system_file,
+    read_key: Callable[[str], bytes] = read_key_file,
 ) -> Requirement:
     """Return what the image has to pass.
 
@@ -302,15 +312,12 @@ def require(
     return Requirement(scope, "+".join(each.type for each in proving), "; ".join(signers))
 
 
-def signer(rule: Rule, read_key: Callable[[str, int], bytes]) -> str:
+def signer(rule: Rule, read_key: Callable[[str], bytes]) -> str:
     """Return whose signature satisfies a requirement: any of the keys named, with their digests.
 
     The digest says later which key that was, when another one lies at the same place.
     """
-    named = [
-        f"{path} (sha256:{hashlib.sha256(read_key(path, MAXIMUM_KEY_BYTES)).hexdigest()})"
-        for path in rule.files
-    ]
+    named = [f"{path} (sha256:{hashlib.sha256(read_key(path)).hexdigest()})" for path in rule.files]
     named += [f"key data (sha256:{digest})" for digest in rule.embedded]
     if rule.people is not None:
         named.append(rule.people)

@@ -7,6 +7,7 @@ and the copy counts. Its names are found below the directory without following a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20
 MAXIMUM_FILES = 1024
 COPY_BYTES = 64 << 20
+# Where the two files are on file systems that do not know how to copy from each other.
+NO_COPY_FILE_RANGE = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP)
 SECTOR = 512  # stat(2): what st_blocks counts
 PLAIN = Resolve.BENEATH | Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS | Resolve.NO_XDEV
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -217,7 +220,14 @@ def copy_range(source: int, target: int, size: int) -> None:
     """Copy `size` bytes from the start of one file to the start of another. Raises OSError, InvalidImage."""
     done = 0
     while done < size:
-        count = os.copy_file_range(source, target, min(size - done, COPY_BYTES), done, done)
+        length = min(size - done, COPY_BYTES)
+        try:
+            count = os.copy_file_range(source, target, length, done, done)
+        except OSError as error:
+            if error.errno not in NO_COPY_FILE_RANGE:
+                raise
+            os.lseek(target, done, os.SEEK_SET)
+            count = os.sendfile(target, source, done, length)
         if not count:
             raise InvalidImage("what was made of a layer was cut off while it was copied")
         done += count

@@ -99,10 +99,11 @@ class Filter:
 
     def run(self) -> Summary:
         """Walk to the end. Raises InvalidImage, LimitExceeded, and what `read` and `write` raise."""
-        self._emit(Entry(b"", tar_header.DIRECTORY))
         while (found := self._next()) is not None:
             entry, offset = found
             self._take(entry, offset)
+        if b"" not in self._kinds:
+            self._add(Entry(b"", tar_header.DIRECTORY), self._offset)
         whiteouts = 0 if self._lowest else self._write_whiteouts()
         self._write(bytes(2 * BLOCK))
         return Summary(
@@ -246,6 +247,8 @@ class Filter:
         """Write an entry that is not a whiteout, after whatever directories it needs."""
         known = self._kinds.get(entry.path)
         is_directory = entry.type == tar_header.DIRECTORY
+        if not entry.path and not is_directory:
+            raise InvalidImage("the root of a layer is no directory", offset=offset)
         if known is not None and not (is_directory and known == IS_DIRECTORY):
             raise InvalidImage("a name is there twice in the tar archive", offset=offset)
         self._add_parents(entry.path, entry.mtime, offset)
@@ -273,14 +276,16 @@ class Filter:
         self._copy(entry.size, offset)
 
     def _add_parents(self, path: bytes, mtime: int, offset: int) -> None:
-        """Write the directories above `path` that are not there yet."""
+        """Write the directories above `path` that are not there yet, from the root of the layer on."""
         missing = []
-        directory = path.rpartition(b"/")[0]
-        while directory and (kind := self._kinds.get(directory)) != IS_DIRECTORY:
+        while path:
+            path = path.rpartition(b"/")[0]
+            kind = self._kinds.get(path)
+            if kind == IS_DIRECTORY:
+                break
             if kind is not None:
                 raise InvalidImage("a name in the tar archive goes through a file or a link", offset=offset)
-            missing.append(directory)
-            directory = directory.rpartition(b"/")[0]
+            missing.append(path)
         for directory in reversed(missing):
             self._count("headers", 1, "entries in a layer", self._limits.entries)
             self._remember(directory, IS_DIRECTORY)
