@@ -22,8 +22,32 @@ BLOBS = "var/lib/docker-registry/docker/registry/v2/blobs/sha256"
 HELLO = b"hello from the registry\n"
 POLICY = "etc/containers/policy.json"
 
-# With what the service may have, and no more: what pulling needs of it.
-CAPABILITIES = "CAP_SYS_ADMIN CAP_SETUID CAP_SETGID CAP_CHOWN CAP_DAC_OVERRIDE CAP_KILL"
+# What a service that pulls needs, and no more.
+PROPERTIES = (
+    "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SETUID CAP_SETGID CAP_CHOWN CAP_DAC_OVERRIDE CAP_KILL",
+    "LockPersonality=yes",
+    "MemoryDenyWriteExecute=yes",
+    "MemoryMax=1G",
+    "NoNewPrivileges=yes",
+    "PrivateDevices=yes",
+    "ProtectClock=yes",
+    "ProtectControlGroups=yes",
+    "ProtectHome=yes",
+    "ProtectHostname=yes",
+    "ProtectKernelLogs=yes",
+    "ProtectKernelModules=yes",
+    "ProtectKernelTunables=yes",
+    "ProtectSystem=strict",
+    f"ReadWritePaths={PLACE} /var/lib/docker-registry /var/lib/lookaside",
+    "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6",
+    "RestrictNamespaces=mnt pid net ipc uts",
+    "RestrictRealtime=yes",
+    "SystemCallArchitectures=native",
+    "SystemCallFilter=~@clock @cpu-emulation @debug @module @obsolete @raw-io @reboot @swap",
+    "SystemCallErrorNumber=EPERM",
+    "TasksMax=512",
+    "UMask=0077",
+)
 
 
 def gpg(name: str = "team") -> dict[str, object]:
@@ -113,17 +137,16 @@ class Registry:
 
     def pull(self, reference: str, **arguments: Any) -> dict[str, Any]:
         """Pull with mountd as root, under the limits of a service; say what came of it."""
-        _, work = self.inside("work")
-        arguments = {"work": work, "reference": reference, **arguments}
+        arguments = {"work": self.inside("work")[1], "reference": reference, **arguments}
         script = (HERE / "inside/pull_image.py").read_text()
         confined = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect"]
-        confined += [f"--property=CapabilityBoundingSet={CAPABILITIES}", "--property=NoNewPrivileges=yes"]
+        confined += [f"--property={each}" for each in PROPERTIES]
         python = ["python3", "-I", "-W", "error", "-", json.dumps(arguments)]
         done = self.machine.run([*confined, *python], input=script, check=False)
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout)
         assert isinstance(answer, dict)
-        return {"work": work, **answer}
+        return {"work": arguments["work"], **answer}
 
     def refused(self, reference: str, error: str, **arguments: Any) -> dict[str, Any]:
         """Pull what has to be refused with `error`, and look that nothing of it is left."""
@@ -430,6 +453,69 @@ def test_tampered_manifest(registry: Registry) -> None:
     assert answer["left"] == []
 
 
+# A skopeo that enforces the policy, says that all is well, and leaves something else.
+ROGUES = {
+    "another layer": ("InvalidImage", 'cp /etc/passwd "$layer"'),
+    "a changed layer": ("InvalidImage", 'printf x | dd of="$layer" bs=1 seek=20 conv=notrunc 2> /dev/null'),
+    "a longer layer": ("InvalidImage", 'printf x >> "$layer"'),
+    "no layer": ("InvalidImage", 'rm "$layer"'),
+    "a link": ("InvalidImage", 'mv "$layer" /tmp/x; ln -s /tmp/x "$layer"'),
+    "a link outside": ("InvalidImage", 'rm "$layer"; ln -s /etc/passwd "$layer"'),
+    "a pipe": ("InvalidImage", 'rm "$layer"; mkfifo "$layer"'),
+    "a directory": ("InvalidImage", 'rm "$layer"; mkdir "$layer"'),
+    "another manifest": ("RegistryFailed", "echo >> image/manifest.json"),
+    "no manifest": ("InvalidImage", "rm image/manifest.json"),
+    "a huge manifest": ("InvalidImage", "head -c 10000000 /dev/zero > image/manifest.json"),
+    "no image": ("InvalidImage", "rm -r image"),
+    "a linked image": ("InvalidImage", "mv image other; ln -s other image"),
+    "another configuration": ("InvalidImage", 'echo >> "$configuration"'),
+    "many files": (
+        "LimitExceeded",
+        "i=0; while [ $i -lt 1100 ]; do : > image/$i; i=$((i + 1)); done; sleep 5",
+    ),
+    "nothing at all": ("InvalidImage", "rm -r /tmp/*"),
+}
+
+
+@pytest.mark.parametrize("case", ROGUES)
+def test_mountd_believes_nothing_that_skopeo_leaves(registry: Registry, signed: str, case: str) -> None:
+    error, script = ROGUES[case]
+    manifest = json.loads(registry.blob(signed).read_text())
+    layer, configuration = (
+        "image/" + each["digest"].removeprefix("sha256:")
+        for each in (manifest["layers"][0], manifest["config"])
+    )
+    rogue = registry.machine.root / "usr/sbin/skopeo"
+    rogue.write_text(
+        f"""#!/bin/sh -eu
+/usr/bin/skopeo "$@"
+cd /tmp
+layer={layer} configuration={configuration}
+case " $* " in *" copy "*) {script} ;; esac
+"""
+    )
+    rogue.chmod(0o755)
+    try:
+        registry.refused(f"oci:{HOST}/gpg/app:1.0", error)
+    finally:
+        rogue.unlink()
+
+
+def test_the_user_for_pulls(registry: Registry, signed: str) -> None:
+    work, owner = registry.inside("work")[1], registry.inside("owner")[1]
+    look_at = f"stat -c %U {work}/resolve > {owner}"
+    registry.pull(f"oci:{HOST}/gpg/app:1.0", work=work, between=look_at)
+    assert registry.machine.sh(f"cat {owner}") == "nobody\n"
+    registry.machine.sh("useradd --system --user-group mountd-pull")
+    try:
+        work = registry.inside("work")[1]
+        look_at = f"stat -c %U {work}/resolve > {owner}"
+        registry.pull(f"oci:{HOST}/gpg/app:1.0", work=work, between=look_at)
+        assert registry.machine.sh(f"cat {owner}") == "mountd-pull\n"
+    finally:
+        registry.machine.sh("userdel mountd-pull")
+
+
 def test_layer_that_is_not_what_the_configuration_says(registry: Registry) -> None:
     """Signed by the right key, and yet not what it says: only mountd looks at that."""
     host, path = registry.inside("layout")
@@ -552,7 +638,7 @@ def test_tag_that_moves_while_it_is_pulled(registry: Registry) -> None:
     layout = Layout(host)
     layout.close(layout.image([archive(Member("moved", b"x"))]))
     move = (
-        f"GNUPGHOME={PLACE}/gnupg skopeo --insecure-policy copy --quiet {' '.join(registry.sign_gpg)}"
+        f"umask 022; GNUPGHOME={PLACE}/gnupg skopeo --insecure-policy copy --quiet {' '.join(registry.sign_gpg)}"
         f" oci:{path} docker://{HOST}/gpg/moving:1.0"
     )
     answer = registry.refused(f"oci:{HOST}/gpg/moving:1.0", "RegistryFailed", between=move)
