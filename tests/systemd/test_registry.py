@@ -638,7 +638,8 @@ def test_tag_that_moves_while_it_is_pulled(registry: Registry) -> None:
     layout = Layout(host)
     layout.close(layout.image([archive(Member("moved", b"x"))]))
     move = (
-        f"umask 022; GNUPGHOME={PLACE}/gnupg skopeo --insecure-policy copy --quiet {' '.join(registry.sign_gpg)}"
+        f"umask 022; export GNUPGHOME={PLACE}/gnupg;"
+        f" skopeo --insecure-policy copy --quiet {' '.join(registry.sign_gpg)}"
         f" oci:{path} docker://{HOST}/gpg/moving:1.0"
     )
     answer = registry.refused(f"oci:{HOST}/gpg/moving:1.0", "RegistryFailed", between=move)
