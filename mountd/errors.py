@@ -201,6 +201,26 @@ class NotSupported(MountdError):
         super().__init__(f"not supported here: {feature}", hint=hint, feature=feature)
 
 
+class RegistryFailed(MountdError):
+    """A registry cannot be reached, does not prove who it is, or does not give what it was asked for."""
+
+    wire_name = "RegistryFailed"
+
+    def __init__(self, registry: str, reason: str, *, hint: str | None = None) -> None:
+        """`registry` is its host and port."""
+        super().__init__(f"registry {registry}: {reason}", hint=hint, registry=registry, reason=reason)
+
+
+class StorageFull(MountdError):
+    """There is no room left where images are kept."""
+
+    wire_name = "StorageFull"
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        """`reason` says what did not fit."""
+        super().__init__(f"no room left: {reason}", hint=hint, reason=reason)
+
+
 class PeerGone(MountdError):
     """The process that connected has ended or is no longer what it was."""
 

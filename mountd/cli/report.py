@@ -19,8 +19,10 @@ from mountd.errors import (
     OptionNotPermitted,
     PeerGone,
     ProtocolError,
+    RegistryFailed,
     ShuttingDown,
     SignatureInvalid,
+    StorageFull,
     SyscallError,
     TimedOut,
     Unreachable,
@@ -53,7 +55,16 @@ PERMISSION = (
     NotADirectoryError,
     PermissionError,
 )
-SYSTEM = (LimitExceeded, PeerGone, ProtocolError, ShuttingDown, TimedOut, Unreachable)
+SYSTEM = (
+    LimitExceeded,
+    PeerGone,
+    ProtocolError,
+    RegistryFailed,
+    ShuttingDown,
+    StorageFull,
+    TimedOut,
+    Unreachable,
+)
 EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
 
 ATTACHING = (

@@ -28,6 +28,8 @@ EXAMPLES = [
     errors.NotFound("it", hint="hint"),
     errors.InUse("it", hint="hint"),
     errors.NotSupported("statmount", hint="hint"),
+    errors.RegistryFailed("registry.example.com:5000", "reason", hint="hint"),
+    errors.StorageFull("reason", hint="hint"),
     errors.PeerGone("reason"),
     errors.ShuttingDown(),
 ]

@@ -50,6 +50,8 @@ STATUS: list[tuple[BaseException, int]] = [
     (errors.PeerGone("no"), 2),
     (errors.LimitExceeded("mounts", 3), 2),
     (errors.ProtocolError("no"), 2),
+    (errors.RegistryFailed("h", "no"), 2),
+    (errors.StorageFull("no"), 2),
     (OSError(errno.EMFILE, "Too many open files"), 2),
     (errors.MountFailed("fsconfig", "EINVAL"), 32),
     (MOVE, 32),

@@ -454,6 +454,8 @@ EXAMPLES = [
     errors.InUse("it", hint="hint"),
     errors.NotFound("it", hint="hint"),
     errors.NotSupported("statmount"),
+    errors.RegistryFailed("registry.example.com:5000", "reason", hint="hint"),
+    errors.StorageFull("reason", hint="hint"),
     errors.PeerGone("reason"),
     errors.ShuttingDown(),
     errors.InvalidParameter("source.imageFileDescriptor", "not an int"),

@@ -1,0 +1,690 @@
+"""Pulling from a real registry with the real skopeo: what the system's policy asks for, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import oci
+from tests.oci import Layout, Member, archive
+from tests.systemd.machine import HERE, Machine, eventually
+
+HOST = "registry.example.com:5000"
+PLACE = "/var/lib/test"
+BLOBS = "var/lib/docker-registry/docker/registry/v2/blobs/sha256"
+HELLO = b"hello from the registry\n"
+POLICY = "etc/containers/policy.json"
+
+# What a service that pulls needs, and no more.
+PROPERTIES = (
+    "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SETUID CAP_SETGID CAP_CHOWN CAP_DAC_OVERRIDE CAP_KILL",
+    "LockPersonality=yes",
+    "MemoryDenyWriteExecute=yes",
+    "MemoryMax=1G",
+    "NoNewPrivileges=yes",
+    "PrivateDevices=yes",
+    "ProtectClock=yes",
+    "ProtectControlGroups=yes",
+    "ProtectHome=yes",
+    "ProtectHostname=yes",
+    "ProtectKernelLogs=yes",
+    "ProtectKernelModules=yes",
+    "ProtectKernelTunables=yes",
+    "ProtectSystem=strict",
+    f"ReadWritePaths={PLACE} /var/lib/docker-registry /var/lib/lookaside",
+    "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6",
+    "RestrictNamespaces=mnt pid net ipc uts",
+    "RestrictRealtime=yes",
+    "SystemCallArchitectures=native",
+    "SystemCallFilter=~@clock @cpu-emulation @debug @module @obsolete @raw-io @reboot @swap",
+    "SystemCallErrorNumber=EPERM",
+    "TasksMax=512",
+    "UMask=0077",
+)
+
+
+def gpg(name: str = "team") -> dict[str, object]:
+    return {"type": "signedBy", "keyType": "GPGKeys", "keyPath": f"/etc/keys/{name}.gpg"}
+
+
+def sigstore(name: str, identity: str = "matchRepository") -> dict[str, object]:
+    return {
+        "type": "sigstoreSigned",
+        "keyPath": f"/etc/keys/{name}.pub",
+        "signedIdentity": {"type": identity},
+    }
+
+
+def rules() -> dict[str, Any]:
+    """The policy: who has to have signed what, by repository."""
+    return {
+        "default": [{"type": "reject"}],
+        "transports": {
+            "docker": {
+                f"{HOST}/gpg": [gpg()],
+                f"{HOST}/sigstore": [sigstore("sigstore", "matchRepoDigestOrExact")],
+                f"{HOST}/cosign": [sigstore("cosign")],
+                f"{HOST}/both": [gpg(), sigstore("sigstore", "matchRepoDigestOrExact")],
+                f"{HOST}/open": [{"type": "insecureAcceptAnything"}],
+                f"{HOST}/open/closed": [{"type": "reject"}],
+                "unproven.example.com:5000": [gpg()],
+                "registry.example.com:5999": [gpg()],
+            }
+        },
+    }
+
+
+def layer(*more: Member) -> bytes:
+    """A layer with what a layer may have, and what is to be left out of it."""
+    return archive(
+        oci.directory("./", mode=0o755),
+        oci.directory("./etc", mode=0o700, uid=7),
+        Member("./etc/hello", HELLO, mode=0o640, uid=1000, xattrs={"user.colour": "blue"}),
+        Member("./deep/er/than/that", b"x" * 100_000),
+        Member("./link", type=tarfile.SYMTYPE, link="/etc/hello"),
+        Member("./hard", type=tarfile.LNKTYPE, link="./etc/hello"),
+        Member("./null", type=tarfile.CHRTYPE, device=(1, 3)),
+        Member("./capable", b"#!", xattrs={"security.capability": "x", "trusted.overlay.opaque": "y"}),
+        Member("./" + "long/" * 30 + "n" * 200, b"long", mtime=oci.TIME + 0.5),
+        Member("./.wh.gone", b""),
+        *more,
+    )
+
+
+@dataclass
+class Registry:
+    """The machine's registry, and what was pushed to it."""
+
+    machine: Machine
+    count: int = 0
+    pushed: dict[str, str] = field(default_factory=dict)
+
+    def inside(self, name: str) -> tuple[Path, str]:
+        """A new path in the machine, as the host and as the machine has it."""
+        self.count += 1
+        path = f"{PLACE}/{name}-{self.count}"
+        return self.machine.root / path.lstrip("/"), path
+
+    def push(self, layout: str, name: str, *options: str) -> str:
+        """Copy a layout of the machine to the registry; return its digest there."""
+        environment = ["env", f"GNUPGHOME={PLACE}/gnupg"]
+        digest_file = f"{PLACE}/digest"
+        command = ["skopeo", "--insecure-policy", "copy", "--quiet", *options, f"--digestfile={digest_file}"]
+        self.machine.run([*environment, *command, f"oci:{layout}", f"docker://{HOST}/{name}"])
+        return (self.machine.root / digest_file.lstrip("/")).read_text().strip()
+
+    def image(
+        self, name: str, *options: str, archives: tuple[bytes, ...] = (), compression: str = "gzip"
+    ) -> str:
+        """Make an image and push it."""
+        host, path = self.inside("layout")
+        layout = Layout(host)
+        layout.close(layout.image(archives or (layer(),), compression=compression))
+        return self.push(path, name, *options)
+
+    def cosign(self, name: str, digest: str) -> None:
+        """Sign with the real cosign, without any log."""
+        environment = ["env", "COSIGN_PASSWORD=", f"SSL_CERT_FILE={PLACE}/tls/ca.crt", "HOME=/root"]
+        command = ["cosign", "sign", f"--key={PLACE}/cosign.key", "--tlog-upload=false", "--yes"]
+        self.machine.run([*environment, *command, f"{HOST}/{name}@{digest}"])
+
+    def pull(self, reference: str, **arguments: Any) -> dict[str, Any]:
+        """Pull with mountd as root, under the limits of a service; say what came of it."""
+        arguments = {"work": self.inside("work")[1], "reference": reference, **arguments}
+        script = (HERE / "inside/pull_image.py").read_text()
+        confined = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect"]
+        confined += [f"--property={each}" for each in PROPERTIES]
+        python = ["python3", "-I", "-W", "error", "-", json.dumps(arguments)]
+        done = self.machine.run([*confined, *python], input=script, check=False)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert isinstance(answer, dict)
+        return {"work": arguments["work"], **answer}
+
+    def refused(self, reference: str, error: str, **arguments: Any) -> dict[str, Any]:
+        """Pull what has to be refused with `error`, and look that nothing of it is left."""
+        answer = self.pull(reference, **arguments)
+        assert answer.get("error") == error, answer
+        assert answer["left"] == []
+        return answer
+
+    def blob(self, digest: str) -> Path:
+        """The file in which the registry keeps a blob."""
+        hex = digest.removeprefix("sha256:")
+        return self.machine.root / BLOBS / hex[:2] / hex / "data"
+
+    def policy(self, value: object) -> None:
+        path = self.machine.root / POLICY
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+        path.chmod(0o644)
+
+    @property
+    def sign_gpg(self) -> tuple[str, ...]:
+        return ("--sign-by=team@example.com",)
+
+    @property
+    def sign_sigstore(self) -> tuple[str, ...]:
+        return (
+            f"--sign-by-sigstore-private-key={PLACE}/sigstore.private",
+            f"--sign-passphrase-file={PLACE}/passphrase",
+        )
+
+
+@pytest.fixture(scope="module")
+def started(booted: Machine) -> Registry:
+    """A registry with TLS on loopback; goes with the machine."""
+    booted.run(["sh", "-eu", "-s", PLACE], input=(HERE / "inside/registry").read_text())
+    return Registry(booted)
+
+
+@pytest.fixture
+def registry(started: Registry) -> Registry:
+    started.policy(rules())
+    return started
+
+
+@pytest.fixture(scope="module")
+def signed(started: Registry) -> str:
+    """The digest of an image that is signed with GPG."""
+    started.policy(rules())
+    return started.image("gpg/app:1.0", *started.sign_gpg)
+
+
+def key_digest(registry: Registry, name: str) -> str:
+    return oci.digest((registry.machine.root / "etc/keys" / name).read_bytes())
+
+
+def look(registry: Registry, work: str, name: str, script: str) -> str:
+    """Mount an image that was made, and run a script in it."""
+    return registry.machine.sh(
+        f"mount -t erofs -o loop,ro {work}/{name} /mnt; cd /mnt; {script.strip()}; cd /; umount /mnt"
+    )
+
+
+def check_provenance(registry: Registry, answer: dict[str, Any], name: str, digest: str) -> dict[str, Any]:
+    provenance = answer["provenance"]
+    manifest = json.loads(registry.blob(digest).read_text())
+    assert provenance["repository"] == f"{HOST}/{name}"
+    assert provenance["manifest"] == digest
+    assert provenance["layers"] == [each["digest"] for each in manifest["layers"]]
+    assert provenance["time"] > oci.TIME
+    assert answer["phases"] == ["resolve", "fetch", "verify", "build"]
+    assert answer["left"] == [each["name"] for each in answer["layers"]]
+    assert isinstance(provenance, dict)
+    return provenance
+
+
+def test_gpg_signed(registry: Registry, signed: str) -> None:
+    answer = registry.pull(f"oci:{HOST}/gpg/app:1.0")
+    provenance = check_provenance(registry, answer, "gpg/app", signed)
+    assert provenance["requirement"] == "signedBy"
+    assert provenance["signer"] == f"/etc/keys/team.gpg ({key_digest(registry, 'team.gpg')})"
+    assert len(answer["layers"]) == 1
+
+
+def test_sigstore_signed_by_skopeo(registry: Registry) -> None:
+    digest = registry.image("sigstore/app:1.0", *registry.sign_sigstore)
+    answer = registry.pull(f"oci:{HOST}/sigstore/app:1.0")
+    provenance = check_provenance(registry, answer, "sigstore/app", digest)
+    assert provenance["requirement"] == "sigstoreSigned"
+    assert provenance["signer"] == f"/etc/keys/sigstore.pub ({key_digest(registry, 'sigstore.pub')})"
+
+
+def test_signed_by_cosign(registry: Registry) -> None:
+    digest = registry.image("cosign/app:1.0")
+    registry.refused(f"oci:{HOST}/cosign/app:1.0", "SignatureInvalid")
+    registry.cosign("cosign/app", digest)
+    answer = registry.pull(f"oci:{HOST}/cosign/app:1.0")
+    provenance = check_provenance(registry, answer, "cosign/app", digest)
+    assert provenance["requirement"] == "sigstoreSigned"
+    assert provenance["signer"] == f"/etc/keys/cosign.pub ({key_digest(registry, 'cosign.pub')})"
+
+
+def test_two_requirements(registry: Registry) -> None:
+    registry.image("both/app:1.0", *registry.sign_gpg)
+    registry.refused(f"oci:{HOST}/both/app:1.0", "SignatureInvalid")
+    parameters = registry.machine.root / f"{PLACE}/parameters.yaml".lstrip("/")
+    parameters.write_text(
+        f"privateKeyFile: {PLACE}/sigstore.private\nprivateKeyPassphraseFile: {PLACE}/passphrase\n"
+    )
+    both = (*registry.sign_gpg, f"--sign-by-sigstore={PLACE}/parameters.yaml")
+    digest = registry.image("both/app:2.0", *both)
+    answer = registry.pull(f"oci:{HOST}/both/app:2.0")
+    provenance = check_provenance(registry, answer, "both/app", digest)
+    assert provenance["requirement"] == "signedBy+sigstoreSigned"
+
+
+def test_what_is_in_the_image(registry: Registry, signed: str) -> None:
+    answer = registry.pull(f"oci:{HOST}/gpg/app@{signed}")
+    script = r"""
+cat etc/hello; stat -c '%a %u %g %h %Y' etc/hello; stat -c '%a %u' etc .
+stat -c '%a %u %g %Y' deep deep/er; readlink link; wc -c < deep/er/than/that
+getfattr -d -m - etc/hello capable 2> /dev/null || python3 -c '
+import os
+print({name: os.getxattr(path, name) for path in ("etc/hello", "capable") for name in os.listxattr(path)})'
+ls; find . -name 'nnn*' -printf '%s %T@\n'
+"""
+    lines = look(registry, answer["work"], "layer-0.erofs", script).splitlines()
+    assert lines == [
+        HELLO.decode().strip(),
+        f"640 1000 1000 2 {oci.TIME}",
+        "700 7",
+        "755 0",
+        f"755 0 0 {oci.TIME}",
+        f"755 0 0 {oci.TIME}",
+        "/etc/hello",
+        "100000",
+        "{'user.colour': b'blue'}",
+        "capable",
+        "deep",
+        "etc",
+        "hard",
+        "link",
+        "long",
+        f"4 {oci.TIME}.5000000000",
+    ]
+    summary = answer["layers"][0]["summary"]
+    assert (summary["devices_dropped"], summary["xattrs_dropped"], summary["whiteouts"]) == (1, 2, 0)
+
+
+def test_device_nodes_that_are_granted(registry: Registry, signed: str) -> None:
+    answer = registry.pull(f"oci:{HOST}/gpg/app@{signed}", options={"devices": True})
+    found = look(registry, answer["work"], "layer-0.erofs", "stat -c '%F %t %T' null")
+    assert found == "character special file 1 3\n"
+
+
+def test_the_same_layer_makes_the_same_image(registry: Registry, signed: str) -> None:
+    once, again = (registry.pull(f"oci:{HOST}/gpg/app:1.0")["layers"][0]["sha256"] for _ in range(2))
+    assert once == again
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "zstd"])
+def test_compressions(registry: Registry, compression: str) -> None:
+    name = f"gpg/{compression}:1.0"
+    registry.image(name, *registry.sign_gpg, compression=compression)
+    answer = registry.pull(f"oci:{HOST}/{name}")
+    assert look(registry, answer["work"], "layer-0.erofs", "cat etc/hello") == HELLO.decode()
+
+
+def test_docker_schema_2(registry: Registry) -> None:
+    digest = registry.image("gpg/docker:1.0", "--format=v2s2", *registry.sign_gpg)
+    assert "docker" in json.loads(registry.blob(digest).read_text())["mediaType"]
+    answer = registry.pull(f"oci:{HOST}/gpg/docker:1.0")
+    check_provenance(registry, answer, "gpg/docker", digest)
+
+
+def test_an_index_gives_the_image_for_this_machine(registry: Registry) -> None:
+    host, path = registry.inside("layout")
+    layout = Layout(host)
+    manifests = {
+        name: layout.image([archive(Member(name, b"x"))], architecture=name)
+        for name in ("amd64", "arm64", "s390x")
+    }
+    layout.close(layout.index(manifests), oci.INDEX)
+    top = registry.push(path, "gpg/many:1.0", "--all", *registry.sign_gpg)
+    own = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
+    for reference in (f"oci:{HOST}/gpg/many:1.0", f"oci:{HOST}/gpg/many@{top}"):
+        answer = registry.pull(reference)
+        check_provenance(registry, answer, "gpg/many", oci.digest(manifests[own]))
+        assert look(registry, answer["work"], "layer-0.erofs", "ls").split() == [own]
+    layout = Layout(registry.inside("layout")[0])
+    path = "/" + str(layout.path.relative_to(registry.machine.root))
+    layout.close(layout.index({"s390x": layout.image([archive()], architecture="s390x")}), oci.INDEX)
+    registry.push(path, "gpg/foreign:1.0", "--all", *registry.sign_gpg)
+    registry.refused(f"oci:{HOST}/gpg/foreign:1.0", "NotFound")
+
+
+def test_layers_stack_with_their_whiteouts(registry: Registry) -> None:
+    lowest = archive(
+        Member("gone", b"1"),
+        Member("kept", b"1"),
+        Member("replaced/old", b"1"),
+        Member("opaque/old", b"1"),
+        Member("changed", b"1"),
+        Member(".wh.nothing", b""),
+    )
+    upper = archive(
+        Member(".wh.gone", b""),
+        Member(".wh.replaced", b""),
+        Member("replaced/new", b"2"),
+        Member("opaque/.wh..wh..opq", b""),
+        Member("opaque/new", b"2"),
+        Member("changed", b"2"),
+        Member(".wh.changed", b""),
+    )
+    registry.image("gpg/stack:1.0", *registry.sign_gpg, archives=(lowest, upper))
+    answer = registry.pull(f"oci:{HOST}/gpg/stack:1.0")
+    assert [each["summary"]["whiteouts"] for each in answer["layers"]] == [0, 3]
+    found = registry.machine.sh(
+        f"""
+mkdir -p /tmp/0 /tmp/1
+for n in 0 1; do mount -t erofs -o loop,ro {answer["work"]}/layer-$n.erofs /tmp/$n; done
+mount -t overlay -o lowerdir=/tmp/1:/tmp/0 overlay /mnt
+cd /mnt; find . -type f -printf '%P ' -exec cat {{}} \\; -printf '\\n'
+cd /; umount /mnt /tmp/0 /tmp/1
+"""
+    )
+    assert sorted(found.splitlines()) == ["changed 2", "kept 1", "opaque/new 2", "replaced/new 2"]
+
+
+def test_a_tag_with_a_digest(registry: Registry, signed: str) -> None:
+    answer = registry.pull(f"oci:{HOST}/gpg/app:1.0@{signed}")
+    assert answer["provenance"]["manifest"] == signed
+    registry.refused(f"oci:{HOST}/gpg/app:1.0@sha256:{'0' * 64}", "RegistryFailed")
+
+
+# Refused
+
+
+def test_unsigned(registry: Registry) -> None:
+    for name in ("gpg/unsigned:1.0", "sigstore/unsigned:1.0"):
+        registry.image(name)
+        answer = registry.refused(f"oci:{HOST}/{name}", "SignatureInvalid")
+        assert "is not signed" in answer["message"]
+        assert "sign the image" in answer["hint"]
+
+
+def test_signed_by_somebody_else(registry: Registry) -> None:
+    registry.image("gpg/other:1.0", "--sign-by=other@example.com")
+    registry.refused(f"oci:{HOST}/gpg/other:1.0", "KeyUnknown")
+    registry.image(
+        "sigstore/other:1.0",
+        f"--sign-by-sigstore-private-key={PLACE}/stranger.private",
+        f"--sign-passphrase-file={PLACE}/passphrase",
+    )
+    registry.refused(f"oci:{HOST}/sigstore/other:1.0", "SignatureInvalid")
+
+
+def test_signature_of_another_image(registry: Registry, signed: str) -> None:
+    digest = registry.image("gpg/app:1.1", archives=(layer(Member("evil", b"evil")),))
+    lookaside = registry.machine.root / "var/lib/lookaside/gpg"
+    source = lookaside / f"app@{signed.replace(':', '=')}"
+    shutil.copytree(source, lookaside / f"app@{digest.replace(':', '=')}")
+    registry.refused(f"oci:{HOST}/gpg/app:1.1", "SignatureInvalid")
+    registry.refused(f"oci:{HOST}/gpg/app@{digest}", "SignatureInvalid")
+
+
+def test_signature_of_another_tag_and_of_another_repository(registry: Registry, signed: str) -> None:
+    """An old image, validly signed, under the name of a new one: skopeo looks at the tag that was signed."""
+    old = (
+        registry.machine.root
+        / "var/lib/docker-registry/docker/registry/v2/repositories/gpg/app/_manifests/tags"
+    )
+    shutil.copytree(old / "1.0", old / "2.0")
+    registry.refused(f"oci:{HOST}/gpg/app:2.0", "SignatureInvalid")
+    registry.machine.run(
+        [
+            "skopeo",
+            "--insecure-policy",
+            "copy",
+            "--quiet",
+            f"docker://{HOST}/gpg/app:1.0",
+            f"docker://{HOST}/gpg/copied:1.0",
+        ]
+    )
+    lookaside = registry.machine.root / "var/lib/lookaside/gpg"
+    name = signed.replace(":", "=")
+    shutil.copytree(lookaside / f"app@{name}", lookaside / f"copied@{name}", dirs_exist_ok=True)
+    registry.refused(f"oci:{HOST}/gpg/copied:1.0", "SignatureInvalid")
+
+
+def test_tampered_layer(registry: Registry) -> None:
+    digest = registry.image("gpg/tampered:1.0", *registry.sign_gpg, archives=(layer(Member("t", b"t")),))
+    blob = registry.blob(json.loads(registry.blob(digest).read_text())["layers"][0]["digest"])
+    contents = bytearray(blob.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    blob.write_bytes(contents)
+    registry.refused(f"oci:{HOST}/gpg/tampered:1.0", "InvalidImage")
+
+
+def test_tampered_manifest(registry: Registry) -> None:
+    digest = registry.image("gpg/forged:1.0", *registry.sign_gpg, archives=(layer(Member("f", b"f")),))
+    blob = registry.blob(digest)
+    blob.write_bytes(blob.read_bytes().replace(b'"schemaVersion": 2', b'"schemaVersion":  2'))
+    answer = registry.pull(f"oci:{HOST}/gpg/forged:1.0")
+    assert answer["error"] in ("SignatureInvalid", "RegistryFailed", "InvalidImage"), answer
+    assert answer["left"] == []
+
+
+# A skopeo that enforces the policy, says that all is well, and leaves something else.
+ROGUES = {
+    "another layer": ("InvalidImage", 'cp /etc/passwd "$layer"'),
+    "a changed layer": ("InvalidImage", 'printf x | dd of="$layer" bs=1 seek=20 conv=notrunc 2> /dev/null'),
+    "a longer layer": ("InvalidImage", 'printf x >> "$layer"'),
+    "no layer": ("InvalidImage", 'rm "$layer"'),
+    "a link": ("InvalidImage", 'mv "$layer" /tmp/x; ln -s /tmp/x "$layer"'),
+    "a link outside": ("InvalidImage", 'rm "$layer"; ln -s /etc/passwd "$layer"'),
+    "a pipe": ("InvalidImage", 'rm "$layer"; mkfifo "$layer"'),
+    "a directory": ("InvalidImage", 'rm "$layer"; mkdir "$layer"'),
+    "another manifest": ("RegistryFailed", "echo >> image/manifest.json"),
+    "no manifest": ("InvalidImage", "rm image/manifest.json"),
+    "a huge manifest": ("InvalidImage", "head -c 10000000 /dev/zero > image/manifest.json"),
+    "no image": ("InvalidImage", "rm -r image"),
+    "a linked image": ("InvalidImage", "mv image other; ln -s other image"),
+    "another configuration": ("InvalidImage", 'echo >> "$configuration"'),
+    "many files": (
+        "LimitExceeded",
+        "i=0; while [ $i -lt 1100 ]; do : > image/$i; i=$((i + 1)); done; sleep 5",
+    ),
+    "nothing at all": ("InvalidImage", "rm -r /tmp/*"),
+}
+
+
+@pytest.mark.parametrize("case", ROGUES)
+def test_mountd_believes_nothing_that_skopeo_leaves(registry: Registry, signed: str, case: str) -> None:
+    error, script = ROGUES[case]
+    manifest = json.loads(registry.blob(signed).read_text())
+    layer, configuration = (
+        "image/" + each["digest"].removeprefix("sha256:")
+        for each in (manifest["layers"][0], manifest["config"])
+    )
+    rogue = registry.machine.root / "usr/sbin/skopeo"
+    rogue.write_text(
+        f"""#!/bin/sh -eu
+/usr/bin/skopeo "$@"
+cd /tmp
+layer={layer} configuration={configuration}
+case " $* " in *" copy "*) {script} ;; esac
+"""
+    )
+    rogue.chmod(0o755)
+    try:
+        registry.refused(f"oci:{HOST}/gpg/app:1.0", error)
+    finally:
+        rogue.unlink()
+
+
+def test_the_user_for_pulls(registry: Registry, signed: str) -> None:
+    work, owner = registry.inside("work")[1], registry.inside("owner")[1]
+    look_at = f"stat -c %U {work}/resolve > {owner}"
+    registry.pull(f"oci:{HOST}/gpg/app:1.0", work=work, between=look_at)
+    assert registry.machine.sh(f"cat {owner}") == "nobody\n"
+    registry.machine.sh("useradd --system --user-group mountd-pull")
+    try:
+        work = registry.inside("work")[1]
+        look_at = f"stat -c %U {work}/resolve > {owner}"
+        registry.pull(f"oci:{HOST}/gpg/app:1.0", work=work, between=look_at)
+        assert registry.machine.sh(f"cat {owner}") == "mountd-pull\n"
+    finally:
+        registry.machine.sh("userdel mountd-pull")
+
+
+def test_layer_that_is_not_what_the_configuration_says(registry: Registry) -> None:
+    """Signed by the right key, and yet not what it says: only mountd looks at that."""
+    host, path = registry.inside("layout")
+    layout = Layout(host)
+    manifest = json.loads(layout.image([layer()]))
+    other = oci.compress(layer(Member("other", b"x")), "gzip")
+    layout.blob(other)
+    manifest["layers"] = [oci.descriptor(f"{oci.LAYER}+gzip", other)]
+    layout.close(layout.document(manifest))
+    registry.push(path, "gpg/mismatch:1.0", *registry.sign_gpg)
+    answer = registry.refused(f"oci:{HOST}/gpg/mismatch:1.0", "InvalidImage")
+    assert "as configured" in answer["message"]
+
+
+HOSTILE = {
+    "absolute": [Member("/etc/passwd", b"x")],
+    "upwards": [Member("a/../../etc/passwd", b"x")],
+    "through a link": [Member("a", type=tarfile.SYMTYPE, link="/etc"), Member("a/passwd", b"x")],
+    "hard link outside": [Member("a", type=tarfile.LNKTYPE, link="../../etc/passwd")],
+    "hard link to nothing": [Member("a", type=tarfile.LNKTYPE, link="etc/passwd")],
+    "twice": [Member("a", b"x"), Member("a", b"y")],
+}
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_layers(registry: Registry, case: str, compression: str) -> None:
+    name = f"gpg/hostile:{case.replace(' ', '-')}-{compression}"
+    registry.image(name, *registry.sign_gpg, archives=(archive(*HOSTILE[case]),), compression=compression)
+    answer = registry.refused(f"oci:{HOST}/{name}", "InvalidImage")
+    assert "tar archive" in answer["message"] or "hard link" in answer["message"]
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_bombs(registry: Registry, compression: str) -> None:
+    bomb = archive(Member("zeros", bytes(96 << 20)))
+    registry.image(f"gpg/bomb:{compression}", *registry.sign_gpg, archives=(bomb,), compression=compression)
+    answer = registry.refused(f"oci:{HOST}/gpg/bomb:{compression}", "LimitExceeded")
+    assert "may grow" in answer["message"]
+
+
+def test_image_that_is_too_large(registry: Registry) -> None:
+    registry.image(
+        "gpg/large:1.0", *registry.sign_gpg, archives=(archive(Member("r", os.urandom(200_000))),)
+    )
+    registry.refused(f"oci:{HOST}/gpg/large:1.0", "LimitExceeded", limits={"compressed": 100_000})
+
+
+def test_look_alike_hosts(registry: Registry, signed: str) -> None:
+    for host in (
+        "registry.example.com.evil.test:5000",
+        "registry.example.com.:5000",
+        "registry.exarnple.com",
+    ):
+        error = "InvalidParameter" if ".:" in host else "DeniedByPolicy"
+        registry.refused(f"oci:{host}/gpg/app:1.0", error)
+
+
+def test_policy_that_rejects(registry: Registry, signed: str) -> None:
+    registry.refused(f"oci:{HOST}/nobody/knows:1.0", "DeniedByPolicy")
+    registry.refused(f"oci:{HOST}/open/closed:1.0", "DeniedByPolicy")
+    # The scope of one tag is more special than that of its repository.
+    changed = rules()
+    changed["transports"]["docker"][f"{HOST}/gpg/app:1.0"] = [{"type": "reject"}]
+    registry.policy(changed)
+    registry.refused(f"oci:{HOST}/gpg/app:1.0", "DeniedByPolicy")
+    assert "provenance" in registry.pull(f"oci:{HOST}/gpg/app@{signed}")
+
+
+def test_policy_that_accepts_anything_is_no_evidence(registry: Registry) -> None:
+    registry.image("open/app:1.0")
+    answer = registry.refused(f"oci:{HOST}/open/app:1.0", "DeniedByPolicy")
+    assert "proves nothing" in answer["message"]
+    answer = registry.pull(f"oci:{HOST}/open/app:1.0", options={"accept_anything": True})
+    assert answer["provenance"]["requirement"] == "insecureAcceptAnything"
+    assert answer["provenance"]["signer"] is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        '{"default": []}',
+        '{"default": [{"type": "insecureAcceptAnything"}], "default": [{"type": "reject"}]}',
+        '{"default": [{"type": "insecureAcceptAnything"}], "transport": {}}',
+    ],
+)
+def test_policy_that_cannot_be_read(registry: Registry, signed: str, text: str) -> None:
+    registry.policy(text)
+    registry.refused(f"oci:{HOST}/gpg/app:1.0", "ContainersPolicyError")
+
+
+def test_policy_or_key_that_somebody_else_can_write(registry: Registry, signed: str) -> None:
+    (registry.machine.root / POLICY).chmod(0o666)
+    registry.refused(f"oci:{HOST}/gpg/app:1.0", "ContainersPolicyError")
+    registry.policy(rules())
+    key = registry.machine.root / "etc/keys/team.gpg"
+    key.chmod(0o666)
+    try:
+        registry.refused(f"oci:{HOST}/gpg/app:1.0", "ContainersPolicyError")
+    finally:
+        key.chmod(0o644)
+
+
+def test_policy_in_a_home_directory_is_nobodys(registry: Registry) -> None:
+    registry.image("gpg/home:1.0")
+    home = registry.machine.root / "root/.config/containers"
+    home.mkdir(parents=True)
+    try:
+        (home / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        registry.refused(f"oci:{HOST}/gpg/home:1.0", "SignatureInvalid")
+    finally:
+        shutil.rmtree(registry.machine.root / "root/.config")
+
+
+def test_tag_that_moves_while_it_is_pulled(registry: Registry) -> None:
+    registry.image("gpg/moving:1.0", *registry.sign_gpg)
+    host, path = registry.inside("layout")
+    layout = Layout(host)
+    layout.close(layout.image([archive(Member("moved", b"x"))]))
+    move = (
+        f"umask 022; export GNUPGHOME={PLACE}/gnupg;"
+        f" skopeo --insecure-policy copy --quiet {' '.join(registry.sign_gpg)}"
+        f" oci:{path} docker://{HOST}/gpg/moving:1.0"
+    )
+    answer = registry.refused(f"oci:{HOST}/gpg/moving:1.0", "RegistryFailed", between=move)
+    assert "moved while it was pulled" in answer["message"]
+    assert "provenance" in registry.pull(f"oci:{HOST}/gpg/moving:1.0")
+
+
+def test_registry_that_does_not_prove_who_it_is(registry: Registry, signed: str) -> None:
+    answer = registry.refused("oci:unproven.example.com:5000/gpg/app:1.0", "RegistryFailed")
+    assert "does not prove who it is" in answer["message"]
+    assert "/etc/containers/certs.d/unproven.example.com:5000/ca.crt" in answer["hint"]
+
+
+def test_registry_that_is_not_there(registry: Registry) -> None:
+    answer = registry.refused("oci:registry.example.com:5999/app:1.0", "RegistryFailed")
+    assert "cannot be reached" in answer["message"]
+
+
+def test_image_that_is_not_there(registry: Registry) -> None:
+    registry.refused(f"oci:{HOST}/gpg/absent:1.0", "NotFound")
+    registry.refused(f"oci:{HOST}/gpg/app:none", "NotFound")
+
+
+def test_registry_that_does_not_answer(registry: Registry) -> None:
+    listen = "import socket, time\ns = socket.create_server(('127.0.0.1', 5999))\ntime.sleep(600)"
+    registry.machine.run(["systemd-run", "--quiet", "--unit=silent", "python3", "-c", listen])
+    try:
+        eventually(lambda: ":5999" in registry.machine.sh("ss -ltn"))
+        answer = registry.refused(
+            "oci:registry.example.com:5999/app:1.0", "TimedOut", limits={"resolve_seconds": 3}
+        )
+        assert "3 seconds" in answer["message"]
+    finally:
+        registry.machine.run(["systemctl", "stop", "silent"])
+    assert registry.machine.run(["pgrep", "skopeo"], check=False).stdout == ""
+
+
+@pytest.mark.parametrize("kilobytes", [150, 350, 550])
+def test_no_room_left(registry: Registry, kilobytes: int) -> None:
+    """Where it runs full: while fetching, while copying, while building."""
+    contents = os.urandom(200_000)
+    registry.image("gpg/room:1.0", *registry.sign_gpg, archives=(archive(Member("r", contents)),))
+    _, work = registry.inside("small")
+    registry.machine.sh(f"mkdir {work}; mount -t tmpfs -o size={kilobytes}k,mode=0700 tmpfs {work}")
+    try:
+        registry.refused(f"oci:{HOST}/gpg/room:1.0", "StorageFull", work=work)
+    finally:
+        registry.machine.sh(f"umount {work}")
