@@ -7,6 +7,7 @@ has the number next; so the daemon calls `open_journal` once, before it forks, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from enum import IntEnum
@@ -40,10 +41,21 @@ def in_service() -> bool:
 
 def open_journal(text: str) -> None:
     """Write the first message, and take note of the descriptor that is open for the others from now on."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = sockets()
     log(Priority.INFO, text)
     if in_service():
-        descriptors.update(int(name) for name in set(os.listdir("/proc/self/fd")) - before)
+        descriptors.update(sockets() - before)
+
+
+def sockets() -> set[int]:
+    """Return the numbers of the sockets that this process has open."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        # The directory itself was open while it was read.
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                found.add(int(name))
+    return found
 
 
 def log(priority: Priority, text: str, *, message_id: str | None = None, **fields: str) -> None:
