@@ -127,7 +127,9 @@ def refuse_lease(image_fd: int) -> None:
     try:
         os.close(os.open(f"/proc/self/fd/{image_fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:
-        raise SyscallError(error.errno or 0, "open(the image, O_NONBLOCK)") from None
+        leased = error.errno == errno.EAGAIN
+        what = "the image, on which somebody has a lease" if leased else "the image"
+        raise SyscallError(error.errno or 0, f"open({what})") from None
 
 
 def _create_from(operation: CreateSuperblock, source: str) -> FsContext:

@@ -343,6 +343,6 @@ def test_explain_never_disagrees_with_mount(
     assert names >= {
         "",
         BadFileDescriptor.__name__,
-        *("DeniedByPolicy", "InvalidImage", "InvalidParameter", "NotImmutable", "NotSupported"),
+        *("DeniedByPolicy", "InvalidImage", "InvalidParameter", "NotImmutable"),
         *("OptionNotPermitted", "UnsupportedFileSystem", "UserNamespaceNotPermitted"),
     }
