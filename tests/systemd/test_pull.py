@@ -1,4 +1,4 @@
-"""Pulling with the installed units, as an ordinary user, and mounting what was pulled by where it is from."""
+"""Pulling with the installed units as an ordinary user, and mounting what was pulled by where it is from."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.systemd.machine import SERVICE, Machine
 from tests.systemd.registry import HELLO, HOST, Registry, layer
 
 PULLS = "mountd-pull.service"
+STRANGER = "mallory"
 RULE = f"""
 [[rule]]
 name = "pulled"
@@ -32,6 +33,12 @@ def ruled(machine: Machine, registry: Registry, user: str) -> Iterator[Registry]
     stopped = machine.run(["systemctl", "stop", PULLS], check=False)
     assert stopped.returncode == 0, stopped.stderr
     assert machine.sh("ls /var/lib/mountd/incoming") == ""
+
+
+def publish(registry: Registry, name: str, *options: str) -> str:
+    """Push an image whose contents are its own; return the digest of its manifest."""
+    contents = archive(Member("hello", HELLO, mode=0o644), Member("name", name.encode(), mode=0o644))
+    return registry.image(name, *options, archives=(contents,))
 
 
 def set_rules(machine: Machine, text: str) -> None:
@@ -67,12 +74,12 @@ def not_pulled(machine: Machine, reference: str, error: str, user: str) -> str:
 
 def read(machine: Machine, source: str, user: str) -> str:
     """Mount as a user, and read a file of the image."""
-    return machine.sh(f"unshare -Urm sh -euc 'mountctl mount {source} /mnt; cat /mnt/etc/hello'", user=user)
+    return machine.sh(f"unshare -Urm sh -euc 'mountctl mount {source} /mnt; cat /mnt/hello'", user=user)
 
 
 def test_a_user_pulls_and_mounts(ruled: Registry, user: str) -> None:
     machine = ruled.machine
-    manifest = ruled.image("gpg/joined:1.0", *ruled.sign_gpg)
+    manifest = publish(ruled, "gpg/joined:1.0", *ruled.sign_gpg)
     image = pull(machine, f"oci:{HOST}/gpg/joined:1.0", user)["image"]
     assert image["provenance"]["repository"] == f"{HOST}/gpg/joined"
     assert image["provenance"]["manifest"] == manifest
@@ -99,7 +106,7 @@ def test_programs_run_as_a_user_of_their_own(ruled: Registry, user: str) -> None
 
 
 def test_run_in_a_pulled_image_needs_no_root(ruled: Registry, user: str) -> None:
-    ruled.image("gpg/text:1.0", *ruled.sign_gpg)
+    publish(ruled, "gpg/text:1.0", *ruled.sign_gpg)
     done = ruled.machine.run(["mountctl", "image", "pull", f"oci:{HOST}/gpg/text:1.0"], user=user)
     digest = done.stdout.strip()
     assert digest.startswith("sha256:")
@@ -113,7 +120,7 @@ def test_run_in_a_pulled_image_needs_no_root(ruled: Registry, user: str) -> None
 @pytest.mark.parametrize("signer", [None, "other@example.com"])
 def test_what_is_not_signed_as_the_system_wants(ruled: Registry, user: str, signer: str | None) -> None:
     name = f"gpg/wrong:{'other' if signer else 'none'}"
-    ruled.image(name, *([f"--sign-by={signer}"] if signer else []))
+    publish(ruled, name, *([f"--sign-by={signer}"] if signer else []))
     said = not_pulled(
         ruled.machine, f"oci:{HOST}/{name}", "KeyUnknown" if signer else "SignatureInvalid", user
     )
@@ -135,9 +142,10 @@ def test_look_alike_hosts(ruled: Registry, user: str) -> None:
 
 def test_callers_and_repositories_that_no_rule_is_about(ruled: Registry, user: str) -> None:
     machine = ruled.machine
-    ruled.image("sigstore/joined:1.0", *ruled.sign_sigstore)
+    machine.sh(f"useradd {STRANGER}")
+    publish(ruled, "sigstore/joined:1.0", *ruled.sign_sigstore)
     not_pulled(machine, f"oci:{HOST}/sigstore/joined:1.0", "DeniedByPolicy", user)
-    not_pulled(machine, f"oci:{HOST}/gpg/app:1.0", "DeniedByPolicy", "nobody")
+    not_pulled(machine, f"oci:{HOST}/gpg/app:1.0", "DeniedByPolicy", STRANGER)
     # Root may pull it, and that makes it nobody's but root's to mount.
     image = pull(machine, f"oci:{HOST}/sigstore/joined:1.0", None)["image"]
     assert image["provenance"]["requirement"] == "sigstoreSigned"
@@ -187,7 +195,7 @@ def test_several_layers_wait_for_stacks(ruled: Registry, user: str) -> None:
 
 
 def test_progress_on_a_terminal_only(ruled: Registry, user: str) -> None:
-    ruled.image("gpg/told:1.0", *ruled.sign_gpg)
+    publish(ruled, "gpg/told:1.0", *ruled.sign_gpg)
     command = f"mountctl image pull oci:{HOST}/gpg/told:1.0"
     shown = ruled.machine.sh(f"script -qec '{command}' /dev/null", user=user)
     assert "fetch" in shown
@@ -203,7 +211,7 @@ def test_leftovers_of_a_killed_pull_are_swept(ruled: Registry, user: str) -> Non
     # Whoever may not remove it has no trouble with it.
     assert "images" in json.loads(machine.run(["mountctl", "image", "list", "--json"]).stdout)
     machine.run(["mountctl", "image", "gc"])
-    ruled.image("gpg/swept:1.0", *ruled.sign_gpg)
+    publish(ruled, "gpg/swept:1.0", *ruled.sign_gpg)
     pull(machine, f"oci:{HOST}/gpg/swept:1.0", user)
     assert machine.sh("ls /var/lib/mountd/incoming") == ""
 
