@@ -37,14 +37,18 @@ $(VM_STAMP): $(STAMP) tests/vm/packages.txt
 
 # For the system's own Python: the modules lie where nothing else is, and the programs ignore the environment.
 install:
-	install -d $(LIB)/mountd $(LIB)/mountd/policy.d $(LIB)/systemd/system $(LIB)/tmpfiles.d $(BIN) $(SBIN)
+	install -d $(LIB)/mountd $(LIB)/mountd/policy.d $(LIB)/systemd/system $(LIB)/tmpfiles.d $(LIB)/sysusers.d \
+	  $(BIN) $(SBIN)
 	cd mountd && find . -name '*.py' -exec install -D -m 0644 {} $(abspath $(LIB))/mountd/python/mountd/{} \;
 	install -D -m 0644 -t $(LIB)/mountd/python/mountd/protocol protocol/*.varlink
 	install -m 0644 -t $(LIB)/mountd/policy.d units/policy.d/*.toml
 	install -m 0644 -t $(LIB)/tmpfiles.d units/tmpfiles.d/mountd.conf
-	install -m 0644 -t $(LIB)/systemd/system units/systemd/mountd.socket
-	sed 's|@SBINDIR@|$(PREFIX)/sbin|' units/systemd/mountd.service > $(LIB)/systemd/system/mountd.service
-	chmod 0644 $(LIB)/systemd/system/mountd.service
+	install -m 0644 -t $(LIB)/sysusers.d units/sysusers.d/mountd.conf
+	install -m 0644 -t $(LIB)/systemd/system units/systemd/mountd.socket units/systemd/mountd-pull.socket
+	for unit in mountd mountd-pull; do \
+	  sed 's|@SBINDIR@|$(PREFIX)/sbin|' units/systemd/$$unit.service > $(LIB)/systemd/system/$$unit.service && \
+	  chmod 0644 $(LIB)/systemd/system/$$unit.service || exit; \
+	done
 	units/program mountd.daemon.main $(PREFIX)/lib/mountd/python > $(SBIN)/mountd
 	units/program mountd.cli.mount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/mount.mountd
 	units/program mountd.cli.mountctl $(PREFIX)/lib/mountd/python > $(BIN)/mountctl

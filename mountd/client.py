@@ -48,6 +48,7 @@ HOST_ID_MAP = ["0", "0", "4294967295"]
 IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
 TMPFS = "tmpfs:"
 STORED = "stored:"
+OCI = "oci:"
 TRY_AGAIN = "try again; the journal of mountd says what it was doing"
 ENDED = "it closed the connection without an answer"
 MAXIMUM_INTEGER = (1 << 63) - 1
@@ -324,7 +325,8 @@ class Request:
     ) -> None:
         """Open what has to be opened.
 
-        `source` is the path of an image, "stored:sha256:…" for one of mountd's store, or "tmpfs:SIZE".
+        `source` is the path of an image, "stored:sha256:…" for one of mountd's store,
+        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE".
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
         of a user namespace, "none" for none, None for that of this process if it is not the host's. Raises
         NotFound, InvalidParameter, OptionNotPermitted and OSError.
@@ -352,7 +354,7 @@ class Request:
     def _read_source(self, source: str, read_only: bool) -> dict[str, object]:
         if source.startswith(TMPFS):
             return {"tmpfs": {"size": parse_size(source.removeprefix(TMPFS))}}
-        if source.startswith(STORED):
+        if source.startswith((STORED, OCI)):
             if not is_text(source):
                 raise InvalidParameter("SOURCE", "it is no text")
             return {"reference": source}

@@ -10,6 +10,7 @@ from mountd.cli.report import printable, say, show_json
 from mountd.client import STORED, Client, open_image
 from mountd.errors import IMAGES_INTERFACE, InvalidParameter, ProtocolError
 from mountd.fds import close_all
+from mountd.wire.framing import is_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ def add_image_verbs(verbs: Any) -> None:
     add.add_argument("--name", help="what to call it; names are for people, and prove nothing")
     add.add_argument("--signature", metavar="FILE", help="a detached signature over the image")
     add.add_argument("file", metavar="FILE", help="the image")
+    add = verbs.add_parser(
+        "pull", help="pull an image from a registry, as the system's policy has it verified"
+    )
+    add.add_argument("reference", metavar="REFERENCE", help="oci:HOST/REPOSITORY:TAG, or …@sha256:…")
     verbs.add_parser("list", help="list your images; as root, all")
     for verb, help in (
         ("inspect", "show what is known about an image"),
@@ -56,6 +61,26 @@ def import_image(options: argparse.Namespace) -> int:
     finally:
         close_all(fds)
     show(options, {"image": image}, str(image.get("digest")))
+    return 0
+
+
+def pull_image(options: argparse.Namespace) -> int:
+    """Pull, and print the digest of each layer, the lowest first."""
+    if not is_text(options.reference):
+        raise InvalidParameter("REFERENCE", "it is no text")
+    reply: dict[str, object] = {}
+    meter = Meter("pulling")
+    try:
+        with Client(timeout=TIMEOUT) as client:
+            parameters = {"reference": options.reference}
+            for reply in client.call_more(f"{IMAGES_INTERFACE}.Pull", parameters, []):
+                meter.show_stage(reply)
+    finally:
+        meter.clear()
+    image, layers = image_of(reply), reply.get("layers")
+    stored = [each for each in layers if isinstance(each, dict)] if isinstance(layers, list) else [image]
+    told = {"image": image} if layers is None else {"image": image, "layers": layers}
+    show(options, told, "\n".join(str(each.get("digest")) for each in stored))
     return 0
 
 
@@ -151,6 +176,18 @@ class Meter:
         done, total = progress.get("done"), progress.get("total")
         if type(done) is int and type(total) is int and total > 0:
             self._write(f"\r{self._doing}: {done * 100 // total} % of {size_of(total)}\x1b[K")
+            self._shown = True
+
+    def show_stage(self, reply: Mapping[str, object]) -> None:
+        """Show {stage, done?, total?}, if it is that."""
+        stage, total = reply.get("stage"), reply.get("total")
+        if not self._terminal or not isinstance(stage, str):
+            return
+        self._doing = printable(stage)
+        if type(total) is int and total > 0:
+            self.show(reply)
+        else:
+            self._write(f"\r{self._doing}\x1b[K")
             self._shown = True
 
     def clear(self) -> None:
@@ -258,6 +295,7 @@ def read_signature(path: str) -> str:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "import": import_image,
+    "pull": pull_image,
     "list": list_images,
     "inspect": inspect_image,
     "verify": verify_image,

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add_namespace(explain)
     # Only for the list of verbs: its own command line is read by the program that it is.
     verbs.add_parser("policy", add_help=False, help="check and show policy files")
-    images = verbs.add_parser("image", help="import images into mountd's store, and see to those in it")
+    images = verbs.add_parser("image", help="get images into mountd's store, and see to those in it")
     image.add_image_verbs(images.add_subparsers(dest="image_verb", required=True, metavar="VERB"))
     return top
 
@@ -91,7 +91,7 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "source",
         metavar="SOURCE",
-        help="an image, stored:sha256:…, or tmpfs:SIZE, such as tmpfs:64M",
+        help="an image, stored:sha256:…, oci:HOST/REPO@sha256:…, or tmpfs:SIZE, such as tmpfs:64M",
     )
 
 

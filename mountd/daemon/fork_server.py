@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,7 +25,7 @@ from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import SLOTS
 from mountd.daemon.worker import Worker, report_bug
 from mountd.errors import DeniedByPolicy, MountdError, SyscallError
-from mountd.execute.seal import Staging
+from mountd.execute.seal import NoSeal, Staging
 from mountd.fds import OwnedFd
 from mountd.kernel import dm_verity, namespaces
 from mountd.kernel.fuse import mount_fusectl
@@ -33,6 +34,8 @@ from mountd.service import signatures
 from mountd.service.context import PolicyInForce
 from mountd.service.images import METHODS as IMAGE_METHODS
 from mountd.service.mount import METHODS
+from mountd.service.pulls import FOR_OTHERS
+from mountd.service.pulls import METHODS as PULL_METHODS
 from mountd.store.store import Store
 from mountd.trust.policy import Policy
 from mountd.trust.policy_file import PolicyError, load
@@ -49,33 +52,48 @@ PR_SET_CHILD_SUBREAPER = 36
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where everything is; `pull_socket` need not be there."""
+
+    policy_dirs: list[Path]
+    staging: Path
+    state_dir: Path
+    pull_socket: Path
+
+
+NO_SEAL = NoSeal()
+
+
 class ForkServer:
     """One instance for the life of the process."""
 
     def __init__(
-        self,
-        control: socket.socket,
-        board: Board,
-        policy_dirs: list[Path],
-        staging: Path,
-        state_dir: Path,
+        self, control: socket.socket, board: Board, places: Places, *, only_pull: bool = False
     ) -> None:
-        """`control` leads to the listener. Raises SyscallError, NotSupported, OSError."""
+        """`control` leads to the listener; `only_pull` is whether nothing but pulls is served.
+
+        Raises SyscallError, NotSupported, OSError.
+        """
         self._control = control
         self._board = board
-        self._policy_dirs = policy_dirs
-        self._dispatcher = Dispatcher(interface_directory(), {**METHODS, **IMAGE_METHODS}, report_bug)
+        self._policy_dirs = places.policy_dirs
+        self._pull_socket = None if only_pull else places.pull_socket
+        methods = FOR_OTHERS if only_pull else {**METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        self._dispatcher = Dispatcher(interface_directory(), methods, report_bug)
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
-        self._store = open_store(state_dir)
+        self._store = open_store(places.state_dir)
         # Each worker and each cleaner leads a process group, which its own children are in, too.
         self._groups: dict[int, int] = {}  # -> slot
         self._cleaners: set[int] = set()
         self._killed: set[int] = set()  # workers that had no time to clear their spot
-        signatures.prepare()
-        remove_unused_devices()
-        self._staging = Staging(str(staging), SLOTS)
-        mount_fusectl()
+        # What pulls makes no mounts, and need not be able to.
+        self._staging = None if only_pull else Staging(str(places.staging), SLOTS)
+        if not only_pull:
+            signatures.prepare()
+            remove_unused_devices()
+            mount_fusectl()
 
     def run(self) -> None:
         """Obey until the listener closes the socket."""
@@ -150,13 +168,13 @@ class ForkServer:
             end_with_parent()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            seal = self._staging.seal(slot)
+            seal = NO_SEAL if self._staging is None else self._staging.seal(slot)
             namespaces.close_all_but({0, 1, 2, own.fileno(), *journal.descriptors, *seal.fds})
 
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)
 
-            Worker(own, enter, self._dispatcher, self._policy, seal, self._store).run()
+            Worker(own, enter, self._dispatcher, self._policy, seal, self._store, self._pull_socket).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
             if isinstance(error, Exception):
@@ -188,20 +206,21 @@ class ForkServer:
         """Clear the spot of a worker that was killed; free the slot otherwise."""
         slot = self._groups.pop(group)
         self._cleaners.discard(group)
-        if group in self._killed:
-            self._killed.remove(group)
-            self._clean(slot)
+        killed = group in self._killed
+        self._killed.discard(group)
+        if killed and self._staging is not None:
+            self._clean(slot, self._staging)
         else:
             channel.tell(self._control, Word.GONE, slot)
 
-    def _clean(self, slot: int) -> None:
+    def _clean(self, slot: int, staging: Staging) -> None:
         """Let a child detach what a killed worker has left: dropping a file system can take its time."""
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
                 end_with_parent()
-                self._staging.clean(slot)
+                staging.clean(slot)
                 code = 0
             finally:
                 os._exit(code)
@@ -209,9 +228,7 @@ class ForkServer:
         self._cleaners.add(pid)
 
 
-def serve(
-    control: socket.socket, board: Board, policy_dirs: list[Path], staging: Path, state_dir: Path
-) -> NoReturn:
+def serve(control: socket.socket, board: Board, places: Places, *, only_pull: bool) -> NoReturn:
     """Be the fork server: for the child of a fork of the listener. Never returns."""
     code = 1
     try:
@@ -219,7 +236,7 @@ def serve(
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
         namespaces.close_all_but({0, 1, 2, control.fileno(), *journal.descriptors})
-        attempt(lambda: ForkServer(control, board, policy_dirs, staging, state_dir), control).run()
+        attempt(lambda: ForkServer(control, board, places, only_pull=only_pull), control).run()
         code = 0
     except ConnectionError:
         code = 0  # the listener has ended

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SOCKET_NAME = "io.mountd.Mount"
+PULL_SOCKET_NAME = "pull"  # of the instance that pulls for this one
 MAXIMUM_RESTARTS = 3  # of the fork server, within RESTART_SECONDS
 RESTART_SECONDS = 10.0
 
@@ -59,6 +60,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--idle-exit", metavar="SECONDS", type=float, help="end when nobody was there for so long"
     )
+    parser.add_argument(
+        "--only-pull",
+        action="store_true",
+        help="serve nothing but pulls from registries, for another instance that may not use the network",
+    )
     options = parser.parse_args(argv)
     if options.idle_exit is not None and options.idle_exit <= 0:
         parser.error("--idle-exit: it has to be more than 0 seconds")
@@ -77,6 +83,8 @@ class Daemon:
         self._policy_dirs = options.policy_dir
         self._idle_exit = options.idle_exit
         self._state_dir = options.state_dir
+        self._only_pull = options.only_pull
+        self._pull_socket = options.runtime_dir / PULL_SOCKET_NAME
         self._staging = prepare_runtime_dir(options.runtime_dir)
         self.path = options.socket or str(options.runtime_dir / SOCKET_NAME)
         self._listening, self._bound = listening_socket(self.path)
@@ -113,9 +121,10 @@ class Daemon:
         board = Board(SLOTS)
         pid = os.fork()
         if pid == 0:
-            from mountd.daemon.fork_server import serve
+            from mountd.daemon.fork_server import Places, serve
 
-            serve(theirs, board, self._policy_dirs, self._staging, self._state_dir)
+            places = Places(self._policy_dirs, self._staging, self._state_dir, self._pull_socket)
+            serve(theirs, board, places, only_pull=self._only_pull)
         theirs.close()
         listener = Listener(
             self._listening,

@@ -32,7 +32,9 @@ from mountd.service.phase import Phase
 from mountd.wire.framing import encode, error_body, shown
 
 if TYPE_CHECKING:
-    from mountd.execute.seal import Seal
+    from pathlib import Path
+
+    from mountd.execute.seal import NoSeal, Seal
     from mountd.fds import OwnedFd
     from mountd.service.context import Enter
     from mountd.store.store import Store
@@ -49,8 +51,9 @@ class Worker:
         enter: Enter,
         dispatcher: Dispatcher,
         policy: PolicyInForce,
-        seal: Seal,
+        seal: Seal | NoSeal,
         store: Store | None,
+        pull_socket: Path | None = None,
     ) -> None:
         """`own` is the socket to the listener; `enter` writes this worker's row of the board."""
         self._own = own
@@ -59,6 +62,7 @@ class Worker:
         self._policy = policy
         self._seal = seal
         self._store = store
+        self._pull_socket = pull_socket
         self._healthy = True
         self._may_linger = False  # after the last request
         self._served = 0
@@ -133,7 +137,13 @@ class Worker:
     def _answer(self, connection: socket.socket, message: Message, connected_from: tuple[int, int]) -> bool:
         """Dispatch and reply; return whether the peer has taken the reply."""
         context = RequestContext(
-            connection, connected_from, self._policy, self._seal, self._enter, store=self._store
+            connection,
+            connected_from,
+            self._policy,
+            self._seal,
+            self._enter,
+            store=self._store,
+            pull_socket=self._pull_socket,
         )
         begin = time.monotonic()
         try:

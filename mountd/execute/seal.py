@@ -96,6 +96,20 @@ class Seal:
             mount_api.umount(self.spot)
 
 
+class NoSeal:
+    """The seal of a worker that makes no mounts."""
+
+    fds: frozenset[int] = frozenset()
+
+    def __call__(self, mount: OwnedFd) -> OwnedFd:
+        """Refuse, and close `mount`. Raises NotSupported."""
+        mount.close()
+        raise NotSupported("mounting by what only pulls")
+
+    def clear(self) -> None:
+        """There is nothing to clear."""
+
+
 class Staging:
     """The staging directory in a mount namespace that is nobody else's, and the sealer."""
 

@@ -10,6 +10,7 @@ from mountd.errors import DeniedByPolicy
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
+    from pathlib import Path
 
     from mountd.caller.model import Caller
     from mountd.fds import OwnedFd
@@ -40,7 +41,8 @@ class RequestContext:
 
     `connected_from` identifies the user namespace that the peer was in when it connected; `enter` is called
     at the border of each phase. `notes` is what the journal says about the request, `writable` whether a
-    mount was made that can be written to. `store` is None where there is no directory for one.
+    mount was made that can be written to. `store` is None where there is no directory for one, and
+    `pull_socket` is where the instance that may use the network listens, if there is one.
     """
 
     connection: socket.socket
@@ -51,6 +53,7 @@ class RequestContext:
     notes: dict[str, str] = field(default_factory=dict)
     writable: bool = False
     store: Store | None = None
+    pull_socket: Path | None = None
 
     def note_caller(self, caller: Caller) -> None:
         """Tell the journal who called."""

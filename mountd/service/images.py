@@ -232,7 +232,8 @@ def transferred(
 
 def image_reply(record: Record, owner: Owner) -> dict[str, object]:
     """Return a record as the wire has it, for `owner`, who does not learn who else has the image."""
-    owners = [each.uid for each in record.owners] if owner.uid == ROOT else [owner.uid]
+    # What was pulled for somebody is root's.
+    owners = [each.uid for each in record.owners if owner.uid in (ROOT, each.uid)]
     # What another has called it is that one's own affair.
     name = record.name if owner.uid in (ROOT, record.owner_uid) else None
     file_system, provenance = record.file_system, record.provenance

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mountd.errors import InvalidImage, KeyUnknown, NotFound, SignatureInvalid
+from mountd.errors import InvalidImage, KeyUnknown, NotFound, NotSupported, SignatureInvalid
 from mountd.evidence import dm_verity, fs_verity, sealed
 from mountd.evidence.digest import sha256_of
 from mountd.evidence.location import locate
@@ -29,12 +29,13 @@ from mountd.trust.storing import STORED, may_store, named_digests
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller
-    from mountd.evidence.model import Signer
+    from mountd.evidence.model import Provenance, Signer
     from mountd.fds import OwnedFd
     from mountd.service.context import RequestContext
     from mountd.service.requests import MountRequest
     from mountd.source.model import BackingFile
     from mountd.store.record import Record
+    from mountd.store.reference import Reference
 
 NO_PLACE = Evidence(None, "it has no location", False)
 SEALED = "sealed"
@@ -60,7 +61,9 @@ def inspect(
     UnsupportedFileSystem, NotFound, LimitExceeded, SyscallError; whatever else is wrong is evidence.
     """
     if request.stored is not None:
-        return inspect_stored(request.stored, caller, fds, context)
+        named = request.stored
+        digest = named if isinstance(named, str) else pulled_digest(named, context)
+        return inspect_stored(digest, caller, fds, context)
     if request.image_fd is None:
         return Inspected(Source(SourceKind.TMPFS, None, None, request.tmpfs), NO_PLACE)
     backing = inspect_descriptor(request.image_fd, IMAGE_FIELD)
@@ -222,11 +225,37 @@ def signed(
     return replace(evidence, signers=(*evidence.signers, signer), signature_error=None)
 
 
+def pulled_digest(wanted: Reference, context: RequestContext) -> str:
+    """Return the digest of the stored image that was pulled from a repository, with just this manifest.
+
+    Raises NotFound where there is none, NotSupported for one of several layers.
+    """
+    if context.store is None:
+        raise NotFound("the store", hint="the journal of mountd says why it has none")
+    for record in context.store.records():
+        provenance = record.provenance
+        if provenance is None or provenance.manifest != wanted.digest:
+            continue
+        if provenance.repository == wanted.repository and record.belongs_to(ROOT):
+            check_whole(provenance)
+            return record.digest
+    raise NotFound(f"{wanted} in the store", hint=f"“mountctl image pull {wanted}” puts it there")
+
+
+def check_whole(provenance: Provenance | None) -> None:
+    """Raise NotSupported for what is only a part of an image."""
+    if provenance is not None and len(provenance.layers) > 1:
+        raise NotSupported(
+            f"mounting an image of {len(provenance.layers)} layers",
+            hint="wait for a mountd that stacks layers, or have the image made with one",
+        )
+
+
 def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: RequestContext) -> Inspected:
     """Look at a stored image, and add it to `fds`.
 
     It is the caller's own, or one that root has put there; whom that is for is up to the policy. Raises
-    NotFound for any other, InvalidImage for a damaged store.
+    NotFound for any other, NotSupported for a part of an image, InvalidImage for a damaged store.
     """
     if context.store is None:
         raise NotFound("the store", hint="the journal of mountd says why it has none")
@@ -235,6 +264,9 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
     fds.append(fd)
     if not caller.is_host_root and not record.belongs_to(caller.uid) and not record.belongs_to(ROOT):
         raise not_found(digest)
+    if not record.belongs_to(caller.uid) or caller.is_host_root:
+        check_whole(record.provenance)
+    whole = record.provenance is not None and len(record.provenance.layers) == 1
     context.notes["digest"] = digest
     backing = inspect_descriptor(fd.fileno(), REFERENCE_FIELD)
     # It was looked at when it was stored, and is the same since; but it is whatever somebody has imported.
@@ -246,7 +278,8 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
         proofs=(Proof(STORED, digest),),
         digest=digest,
         signers=signatures.still_known(record.signers, context.policy.policy),
-        provenance=record.provenance,
+        # A part of an image is none that was pulled, whoever has imported the same bytes.
+        provenance=record.provenance if whole else None,
     )
     source = Source(SourceKind.IMAGE, backing, file_system, None)
     return Inspected(source, evidence, fd.fileno())

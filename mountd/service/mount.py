@@ -209,6 +209,10 @@ def facts(judged: Judged) -> dict[str, str]:
         found["location"] = evidence.location_problem or "root's alone"
         found["digest"] = evidence.digest
         found["immutable by"] = ", ".join(proof.kind for proof in evidence.proofs) or None
+        if evidence.provenance is not None:
+            found["pulled from"] = f"{evidence.provenance.repository}@{evidence.provenance.manifest}"
+            found["pulled under"] = evidence.provenance.requirement
+            found["signed with"] = evidence.provenance.signer
         if evidence.root_owned_path is not None and caller.on_host:
             found["path"] = evidence.root_owned_path
     return {name: str(value) for name, value in found.items() if value is not None}

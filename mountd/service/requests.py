@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mountd.errors import InvalidParameter, NotSupported
 from mountd.plan.idmap import IdMapKind, IdMapWish, IdRange
 from mountd.source.model import SourceKind, Tmpfs
+from mountd.store import reference as registry_reference
 from mountd.store.record import hex_of
 from mountd.trust import image_policy
 from mountd.trust.wishes import MountWishes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mountd.fds import OwnedFd
+    from mountd.store.reference import Reference
 
 IMAGE_FIELD = "source.imageFileDescriptor"
 SIGNATURE_FIELD = "source.signature"
@@ -52,14 +54,14 @@ TMPFS_MODE_BITS = 0o1777
 class MountRequest:
     """A call of Mount or Explain. The descriptors are borrowed from the message.
 
-    Of `image_fd`, `stored` (the digest of an image of the store) and `tmpfs`, one is not None. `verity` and
-    the bytes of `signature` may go with `image_fd`.
+    Of `image_fd`, `stored` (the digest of an image of the store, or a name in a registry with the digest of
+    a manifest) and `tmpfs`, one is not None. `verity` and the bytes of `signature` may go with `image_fd`.
     """
 
     kind: SourceKind
     image_fd: int | None
     tmpfs: Tmpfs | None
-    stored: str | None
+    stored: str | Reference | None
     userns_fd: int | None
     idmap: IdMapWish
     wishes: MountWishes
@@ -136,8 +138,8 @@ class Descriptors:
 
 def read_source(
     source: Mapping[str, Any], table: Descriptors
-) -> tuple[int | None, Tmpfs | None, str | None]:
-    """Read the one source that a request has: an image, a tmpfs or the digest of a stored image."""
+) -> tuple[int | None, Tmpfs | None, str | Reference | None]:
+    """Read the one source that a request has: an image, a tmpfs or what names a stored image."""
     given = [name for name in SOURCES if source.get(name) is not None]
     if len(given) != 1:
         raise InvalidParameter("source", f"exactly one of {', '.join(SOURCES)} has to be given")
@@ -177,16 +179,38 @@ def read_signature(text: str | None, field: str) -> bytes | None:
         raise InvalidParameter(field, "it is not base64") from None
 
 
-def read_reference(reference: str) -> str:
-    """Return the digest of the stored image that a reference names. Raises NotSupported for another kind."""
+def read_reference(reference: str) -> str | Reference:
+    """Return what names a stored image: its digest, or that of its manifest with where it was pulled from.
+
+    Raises InvalidParameter, NotSupported for another kind of reference.
+    """
+    if reference.startswith(registry_reference.SCHEME):
+        return read_registry_reference(reference)
     if not reference.startswith(STORED_PREFIX):
-        raise NotSupported(REFERENCE_FIELD, hint="name an image of the store, as “stored:sha256:…”")
+        raise NotSupported(
+            REFERENCE_FIELD,
+            hint="name an image of the store, as “stored:sha256:…” or “oci:HOST/REPOSITORY@sha256:…”",
+        )
     digest = reference.removeprefix(STORED_PREFIX)
     try:
         hex_of(digest)
     except InvalidParameter as error:
         raise InvalidParameter(REFERENCE_FIELD, str(error.parameters["reason"])) from None
     return digest
+
+
+def read_registry_reference(text: str) -> Reference:
+    """Return the name of an image that was pulled, by its digest. Raises InvalidParameter, NotSupported."""
+    try:
+        found = registry_reference.parse(text)
+    except InvalidParameter as error:
+        raise InvalidParameter(REFERENCE_FIELD, str(error.parameters["reason"])) from None
+    if found.tag is not None or found.digest is None:
+        raise NotSupported(
+            "mounting by a tag, which proves nothing",
+            hint=f"“mountctl image pull {found}”, and mount the digest that it prints, as “stored:sha256:…”",
+        )
+    return found
 
 
 def read_tmpfs(tmpfs: Mapping[str, Any]) -> Tmpfs:

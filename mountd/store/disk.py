@@ -2,7 +2,8 @@
 
     images/sha256/HEX         an image, root's, 0400: whole and on disk from the moment it has this name
     records/sha256/HEX.json   what is known about it; an image counts from the moment its record is there
-    incoming/                 what is not finished: SIZE.UID.RANDOM while an image is copied, record.RANDOM
+    incoming/                 what is not finished: SIZE.UID.RANDOM while an image is copied, record.RANDOM,
+                              and the directory pull.RANDOM while one is pulled
     slots/N                   held by a transfer that is running, with the uid that it is charged to
     lock                      held by whoever changes or counts anything
 
@@ -21,6 +22,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from typing import TYPE_CHECKING
@@ -147,8 +149,35 @@ class State:
             raise
         return path, fd
 
+    def make_workspace(self) -> tuple[str, OwnedFd]:
+        """Make an empty directory for a pull; return its path, and it, held.
+
+        The lock has to be held, or a sweep could come in between. Raises SyscallError, OSError.
+        """
+        path = f"{INCOMING}/pull.{secrets.token_hex(16)}"
+        os.mkdir(path, 0o700, dir_fd=self.fileno())
+        fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            fd.close()
+            raise
+        return path, fd
+
+    def discard(self, path: str) -> None:
+        """Remove what was never finished: a file, or a directory with all that is in it. Raises OSError.
+
+        What programs without privileges have left belongs to their user, and only a process that may read
+        what is not its own can remove it; to any other it is no reason to fail.
+        """
+        try:
+            self.unlink(path)
+        except IsADirectoryError:
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                shutil.rmtree(path, dir_fd=self.fileno())
+
     def is_held(self, path: str) -> bool:
-        """Tell whether a living process holds a file by flock(2). The lock has to be held."""
+        """Tell whether a living process holds a file or directory by flock(2). The lock has to be held."""
         try:
             with self.open(path) as fd:
                 fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ removed. And a removal that went wrong would cost nothing but the name: the kern
 for those who have it open.
 
 A record goes before its image, so that at each moment whoever finds a record finds the image. What a
-killed process has left is swept: a file in incoming/ that nobody holds, an image without a record, a record
+killed process has left is swept: what is in incoming/ and nobody holds, an image without a record, a record
 without an image or one that cannot be read.
 """
 
@@ -61,7 +61,7 @@ def sweep(state: State, *, read_records: bool = True) -> None:
         path = f"{INCOMING}/{name}"
         # A record is written under the lock, so that here it is nobody's.
         if not state.is_held(path):
-            state.unlink(path)
+            state.discard(path)
     for name in state.names(RECORDS) if read_records else ():
         digest = f"sha256:{name.removesuffix('.json')}"
         if HEX.fullmatch(name.removesuffix(".json")) and not is_whole(state, digest):

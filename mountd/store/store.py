@@ -102,20 +102,24 @@ class Store:
         name: str | None = None,
         provenance: Provenance | None = None,
         judge: Callable[[int, str], Known] = lambda fd, digest: Known(),
+        within_slot: bool = False,
     ) -> Generator[Progress, None, Record]:
         """Import the `size` bytes of the regular file `source_fd`, borrowed, and return the record.
 
         The descriptor has passed `source.descriptor.inspect_descriptor`, which `size` is from. `judge` gets
         a descriptor of the stored bytes that cannot write to them, borrowed, and their digest; what it
-        raises ends the import. Raises InvalidImage, InvalidParameter, LimitExceeded, NotFound without a
-        store, and SyscallError. Nothing is left then, nor when the generator is closed.
+        raises ends the import. `within_slot` is whether the transfer is part of one that has a slot.
+
+        Raises InvalidImage, InvalidParameter, LimitExceeded, NotFound without a store, and SyscallError.
+        Nothing is left then, nor when the generator is closed.
         """
         check_name(name)
         if size < 1:
             raise InvalidImage("it is empty")
         if size > self.limits.image_bytes:
             raise LimitExceeded("bytes in an image of the store", self.limits.image_bytes)
-        with self._named("writing to the store"), State(self._path) as state, self.slot(owner):
+        slot = contextlib.nullcontext() if within_slot else self.slot(owner)
+        with self._named("writing to the store"), State(self._path) as state, slot:
             with state.locked():
                 garbage.sweep(state, read_records=False)
                 quota.check(state, self.limits, size, owner)
@@ -256,6 +260,22 @@ class Store:
             with fd:
                 yield
 
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[int]:
+        """Have an empty directory of root's, borrowed, on the store's own file system, and remove it again.
+
+        That of a killed process is swept as everything else. Raises SyscallError, NotFound, LimitExceeded.
+        """
+        with self._named("writing to the store"), State(self._path) as state:
+            with state.locked():
+                garbage.sweep(state, read_records=False)
+                path, fd = state.make_workspace()
+            with fd:
+                try:
+                    yield fd.fileno()
+                finally:
+                    state.discard(path)
+
     def _publish(self, state: State, path: str, record: Record) -> Record:
         """Give an image its name, or its owner to the one that is there. The lock is held."""
         if garbage.is_whole(state, record.digest):
@@ -310,9 +330,19 @@ def merge(known: Record, new: Record) -> Record:
         owners=owners,
         signers=signers,
         file_system=known.file_system or new.file_system,
-        # A later pull has the more recent word on where it is from.
-        provenance=new.provenance or known.provenance,
+        provenance=later(known.provenance, new.provenance),
     )
+
+
+def later(known: Provenance | None, new: Provenance | None) -> Provenance | None:
+    """Return which of two pulls is to be remembered.
+
+    The later one has the more recent word on where an image is from; but what is a whole image in one
+    repository does not become a part of another by being a layer there.
+    """
+    if new is None or (known is not None and len(known.layers) == 1 and len(new.layers) > 1):
+        return known
+    return new
 
 
 def progress(steps: Generator[int, None, T], total: int) -> Generator[Progress, None, T]:

@@ -57,8 +57,12 @@ from mountd.wire.framing import (
 # handler(parameters, descriptors, context) -> (parameters of the reply, its descriptors). A handler moves
 # what it keeps out of the list, by `OwnedFd.take()` or list.pop(). The rest stays the message's.
 Reply = tuple[dict[str, object], list[OwnedFd]]
-# A streaming handler yields the parameters of replies that continue, and returns the last reply.
-Stream = Generator[dict[str, object], None, Reply]
+# Sends the parameters of a reply that continues.
+Tell = Callable[[dict[str, object]], None]
+# A streaming handler yields the parameters of replies that continue, and returns the last reply. Where what
+# it calls tells how far it is by a callback, it yields a function that is called with a `Tell` instead; its
+# result, or what it raises, is what comes of the yield.
+Stream = Generator[dict[str, object] | Callable[[Tell], object], Any, Reply]
 Handler = Callable[[dict[str, Any], list[OwnedFd], Any], Reply | Stream]
 
 Check = Callable[[object, str], None]
@@ -262,15 +266,28 @@ def _run_stream(
     stream: Stream, check: Callable[[dict[str, object]], None], send: Callable[[bytes], None] | None
 ) -> Reply:
     """Send what `stream` yields, if that is wanted, and return what it returns."""
+
+    def tell(parameters: dict[str, object]) -> None:
+        check(parameters)
+        if send is not None:
+            send(encode({"parameters": parameters, "continues": True}))
+
     with closing(stream):
-        while True:
-            try:
-                parameters = next(stream)
-            except StopIteration as end:
-                return end.value  # type: ignore[no-any-return]
-            check(parameters)
-            if send is not None:
-                send(encode({"parameters": parameters, "continues": True}))
+        try:
+            step = next(stream)
+            while True:
+                if not callable(step):
+                    tell(step)
+                    step = next(stream)
+                    continue
+                try:
+                    found = step(tell)
+                except Exception as error:  # noqa: BLE001 - it is the stream's to handle
+                    step = stream.throw(error)
+                else:
+                    step = stream.send(found)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 def check_parameters(

@@ -9,6 +9,7 @@ import hashlib
 import os
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +27,7 @@ from mountd.kernel.lease import only_opener
 from mountd.store import transfer
 from mountd.store.quota import Limits
 from mountd.store.record import Owner, Record, serialise
-from mountd.store.store import Known, Store
+from mountd.store.store import Known, Store, finish
 
 MIB = 1 << 20
 ROOT = Owner(0, 0)
@@ -754,3 +755,103 @@ def test_hashing_is_about_as_fast_as_sha256sum(home: Path) -> None:
                 best[name] = min(best.get(name, 1e9), time.monotonic() - begin)
     path.unlink()
     assert best["sha256sum"] / best["mountd"] >= 0.7, best
+
+
+def incoming(home: Path) -> list[str]:
+    return sorted(os.listdir(home / "state/incoming"))
+
+
+def leave_workspace(home: Path) -> Path:
+    """What a pull leaves that was killed."""
+    left = home / "state/incoming/pull.0123456789abcdef0123456789abcdef"
+    (left / "fetch/image").mkdir(parents=True)
+    left.chmod(0o700)
+    (left / "fetch").chmod(0o700)
+    (left / "fetch/image/blob").write_bytes(b"x")
+    (left / "fetch/outside").symlink_to(home)
+    (left / "layer-0.erofs").write_bytes(b"x")
+    os.chown(left / "fetch", 996, 996)
+    return left
+
+
+def test_a_workspace_is_there_as_long_as_it_is_used(store: Store, home: Path) -> None:
+    with store.workspace() as directory:
+        (name,) = incoming(home)
+        assert stat.S_IMODE(os.fstat(directory).st_mode) == 0o700
+        os.mkdir("fetch", dir_fd=directory)
+        # Whoever sweeps meanwhile leaves it alone.
+        store.prepare()
+        store.collect_garbage()
+        put(store, b"something else")
+        assert incoming(home) == [name]
+        assert os.listdir(directory) == ["fetch"]
+    assert incoming(home) == []
+
+
+def test_a_workspace_goes_with_what_fails_in_it(store: Store, home: Path) -> None:
+    def fail() -> None:
+        with store.workspace() as directory:
+            os.mkdir("fetch", dir_fd=directory)
+            raise InvalidImage("it is bad")
+
+    with pytest.raises(InvalidImage):
+        fail()
+    assert incoming(home) == []
+
+
+@pytest.mark.parametrize("way", ["prepare", "collect", "add", "workspace"])
+def test_what_a_killed_pull_has_left_is_swept(store: Store, home: Path, way: str) -> None:
+    leave_workspace(home)
+    if way == "workspace":
+        with store.workspace() as directory:
+            assert os.listdir(directory) == []
+    else:
+        {"prepare": store.prepare, "collect": store.collect_garbage, "add": lambda: put(store, b"x")}[way]()
+    assert incoming(home) == []
+    assert (home / "state").is_dir()
+
+
+def test_who_may_not_remove_what_a_pull_has_left_works_all_the_same(store: Store, home: Path) -> None:
+    left = leave_workspace(home)
+    script = (
+        "import sys; from pathlib import Path; from mountd.store.store import Store;"
+        " store = Store(Path(sys.argv[1])); store.prepare(); print(store.collect_garbage().freed)"
+    )
+    capabilities = "-dac_override,-dac_read_search"
+    confined = ["setpriv", f"--bounding-set={capabilities}", f"--inh-caps={capabilities}"]
+    done = subprocess.run(
+        [*confined, sys.executable, "-c", script, str(home / "state")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout == "0\n"
+    assert left.exists()
+    store.prepare()
+    assert not left.exists()
+
+
+def test_a_slot_serves_for_the_transfers_within_it(home: Path) -> None:
+    store = limited(home, transfers=1)
+    with store.slot(USER), opened(b"x") as fd:
+        with pytest.raises(LimitExceeded):
+            next(store.adding(fd, 1, ROOT))
+        record = finish(store.adding(fd, 1, ROOT, within_slot=True), None)
+    assert record.digest == digest_of(b"x")
+
+
+def test_a_whole_image_does_not_become_a_part_of_another(store: Store) -> None:
+    def pulled(name: str, layers: int) -> Provenance | None:
+        digests = tuple("sha256:" + str(number) * 64 for number in range(layers))
+        origin = Provenance(f"example.com/{name}", "sha256:" + "a" * 64, digests, "signedBy", None, 1)
+        return put(store, b"x", ROOT, provenance=origin).provenance
+
+    assert pulled("part", 2) == pulled("part", 2)
+    whole = pulled("whole", 1)
+    assert whole is not None
+    assert whole.repository == "example.com/whole"
+    assert pulled("part", 2) == whole
+    later = pulled("later", 1)
+    assert later is not None
+    assert later.repository == "example.com/later"

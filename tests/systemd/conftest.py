@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.systemd.machine import HERE, Machine
+from tests.systemd.registry import PLACE, Registry, rules
 
 ROOT = HERE.parents[1]
 TYPES = ("erofs", "squashfs", "ext4", "xfs", "btrfs")
@@ -35,8 +36,10 @@ def booted() -> Iterator[Machine]:
     try:
         subprocess.run(["cp", "-a", "--reflink=auto", built.stdout.strip(), root], check=True)
         subprocess.run(["make", "-s", "install", f"DESTDIR={root}"], cwd=ROOT, check=True)
-        enable = ["chroot", root, "systemctl", "--quiet", "enable", "mountd.socket"]
-        subprocess.run(enable, check=True)
+        # As a package does when it is installed.
+        sockets = ["mountd.socket", "mountd-pull.socket"]
+        subprocess.run(["chroot", root, "systemd-sysusers", "mountd.conf"], check=True)
+        subprocess.run(["chroot", root, "systemctl", "--quiet", "enable", *sockets], check=True)
         machine = Machine(root)
         try:
             yield machine
@@ -73,3 +76,16 @@ def images(booted: Machine) -> dict[str, str]:
     """One image of each file system, made by the machine's own tools, owned by root."""
     booted.run(["sh", "-eu", "-s", IMAGES], input=(HERE / "inside/build_images").read_text())
     return {type: f"{IMAGES}/{type}.raw" for type in TYPES}
+
+
+@pytest.fixture(scope="session")
+def started(booted: Machine) -> Registry:
+    """A registry with TLS on loopback; goes with the machine."""
+    booted.run(["sh", "-eu", "-s", PLACE], input=(HERE / "inside/registry").read_text())
+    return Registry(booted)
+
+
+@pytest.fixture
+def registry(started: Registry) -> Registry:
+    started.policy(rules())
+    return started

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.systemd.machine import SERVICE, SOCKET, Machine
 
 MAXIMUM_EXPOSURE = 40  # tenths, as --threshold= has them
+PULL_UNITS = ("mountd-pull.service", "mountd-pull.socket")
+MAXIMUM_PULL_EXPOSURE = 50  # it has the network, and runs what has it
 
 
 def test_boots_without_a_failed_unit(machine: Machine) -> None:
@@ -30,7 +32,7 @@ def test_directories(machine: Machine) -> None:
 
 
 def test_systemd_finds_nothing_wrong_with_the_units(machine: Machine) -> None:
-    done = machine.run(["systemd-analyze", "verify", SERVICE, SOCKET])
+    done = machine.run(["systemd-analyze", "verify", SERVICE, SOCKET, *PULL_UNITS])
     assert done.stdout + done.stderr == ""
 
 
@@ -39,6 +41,21 @@ def test_exposure(machine: Machine) -> None:
     machine.run(["systemd-analyze", "security", "--offline=yes", threshold, SERVICE])
     machine.explain("tmpfs:4096")
     machine.run(["systemd-analyze", "security", threshold, SERVICE])
+
+
+def test_exposure_of_what_pulls(machine: Machine) -> None:
+    threshold = f"--threshold={MAXIMUM_PULL_EXPOSURE}"
+    machine.run(["systemd-analyze", "security", "--offline=yes", threshold, PULL_UNITS[0]])
+
+
+def test_what_pulls_is_for_root_alone(machine: Machine, user: str) -> None:
+    assert machine.sh("stat -c '%F %a %U' /run/mountd/pull").strip() == "socket 600 root"
+    environment = ["env", "MOUNTD_SOCKET=/run/mountd/pull"]
+    ask = [*environment, "mountctl", "image", "pull", "oci:registry.example.com/app:1"]
+    assert "ermission denied" in machine.run(ask, user=user, check=False).stderr
+    # And it has nothing but pulls, for root as well.
+    done = machine.run([*environment, "mountctl", "image", "list"], check=False)
+    assert "MethodNotImplemented" in done.stderr or "MethodNotFound" in done.stderr
 
 
 def test_what_the_service_may_not(machine: Machine) -> None:

@@ -26,7 +26,8 @@ ALLOWED = {
     "plan": LEAN | {"kernel.flags", "caller.model", "source.model", "evidence.model", "trust"},
     "execute": LEAN | {"kernel", "plan"},
     "service": LEAN
-    | {"kernel", "wire", "caller", "source", "evidence", "trust", "plan", "execute", "store"},
+    # As a client, of the instance that pulls.
+    | {"kernel", "wire", "client", "caller", "source", "evidence", "trust", "plan", "execute", "store"},
     "daemon": LEAN | {"kernel", "wire", "caller", "trust", "execute", "service", "store"},
     "client": LEAN | {"kernel", "wire.framing"},
     "cli": LEAN | {"kernel", "wire.framing", "client"},

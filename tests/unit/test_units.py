@@ -23,7 +23,8 @@ def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_verify(units: Path) -> None:
-    done = analyze("verify", units / "mountd.service", units / "mountd.socket")
+    names = ("mountd.service", "mountd.socket", "mountd-pull.service", "mountd-pull.socket")
+    done = analyze("verify", *(units / name for name in names))
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 

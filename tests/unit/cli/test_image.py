@@ -25,14 +25,15 @@ IMAGE = {
 @pytest.mark.parametrize(
     "line",
     ["image", "image bogus", "image import", "image import a b", "image inspect", "image list x",
-     "image remove", "image verify", "image gc now", "image import --na x a"],
+     "image remove", "image verify", "image gc now", "image import --na x a",
+     "image pull", "image pull a b"],
 )  # fmt: skip
 def test_wrong_usage(line: str) -> None:
     with pytest.raises(mountctl.UsageError):
         mountctl.parse(line.split())
 
 
-@pytest.mark.parametrize("verb", ["import x", "list", "inspect x", "verify x", "remove x", "gc"])
+@pytest.mark.parametrize("verb", ["import x", "pull x", "list", "inspect x", "verify x", "remove x", "gc"])
 def test_every_verb_is_there_and_can_say_json(verb: str) -> None:
     options = mountctl.parse(["image", *verb.split(), "--json"])
     assert options.json

@@ -13,6 +13,7 @@ from mountd.fds import OwnedFd, close_all
 from mountd.plan.idmap import IdMapKind, IdRange
 from mountd.service.requests import SOURCES, SUPPORTED_SOURCES, MountRequest
 from mountd.source.model import SourceKind, Tmpfs
+from mountd.store.reference import Reference
 
 IMAGE = {"imageFileDescriptor": 0}
 RANGES = [{"first": 0, "target": 5, "count": 1}]
@@ -92,9 +93,30 @@ def test_a_stored_image_is_named_by_its_whole_digest(digest: str) -> None:
         MountRequest.from_call({"source": {"reference": f"stored:{digest}"}}, [])
 
 
-def test_another_reference_is_not_supported() -> None:
+@pytest.mark.parametrize("reference", ["", "docker://example.com/a:1", "example.com/a:1"])
+def test_another_reference_is_not_supported(reference: str) -> None:
     with pytest.raises(NotSupported, match="source.reference"):
-        MountRequest.from_call({"source": {"reference": "oci:example.com/a:1"}}, [])
+        MountRequest.from_call({"source": {"reference": reference}}, [])
+
+
+def test_a_pulled_image_is_named_by_the_digest_of_its_manifest() -> None:
+    digest = "sha256:" + "0a" * 32
+    found = MountRequest.from_call({"source": {"reference": f"oci:example.com/a@{digest}"}}, [])
+    assert isinstance(found.stored, Reference)
+    assert (found.stored.repository, found.stored.digest) == ("example.com/a", digest)
+
+
+@pytest.mark.parametrize("end", ["", ":1", ":1@sha256:" + "0a" * 32])
+def test_a_tag_proves_nothing(end: str) -> None:
+    with pytest.raises(NotSupported, match="proves nothing") as refused:
+        MountRequest.from_call({"source": {"reference": f"oci:example.com/a{end}"}}, [])
+    assert "mountctl image pull oci:example.com/a" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("end", ["a@sha256:0a", "A:1", "a@sha512:" + "0a" * 64, "../a:1"])
+def test_a_name_in_a_registry_that_is_none(end: str) -> None:
+    with pytest.raises(InvalidParameter, match="source.reference"):
+        MountRequest.from_call({"source": {"reference": f"oci:example.com/{end}"}}, [])
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in SUPPORTED_SOURCES])

@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import pytest
@@ -517,8 +517,10 @@ def test_calls_and_errors_with_the_clients_classes(bench: Bench) -> None:
 class Streamer:
     """A streaming handler: what it yields, and what becomes of it."""
 
-    def __init__(self, *steps: object, fails: Exception | None = None) -> None:
-        self.steps = steps
+    def __init__(
+        self, *given: object, steps: Iterable[object] | None = None, fails: Exception | None = None
+    ) -> None:
+        self.steps = given if steps is None else steps
         self.fails = fails
         self.ended = False
         self.last: dict[str, object] = {"image": IMAGE}
@@ -577,6 +579,58 @@ def test_a_stream_has_only_its_last_reply_for_others(call: dict[str, object]) ->
     last = streamed(streamer, sent.append, **call)
     assert sent == []
     assert last == ({} if call.get("oneway") else {"parameters": {"image": IMAGE}})
+    assert streamer.ended
+
+
+def calling(*found: object, fails: Exception | None = None) -> Callable[..., object]:
+    """What a stream yields to be called with a way to tell: it tells each step, and then ends."""
+
+    def run(tell: Callable[[dict[str, object]], None]) -> object:
+        for step in STEPS:
+            tell(step)
+        if fails is not None:
+            raise fails
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_a_stream_can_have_a_function_tell(more: bool) -> None:
+    sent: list[bytes] = []
+    results: list[object] = []
+
+    def steps() -> Generator[object, object, None]:
+        results.append((yield calling("found")))
+        yield STEPS[0]
+
+    assert streamed(Streamer(steps=steps()), sent.append, more=more) == {"parameters": {"image": IMAGE}}
+    assert results == [("found",)]
+    told = [decode(each[:-1])["parameters"] for each in sent]
+    assert told == ([*STEPS, STEPS[0]] if more else [])
+
+
+def test_what_the_function_raises_is_the_streams_to_handle() -> None:
+    handled: list[Exception] = []
+
+    def steps() -> Generator[object, object, None]:
+        try:
+            yield calling(fails=InUse("it"))
+        except InUse as error:
+            handled.append(error)
+            raise
+
+    last = streamed(Streamer(steps=steps()), None)
+    assert last["error"] == "io.mountd.Images.InUse"
+    assert len(handled) == 1
+
+
+def test_the_function_ends_when_nobody_takes_what_it_tells() -> None:
+    def send(data: bytes) -> None:
+        raise PeerGone("it has closed the connection")
+
+    streamer = Streamer(calling())
+    assert streamed(streamer, send, more=True)["error"] == "io.mountd.Images.PeerGone"
     assert streamer.ended
 
 
