@@ -35,6 +35,7 @@ from mountd.store.quota import Limits
 from mountd.store.record import ROOT, Owner
 from mountd.store.store import Known
 from mountd.trust.decide import decide
+from mountd.trust.options import shown
 from mountd.trust.storing import STORED, may_store, named_digests
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 NO_PLACE = Evidence(None, "it has no location", False)
 SEALED = "sealed"
+MAXIMUM_SHOWN = 1024  # characters of a path in the journal
 ROOT_HASH_FIELD = "source.verity.rootHash"
 # What takes longer to hash than a mount may wait for is bounded in number, as transfers of the store are.
 LONG_TO_HASH = 256 << 20  # bytes
@@ -78,8 +80,11 @@ def inspect(
     if request.stored is not None:
         return inspect_stored(request.stored, caller, fds, context)
     if request.image_fd is None:
+        context.notes["source"] = "tmpfs"
         return Inspected(Source(SourceKind.TMPFS, None, None, request.tmpfs), NO_PLACE)
     backing = inspect_descriptor(request.image_fd, IMAGE_FIELD)
+    # Where the caller says that it is: for people, and no evidence.
+    context.notes["source"] = shown(backing.path_hint or "an image without a path", MAXIMUM_SHOWN)
     evidence = locate(backing, name_paths=caller.on_host)
     # What root vouches for is read here; what nobody does is read where it can do no harm.
     confined = evidence.root_owned_path is None
@@ -300,6 +305,7 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
     It is the caller's own, or one that root has put there; whom that is for is up to the policy. Raises
     NotFound for any other, InvalidImage for a damaged store.
     """
+    context.notes.setdefault("source", f"stored:{digest}")
     if context.store is None:
         raise NotFound("the store", hint="the journal of mountd says why it has none")
     fd, record = context.store.lookup(digest)

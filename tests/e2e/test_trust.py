@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from mountd.errors import InUse, InvalidImage, NotImmutable
+from mountd.client import Client
+from mountd.daemon.throttle import LINES
+from mountd.errors import InUse, InvalidImage, NotFound, NotImmutable
 from mountd.evidence.sealed import SEALS
 from mountd.fds import OwnedFd
 from mountd.store.store import Store
@@ -515,3 +517,22 @@ def test_an_image_policy_only_narrows(begin: Callable[[str], Case]) -> None:
             assert ask(fd, "root=unprotected") == "NotImmutable"
 
     as_user(work)
+
+
+class TestJournal:
+    def test_lines_of_an_owner_are_limited(self, begin: Callable[[str], Case], data: bytes) -> None:
+        case = begin(SEALED_RULE)
+
+        def work() -> None:
+            with Client(str(case.daemon.socket)) as client:
+                for _ in range(3 * LINES):
+                    with pytest.raises(NotFound):
+                        client.mount({"reference": "stored:sha256:" + "0" * 64}, [])
+
+        as_user(work)
+        written = case.daemon.log.count(f"Mount for uid {USER} ")
+        # The window may have ended once or twice meanwhile.
+        assert LINES <= written < 3 * LINES
+        with memfd(data, sum(SEALS)) as fd:  # of another owner, which has lines of its own
+            assert outcome(lambda: mount_fds(case.daemon.socket, source(), [fd])) == NONE
+        assert "Mount for uid 0 " in case.daemon.log
