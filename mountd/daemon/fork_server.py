@@ -23,6 +23,7 @@ from mountd.daemon import channel, journal
 from mountd.daemon.channel import Word
 from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import SLOTS
+from mountd.daemon.throttle import Throttle
 from mountd.daemon.worker import Worker, report_bug
 from mountd.errors import DeniedByPolicy, MountdError, SyscallError
 from mountd.execute.seal import NoSeal, Staging
@@ -84,6 +85,7 @@ class ForkServer:
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
         self._store = open_store(places.state_dir)
+        self._throttle = Throttle()
         # Each worker and each cleaner leads a process group, which its own children are in, too.
         self._groups: dict[int, int] = {}  # -> slot
         self._cleaners: set[int] = set()
@@ -174,7 +176,8 @@ class ForkServer:
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)
 
-            Worker(own, enter, self._dispatcher, self._policy, seal, self._store, self._pull_socket).run()
+            parts = (self._dispatcher, self._policy, seal, self._store, self._throttle, self._pull_socket)
+            Worker(own, enter, *parts).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
             if isinstance(error, Exception):

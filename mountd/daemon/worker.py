@@ -34,6 +34,7 @@ from mountd.wire.framing import encode, error_body, shown
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mountd.daemon.throttle import Throttle
     from mountd.execute.seal import NoSeal, Seal
     from mountd.fds import OwnedFd
     from mountd.service.context import Enter
@@ -53,6 +54,7 @@ class Worker:
         policy: PolicyInForce,
         seal: Seal | NoSeal,
         store: Store | None,
+        throttle: Throttle,
         pull_socket: Path | None = None,
     ) -> None:
         """`own` is the socket to the listener; `enter` writes this worker's row of the board."""
@@ -63,6 +65,7 @@ class Worker:
         self._seal = seal
         self._store = store
         self._pull_socket = pull_socket
+        self._throttle = throttle
         self._healthy = True
         self._may_linger = False  # after the last request
         self._served = 0
@@ -178,12 +181,15 @@ class Worker:
     def _refuse(self, connection: socket.socket, error: MountdError) -> None:
         """Answer what is no request; who sent it may not listen."""
         self._send(connection, encode(error_body(error)), [])
+        uid = sockets.peer_credentials(connection).uid
+        if not self._may_write(uid):
+            return
         log(
             Priority.NOTICE,
             f"refused what is no request: {error}",
             message_id=REQUEST_ID,
             error=error.wire_name,
-            caller_uid=str(sockets.peer_credentials(connection).uid),
+            caller_uid=str(uid),
         )
 
     def _note(
@@ -197,6 +203,8 @@ class Worker:
                 return  # nothing but a question about the interfaces
             peer = sockets.peer_credentials(context.connection)
             notes |= {"caller_uid": str(peer.uid), "caller_gid": str(peer.gid), "caller_pid": str(peer.pid)}
+        if not self._may_write(int(notes.get("owner_uid", notes["caller_uid"]))):
+            return
         method = shown(str(message.body.get("method")).rpartition(".")[2])
         outcome = f"refused with {error}" if error else notes.get("verdict", "done")
         if not taken:
@@ -211,6 +219,19 @@ class Worker:
             duration_usec=str(int(seconds * 1e6)),
             **notes,
         )
+
+    def _may_write(self, owner_uid: int) -> bool:
+        """Tell whether the journal gets a line more about this owner; tell it what it did not get before."""
+        left_out = self._throttle.admit(owner_uid, time.monotonic())
+        if left_out:
+            log(
+                Priority.NOTICE,
+                f"{left_out} lines about requests of uid {owner_uid} were left out",
+                message_id=WORKER_ID,
+                owner_uid=str(owner_uid),
+                left_out=str(left_out),
+            )
+        return left_out is not None
 
 
 def send_ahead(connection: socket.socket, reply: bytes) -> None:

@@ -7,10 +7,19 @@ it is not; then the bytes are judged as they are at that moment.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from mountd.errors import InvalidImage, KeyUnknown, NotFound, NotSupported, SignatureInvalid
+from mountd.errors import (
+    InvalidImage,
+    InvalidParameter,
+    KeyUnknown,
+    LimitExceeded,
+    NotFound,
+    NotSupported,
+    SignatureInvalid,
+)
 from mountd.evidence import dm_verity, fs_verity, sealed
 from mountd.evidence.digest import sha256_of
 from mountd.evidence.location import locate
@@ -23,11 +32,16 @@ from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
 from mountd.source.confined import read_verity_superblock, recognise_image
 from mountd.source.descriptor import inspect_descriptor
 from mountd.source.model import Source, SourceKind
-from mountd.store.record import ROOT
+from mountd.store.quota import Limits
+from mountd.store.record import ROOT, Owner
 from mountd.store.store import Known
+from mountd.trust.decide import decide
+from mountd.trust.options import shown
 from mountd.trust.storing import STORED, may_store, named_digests
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from mountd.caller.model import Caller
     from mountd.evidence.model import Provenance, Signer
     from mountd.fds import OwnedFd
@@ -39,6 +53,10 @@ if TYPE_CHECKING:
 
 NO_PLACE = Evidence(None, "it has no location", False)
 SEALED = "sealed"
+MAXIMUM_SHOWN = 1024  # characters of a path in the journal
+ROOT_HASH_FIELD = "source.verity.rootHash"
+# What takes longer to hash than a mount may wait for is bounded in number, as transfers of the store are.
+LONG_TO_HASH = 256 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +76,19 @@ def inspect(
     """Look at the source of a request. What is opened on the way is added to `fds`, for whoever has them.
 
     `may_change` is whether the store may get a copy of it. Raises BadFileDescriptor, InvalidImage,
-    UnsupportedFileSystem, NotFound, LimitExceeded, SyscallError; whatever else is wrong is evidence.
+    InvalidParameter, UnsupportedFileSystem, NotFound, LimitExceeded, SyscallError; whatever else is wrong is
+    evidence.
     """
     if request.stored is not None:
         named = request.stored
         digest = named if isinstance(named, str) else pulled_digest(named, context)
         return inspect_stored(digest, caller, fds, context)
     if request.image_fd is None:
+        context.notes["source"] = "tmpfs"
         return Inspected(Source(SourceKind.TMPFS, None, None, request.tmpfs), NO_PLACE)
     backing = inspect_descriptor(request.image_fd, IMAGE_FIELD)
+    # Where the caller says that it is: for people, and no evidence.
+    context.notes["source"] = shown(backing.path_hint or "an image without a path", MAXIMUM_SHOWN)
     evidence = locate(backing, name_paths=caller.on_host)
     # What root vouches for is read here; what nobody does is read where it can do no harm.
     confined = evidence.root_owned_path is None
@@ -77,7 +99,7 @@ def inspect(
     evidence = add_proofs(request.image_fd, evidence)
     found = replace(found, evidence=evidence)
     if evidence.root_owned_path is not None or evidence.proofs:
-        return add_vouching(found, backing, request, context)
+        return add_vouching(found, backing, request, caller, context)
     if not may_store(context.policy.policy, caller, namespace_given=request.wishes.namespace_given):
         return found
     return through_the_store(found, backing, request, caller, fds, context, may_change=may_change)
@@ -106,8 +128,8 @@ def add_verity(
     superblock = read_verity_superblock(request.verity.hash_fd, hashes.size, backing.size)
     proof = dm_verity.prove(superblock, request.verity.root_hash)
     if not isinstance(proof, Proof):
-        unproven = (*found.evidence.unproven, (dm_verity.KIND, proof))
-        return replace(found, evidence=replace(found.evidence, unproven=unproven))
+        # Who asks for dm-verity does not get a mount without it, whatever else speaks for the image.
+        raise InvalidParameter(ROOT_HASH_FIELD, proof)
     evidence = replace(found.evidence, proofs=(proof,))
     if request.signature is not None and proof.digest is not None:
         evidence = signed(evidence, request.signature, [("root-hash", proof.digest)], context)
@@ -120,15 +142,15 @@ def add_verity(
 
 
 def add_vouching(
-    found: Inspected, backing: BackingFile, request: MountRequest, context: RequestContext
+    found: Inspected, backing: BackingFile, request: MountRequest, caller: Caller, context: RequestContext
 ) -> Inspected:
     """Find out who vouches for the bytes of an image that cannot change any more.
 
     They are read only if somebody wants to know: a signature came along, or a rule names a digest.
     """
     evidence, image_fd = found.evidence, found.image_fd
-    if image_fd is None or (request.signature is None and not named_digests(context.policy.policy)):
-        return found
+    if image_fd is None or not (can_be_signed(request, context) or named_for(request, caller, context)):
+        return with_signature_error(found, request, context)
     of_kernel = [("fs-verity", each.digest) for each in evidence.proofs if each.kind == fs_verity.KIND]
     known = [(covers, digest) for covers, digest in of_kernel if digest is not None]
     if request.signature is not None and known:
@@ -136,7 +158,8 @@ def add_vouching(
         evidence = signed(evidence, request.signature, known, context)
         if evidence.signers:
             return replace(found, evidence=evidence)
-    digest = hashed(image_fd, backing.size, context)
+    trusted = evidence.root_owned_path is not None
+    digest = hashed(image_fd, backing.size, None if trusted else caller, context)
     evidence = replace(evidence, digest=digest, signature_error=None)
     if request.signature is not None:
         evidence = signed(evidence, request.signature, [*known, ("image", digest)], context)
@@ -153,28 +176,52 @@ def through_the_store(
     *,
     may_change: bool,
 ) -> Inspected:
-    """Have an image that can still change replaced by a copy, if somebody vouches for what is in it.
+    """Have an image that can still change replaced by a copy, if that is what gets it mounted.
 
     The bytes are hashed first, and stored only if there is a good signature over them or a rule that names
-    them; what is stored in the end has to be the same.
+    them, and if the policy allows the copy: a refused request leaves nothing in the store. What is stored in
+    the end has to be the same, and is judged anew.
     """
     image_fd = found.image_fd
-    named = named_digests(context.policy.policy)
-    if image_fd is None or context.store is None or (request.signature is None and not named):
-        return found
-    digest = hashed(image_fd, backing.size, context)
+    named = named_for(request, caller, context)
+    if image_fd is None or context.store is None or not (can_be_signed(request, context) or named):
+        return with_signature_error(found, request, context)
+    digest = hashed(image_fd, backing.size, caller, context)
     evidence = found.evidence
     if request.signature is not None:
         evidence = signed(evidence, request.signature, [("image", digest)], context)
     if not evidence.signers and digest not in named:
         return replace(found, evidence=evidence)
-    if not may_change:
-        proofs = (Proof(STORED, digest),)
-        return replace(found, evidence=replace(evidence, proofs=proofs, digest=digest))
-    record = stored(image_fd, backing, digest, evidence.signers, found.source, caller, context)
+    copy = replace(found, evidence=as_stored(evidence, digest, context))
+    decision = decide(context.policy.policy, caller, found.source, copy.evidence, request.wishes)
+    if not may_change or decision.error is not None:
+        return copy
+    record = stored(image_fd, backing, digest, evidence.signers, caller, context)
     stored_found = inspect_stored(record.digest, caller, fds, context)
     signers = tuple(dict.fromkeys((*evidence.signers, *stored_found.evidence.signers)))
     return replace(stored_found, evidence=replace(stored_found.evidence, signers=signers))
+
+
+def as_stored(evidence: Evidence, digest: str, context: RequestContext) -> Evidence:
+    """Return what would speak for a copy: the caller has the bytes, so that what is known of them counts."""
+    signers, provenance = evidence.signers, None
+    if context.store is not None:
+        try:
+            record = context.store.record(digest)
+        except NotFound:
+            pass  # it is new
+        else:
+            known = signatures.still_known(record.signers, context.policy.policy)
+            signers, provenance = tuple(dict.fromkeys((*signers, *known))), record.provenance
+    proofs = (Proof(STORED, digest),)
+    return replace(
+        evidence,
+        descriptor_writable=False,
+        proofs=proofs,
+        digest=digest,
+        signers=signers,
+        provenance=provenance,
+    )
 
 
 def stored(
@@ -182,7 +229,6 @@ def stored(
     backing: BackingFile,
     digest: str,
     signers: tuple[Signer, ...],
-    source: Source,
     caller: Caller,
     context: RequestContext,
 ) -> Record:
@@ -197,21 +243,53 @@ def stored(
     except NotFound:
         pass  # it is new
 
-    def judge(_: int, found: str) -> Known:
+    def judge(fd: int, found: str) -> Known:
         if found != digest:
             raise InvalidImage("it was changed while it was read")
-        return Known(source.file_system, signers)
+        # What was recognised before may have been something else: the record is about what is stored.
+        return Known(recognise_image(fd, backing.size, confined=True), signers)
 
     context.enter(Phase.TRANSFER, transfer_seconds(backing.size))
-    return context.store.add(image_fd, backing.size, owner, judge=judge)
+    record = context.store.add(image_fd, backing.size, owner, judge=judge)
+    context.enter(Phase.VERIFY)
+    return record
 
 
-def hashed(image_fd: int, size: int, context: RequestContext) -> str:
-    """Return the digest of an image, within the time that reading it may take."""
+def hashed(image_fd: int, size: int, caller: Caller | None, context: RequestContext) -> str:
+    """Return the digest of an image, within the time that reading it may take.
+
+    For an image that is `caller`'s, None for one that root has put where it lies, that is bounded as putting
+    it into the store is: a sparse file costs nobody anything, and hashing it takes as long as a full one.
+    Raises LimitExceeded.
+    """
+    limits = context.store.limits if context.store is not None else Limits()
+    if caller is not None and size > limits.image_bytes:
+        raise LimitExceeded("bytes in an image that is hashed", limits.image_bytes)
+    slot: AbstractContextManager[None] = nullcontext()
+    if caller is not None and context.store is not None and size > LONG_TO_HASH:
+        slot = context.store.slot(Owner(caller.uid, caller.owner_uid))
     context.enter(Phase.TRANSFER, transfer_seconds(size))
-    digest = sha256_of(image_fd, size)
+    with slot:
+        digest = sha256_of(image_fd, size)
     context.enter(Phase.VERIFY)
     return digest
+
+
+def can_be_signed(request: MountRequest, context: RequestContext) -> bool:
+    """Tell whether a signature came along that a key of the policy may have made."""
+    return request.signature is not None and bool(context.policy.policy.keys)
+
+
+def named_for(request: MountRequest, caller: Caller, context: RequestContext) -> frozenset[str]:
+    """Return the digests that rules about this caller name."""
+    return named_digests(context.policy.policy, caller, namespace_given=request.wishes.namespace_given)
+
+
+def with_signature_error(found: Inspected, request: MountRequest, context: RequestContext) -> Inspected:
+    """Say why a signature was not looked at: the policy has no keys."""
+    if request.signature is None or context.policy.policy.keys:
+        return found
+    return replace(found, evidence=replace(found.evidence, signature_error=signatures.no_keys()))
 
 
 def signed(
@@ -257,6 +335,7 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
     It is the caller's own, or one that root has put there; whom that is for is up to the policy. Raises
     NotFound for any other, NotSupported for a part of an image, InvalidImage for a damaged store.
     """
+    context.notes.setdefault("source", f"stored:{digest}")
     if context.store is None:
         raise NotFound("the store", hint="the journal of mountd says why it has none")
     fd, record = context.store.lookup(digest)

@@ -12,7 +12,6 @@ from mountd.caller.delegated import delegated_ids
 from mountd.caller.identify import given_namespace, identify, pin
 from mountd.caller.model import OVERFLOW_ID, DelegatedIds
 from mountd.errors import PeerGone, SyscallError, UserNamespaceNotPermitted
-from mountd.evidence.model import Evidence
 from mountd.execute.run import Inputs, run
 from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from mountd.fds import OwnedFd
 
     Extents = tuple[IdExtent, ...]
-
-NO_PLACE = Evidence(None, "it has no location", False)
-STORED = "stored"  # the kind of immutability, as the policy names it
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def verify(blob: bytes, digests: Digests, policy: Policy) -> Signer:
     """
     keys = tuple(policy.keys.values())
     if not keys:
-        raise KeyUnknown("the policy has no keys", hint="an administrator can add one: [key.NAME]")
+        raise no_keys()
     marks = tuple(fingerprint(key) for key in keys)
     case = (hashlib.sha256(blob).digest(), tuple(digests), marks)
     now = time.monotonic()
@@ -53,6 +53,11 @@ def verify(blob: bytes, digests: Digests, policy: Policy) -> Signer:
         _known.pop(next(iter(_known)))
     _known[case] = (now, signer)
     return signer
+
+
+def no_keys() -> KeyUnknown:
+    """Return the error for a signature where the policy has no keys at all."""
+    return KeyUnknown("the policy has no keys", hint="an administrator can add one: [key.NAME]")
 
 
 def still_known(signers: Sequence[Signer], policy: Policy) -> tuple[Signer, ...]:

@@ -46,6 +46,12 @@ def may_pull(policy: Policy, caller: Caller, repository: str) -> bool:
     return False
 
 
-def named_digests(policy: Policy) -> frozenset[str]:
-    """Return the digests of images that rules name: where there are none, none need be computed."""
-    return frozenset(digest for rule in policy.rules for digest in rule.image.digest)
+def named_digests(policy: Policy, caller: Caller, *, namespace_given: bool) -> frozenset[str]:
+    """Return the digests of images that rules about this caller name: without any, none need be computed."""
+    return frozenset(
+        digest
+        for rule in policy.rules
+        if rule.image.digest
+        and caller_mismatch(rule.caller, caller, namespace_given=namespace_given) is None
+        for digest in rule.image.digest
+    )
