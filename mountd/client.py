@@ -14,6 +14,7 @@ Every refusal is a MountdError: its text is one line, and `hint` says how to get
 
 from __future__ import annotations
 
+import binascii
 import errno
 import os
 import time
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
     from mountd.wire.framing import Message
 
+    # The path of the hash data, the root hash in hexadecimal, the path of a signature of the root hash.
+    Verity = tuple[str, str, str | None]
+
 ENVIRONMENT = "MOUNTD_SOCKET"
 SOCKETS = ("/run/mountd/io.mountd.Mount", "/run/host/mountd/io.mountd.Mount")
 TIMEOUT = 90.0  # seconds; the daemon's own deadlines are shorter
@@ -51,6 +55,7 @@ STORED = "stored:"
 OCI = "oci:"
 TRY_AGAIN = "try again; the journal of mountd says what it was doing"
 ENDED = "it closed the connection without an answer"
+MAXIMUM_SIGNATURE = 256 << 10  # bytes
 MAXIMUM_INTEGER = (1 << 63) - 1
 
 
@@ -322,16 +327,23 @@ class Request:
         options: Sequence[str] = (),
         userns: str | None = None,
         idmap: str | None = None,
+        image_policy: str | None = None,
+        signature: str | None = None,
+        verity: Verity | None = None,
     ) -> None:
         """Open what has to be opened.
 
         `source` is the path of an image, "stored:sha256:…" for one of mountd's store,
         "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE".
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
-        of a user namespace, "none" for none, None for that of this process if it is not the host's. Raises
+        of a user namespace, "none" for none, None for that of this process if it is not the host's.
+        `image_policy` is in the grammar of systemd.image-policy(7), `signature` the path of a detached
+        signature of the image, `verity` the paths of hash data and of the signature of the root hash. Raises
         NotFound, InvalidParameter, OptionNotPermitted and OSError.
         """
         check_text(options, file_system_type)
+        if image_policy is not None and not is_text(image_policy):
+            raise InvalidParameter("imagePolicy", "it is no text")
         if read_only is None:
             read_only = not source.startswith(TMPFS)
         self.fds: list[OwnedFd] = []
@@ -340,9 +352,11 @@ class Request:
             "fileSystemType": file_system_type,
             "options": list(options) or None,
             "idMap": {"kind": idmap} if idmap else None,
+            "imagePolicy": image_policy,
         }
         try:
             self.source = self._read_source(source, read_only)
+            self._add_companions(signature, verity)
             if userns is None and idmap in (None, "namespace") and in_user_namespace():
                 userns = "/proc/self/ns/user"
             if userns not in (None, "none"):
@@ -366,6 +380,21 @@ class Request:
             reason = f"{source}: {error.strerror}"
             raise OptionNotPermitted("rw", reason, hint="ask for a read-only mount") from None
 
+    def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
+        if (signature or verity) and "imageFileDescriptor" not in self.source:
+            raise InvalidParameter("SOURCE", "a signature and dm-verity go with the file of an image only")
+        if signature is not None:
+            self.source["signature"] = read_signature(signature)
+        if verity is not None:
+            data, root_hash, of_root_hash = verity
+            self.source["verity"] = given(
+                {
+                    "dataFileDescriptor": self._add(open_image(data)),
+                    "rootHash": root_hash,
+                    "signature": None if of_root_hash is None else read_signature(of_root_hash),
+                }
+            )
+
     def add_namespace(self, userns: OwnedFd) -> None:
         """Have ids mapped into this user namespace, which is taken over."""
         self.parameters["userNamespaceFileDescriptor"] = self._add(userns)
@@ -383,6 +412,15 @@ class Request:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_signature(path: str) -> str:
+    """Return a detached signature in base64. Raises NotFound, InvalidParameter, OSError."""
+    with open_image(path) as fd:
+        data = os.read(fd.fileno(), MAXIMUM_SIGNATURE + 1)
+    if not 0 < len(data) <= MAXIMUM_SIGNATURE:
+        raise InvalidParameter("signature", f"{path} has not 1 to {MAXIMUM_SIGNATURE} bytes")
+    return binascii.b2a_base64(data, newline=False).decode()
 
 
 def check_text(options: Sequence[str], file_system_type: str | None) -> None:

@@ -31,6 +31,13 @@ OWN: Mapping[str, tuple[str, ...] | None] = {
     "mountd.userns": None,
     "mountd.idmap": IDMAPS,
     "mountd.access": tuple(ACCESS),
+    "mountd.signature": None,
+    "mountd.policy": None,
+}
+FREE = {
+    "mountd.userns": "the path of a user namespace, or none",
+    "mountd.signature": "the path of a detached signature",
+    "mountd.policy": "a policy as in systemd.image-policy(7)",
 }
 # For mount(8), for the init system, or the default anyway.
 IGNORED = {
@@ -58,6 +65,8 @@ class Wishes:
         self.options: list[str] = []
         self.userns: str | None = None
         self.idmap: str | None = None
+        self.signature: str | None = None
+        self.image_policy: str | None = None
 
     def read_option(self, option: str) -> None:
         """Take one entry of -o. Raises OptionNotPermitted."""
@@ -84,12 +93,16 @@ class Wishes:
             return
         allowed = OWN[name]
         if not value or (allowed is not None and value not in allowed):
-            words = ", ".join(allowed) if allowed is not None else "the path of a user namespace, or none"
+            words = ", ".join(allowed) if allowed is not None else FREE[name]
             raise OptionNotPermitted(option, "it does not have such a value", hint=f"give {words}")
         if name == "mountd.userns":
             self.userns = value
         elif name == "mountd.idmap":
             self.idmap = value
+        elif name == "mountd.signature":
+            self.signature = value
+        elif name == "mountd.policy":
+            self.image_policy = value
         else:
             self.read_only = ACCESS[value]
 
@@ -156,6 +169,8 @@ def mount(wishes: Wishes, spec: str, directory: str) -> int:
             options=wishes.options,
             userns=wishes.userns,
             idmap=wishes.idmap,
+            signature=wishes.signature,
+            image_policy=wishes.image_policy,
         ) as request,
         Client() as client,
     ):

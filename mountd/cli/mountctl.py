@@ -88,6 +88,11 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("-t", "--type", help="refuse to mount another type of file system")
     verb.add_argument("-o", "--options", metavar="OPTION[,…]", action="append", help="mount options")
     verb.add_argument("--idmap", choices=IDMAPS, help="how to map ids")
+    verb.add_argument("--signature", metavar="FILE", help="a detached signature of the image")
+    verb.add_argument("--image-policy", metavar="POLICY", help="what to demand: systemd.image-policy(7)")
+    verb.add_argument("--verity", metavar="FILE", help="hash data of dm-verity, with --root-hash")
+    verb.add_argument("--root-hash", metavar="HEX", help="the root hash of the hash data")
+    verb.add_argument("--root-hash-signature", metavar="FILE", help="a detached signature of the root hash")
     verb.add_argument(
         "source",
         metavar="SOURCE",
@@ -113,7 +118,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options = parser().parse_args(argv)
     if options.verb == "run" and not options.command:
         raise UsageError("there is no COMMAND", hint="write it after SOURCE and --")
+    if options.verb in VERBS:
+        check_verity(options)
     return options
+
+
+def check_verity(options: argparse.Namespace) -> None:
+    """Have the options of dm-verity come together. Raises UsageError."""
+    if (options.verity is None) != (options.root_hash is None):
+        raise UsageError("--verity and --root-hash go together", hint="“veritysetup format” prints the hash")
+    if options.root_hash_signature is not None:
+        if options.verity is None:
+            raise UsageError("--root-hash-signature needs --verity and --root-hash")
+        if options.signature is not None:
+            raise UsageError("with --root-hash-signature, --signature has nothing to sign")
 
 
 def request_of(options: argparse.Namespace) -> Request:
@@ -132,6 +150,11 @@ def request_of(options: argparse.Namespace) -> Request:
         # The new namespace of `run` is handed over once it is there.
         userns="none" if options.verb == "run" else options.userns,
         idmap=options.idmap,
+        image_policy=options.image_policy,
+        signature=options.signature,
+        verity=None
+        if options.verity is None
+        else (options.verity, options.root_hash, options.root_hash_signature),
     )
 
 

@@ -32,7 +32,7 @@ from mountd.service.requests import Descriptors
 from mountd.source.confined import recognise_image
 from mountd.store import pull, reference
 from mountd.store.pull import BUILD, FETCH, RESOLVE, VERIFY, PullLimits
-from mountd.store.record import MAXIMUM_NAME, ROOT, Owner
+from mountd.store.record import DIGEST, MAXIMUM_NAME, ROOT, Owner
 from mountd.store.store import Known
 from mountd.trust.storing import may_pull
 
@@ -218,11 +218,18 @@ def pulled_there(wanted: Reference, store: Store, context: RequestContext, path:
     context.enter(Phase.VERIFY)
     layers = reply.get("layers")
     images = layers if isinstance(layers, list) and layers else [reply.get("image")]
-    digests = [each.get("digest") if isinstance(each, dict) else None for each in images]
-    records = [store.record(digest) for digest in digests if isinstance(digest, str)]
-    if len(records) != len(digests):
-        raise NotFound("the image that was pulled", hint="the journal of mountd-pull.service has more")
-    return records
+    return [record_of(image, wanted, store) for image in images]
+
+
+def record_of(image: object, wanted: Reference, store: Store) -> Record:
+    """Return the record of an image that another instance says that it has pulled. Raises NotFound."""
+    digest = image.get("digest") if isinstance(image, dict) else None
+    if isinstance(digest, str) and DIGEST.fullmatch(digest):
+        record = store.record(digest)
+        # From where need not be compared: bytes that are a whole image elsewhere keep that as their origin.
+        if record.belongs_to(ROOT) and record.provenance is not None:
+            return record
+    raise NotFound(f"{wanted} after it was pulled", hint="the journal of mountd-pull.service has more")
 
 
 def number(reply: dict[str, object], field: str) -> int | None:

@@ -174,11 +174,6 @@ def test_short_methods_offer_no_progress(daemon: Daemon, method: str) -> None:
         more(daemon, method)
 
 
-def test_pull_is_declared(daemon: Daemon) -> None:
-    with pytest.raises(MountdError, match="MethodNotImplemented"):
-        call(daemon, "Pull", reference="oci:example.com/a:1")
-
-
 def test_errors_have_the_name_of_the_interface(daemon: Daemon) -> None:
     with sockets.connect(str(daemon.socket), 10) as connection:
         request = {"method": f"{IMAGES}.Inspect", "parameters": {"digest": "sha256:" + "0" * 64}}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.daemon import Daemon
 from tests.e2e.conftest import TMPFS_RULE, trusting
 from tests.images import build_image
 from tests.programs import Done, as_user, build_root, check_line, environment, etc_files, mounted, run
+from tests.signing import Signatory
 
 OWN_RANGE = 700000
 ETC = {
@@ -344,3 +347,90 @@ def test_poor_locale(daemon: Daemon, installed: Path, images: dict[str, Path]) -
     done = as_user([installed / "bin/mountctl", "explain", images["erofs"]], daemon.socket, env=env)
     assert done.returncode == 0
     assert "trusted in the test" in done.stdout
+
+
+class TestVouching:
+    """Signatures, image policies and dm-verity from the command line."""
+
+    @pytest.fixture
+    def signed(self, place: Path, images: dict[str, Path]) -> Iterator[tuple[Path, Path, str]]:
+        """An image that nothing but its signature speaks for, the signature, and a policy."""
+        directory = place / "vouching"
+        directory.mkdir(mode=0o755)
+        image, signature = directory / "image.raw", directory / "image.sig"
+        image.write_bytes(images["erofs"].read_bytes())
+        ed = Signatory(directory, "ed25519 cli", "ed25519")
+        (directory / "key.pub").write_bytes(ed.public)
+        digest = hashlib.sha256(image.read_bytes()).hexdigest()
+        signature.write_bytes(ed.ed25519(digest.encode(), directory))
+        policy = f"""
+[key.cli]
+ed25519 = "{directory}/key.pub"
+[[rule]]
+name = "signed"
+image = {{ any = true }}
+caller = {{ any = true }}
+require = {{ integrity = ["root-owned"], signature = "cli" }}
+grant = {{ file-systems = ["erofs"], idmap = ["none"] }}
+verdict = "allow"
+"""
+        yield image, signature, policy
+        shutil.rmtree(directory)
+
+    def test_options(
+        self, start: Callable[..., Daemon], installed: Path, signed: tuple[Path, Path, str]
+    ) -> None:
+        image, signature, policy = signed
+        socket = start(policy).socket
+        program = installed / "bin/mountctl"
+
+        def explain(*options: object) -> Done:
+            return as_user([program, "explain", *options, image], socket)
+
+        assert explain().returncode == 1
+        done = explain("--signature", signature)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("allow: by rule “signed”")
+        assert explain("--signature", signature, "--image-policy", "root=unprotected").returncode == 0
+        narrowed = explain("--signature", signature, "--image-policy", "root=signed")
+        assert narrowed.returncode == 1
+        assert "imagePolicy refuses it" in narrowed.stdout
+        for options, said in (
+            (("--signature", f"{signature}.none"), "not found: "),
+            (("--signature", "/"), "directory"),
+            (("--signature", "/dev/null"), "has not 1 to 262144 bytes"),
+            (("--image-policy", "root=nonsense"), "is no flag"),
+            (("--verity", image), "--verity and --root-hash go together"),
+            (("--root-hash", "00" * 32), "--verity and --root-hash go together"),
+            (("--root-hash-signature", signature), "needs --verity"),
+            (("--verity", image, "--root-hash", "00"), "not 64 or 128 digits"),
+            (("--verity", image, "--root-hash", "00" * 32), "invalid image"),
+            (("--verity", f"{image}.none", "--root-hash", "00" * 32), "not found: "),
+        ):
+            done = explain(*options)
+            assert done.returncode == (32 if said == "invalid image" else 1)
+            check_line(done, said)
+        wrong = explain("--signature", image.parent / "key.pub")
+        assert "signature" in wrong.stdout
+        assert wrong.returncode == 1
+        done = as_user([program, "explain", "--signature", signature, "tmpfs:1M"], socket)
+        check_line(done, "go with the file of an image only")
+
+    def test_mount_helper(
+        self, start: Callable[..., Daemon], installed: Path, signed: tuple[Path, Path, str], place: Path
+    ) -> None:
+        """With -f, it only asks."""
+        image, signature, policy = signed
+        socket = start(policy).socket
+
+        def ask(options: str) -> Done:
+            helper = installed / "sbin/mount.mountd"
+            return as_user([helper, "-f", "-o", f"mountd.userns=none,{options}", image, place], socket)
+
+        assert ask(f"mountd.signature={signature}").returncode == 0
+        assert ask(f"mountd.signature={signature},mountd.policy=root=unprotected").returncode == 0
+        check_line(ask("ro"), "no signature came along")
+        check_line(ask(f"mountd.signature={signature},mountd.policy=root=signed"), "imagePolicy refuses it")
+        check_line(ask(f"mountd.signature={signature}.none"), "not found: ")
+        check_line(ask("mountd.signature="), "give the path of a detached signature")
+        check_line(ask("mountd.policy="), "give a policy as in systemd.image-policy")

@@ -328,6 +328,7 @@ case " $* " in *" copy "*) {script} ;; esac
 
 
 def test_the_user_for_pulls(registry: Registry, signed: str) -> None:
+    registry.machine.sh("userdel mountd-pull")
     work, owner = registry.inside("work")[1], registry.inside("owner")[1]
     look_at = f"stat -c %U {work}/resolve > {owner}"
     registry.pull(f"oci:{HOST}/gpg/app:1.0", work=work, between=look_at)
@@ -339,7 +340,7 @@ def test_the_user_for_pulls(registry: Registry, signed: str) -> None:
         registry.pull(f"oci:{HOST}/gpg/app:1.0", work=work, between=look_at)
         assert registry.machine.sh(f"cat {owner}") == "mountd-pull\n"
     finally:
-        registry.machine.sh("userdel mountd-pull")
+        registry.machine.sh("systemd-sysusers mountd.conf")
 
 
 def test_layer_that_is_not_what_the_configuration_says(registry: Registry) -> None:

@@ -12,6 +12,8 @@ from mountd.errors import OptionNotPermitted
 USUAL = {
     "fake": False, "sloppy": False, "verbose": False, "read_only": None, "type": None,
     "options": [], "userns": None, "idmap": None,
+    "signature": None,
+    "image_policy": None,
 }  # fmt: skip
 
 
