@@ -212,7 +212,8 @@ def as_stored(evidence: Evidence, digest: str, context: RequestContext) -> Evide
             pass  # it is new
         else:
             known = signatures.still_known(record.signers, context.policy.policy)
-            signers, provenance = tuple(dict.fromkeys((*signers, *known))), record.provenance
+            signers = tuple(dict.fromkeys((*signers, *known)))
+            provenance = provenance_of(record)
     proofs = (Proof(STORED, digest),)
     return replace(
         evidence,
@@ -320,6 +321,15 @@ def pulled_digest(wanted: Reference, context: RequestContext) -> str:
     raise NotFound(f"{wanted} in the store", hint=f"“mountctl image pull {wanted}” puts it there")
 
 
+def provenance_of(record: Record) -> Provenance | None:
+    """Return where a stored image was pulled from.
+
+    A part of an image is none that was pulled, whoever has imported the same bytes.
+    """
+    whole = record.provenance is not None and len(record.provenance.layers) == 1
+    return record.provenance if whole else None
+
+
 def check_whole(provenance: Provenance | None) -> None:
     """Raise NotSupported for what is only a part of an image."""
     if provenance is not None and len(provenance.layers) > 1:
@@ -345,7 +355,6 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
         raise not_found(digest)
     if not record.belongs_to(caller.uid) or caller.is_host_root:
         check_whole(record.provenance)
-    whole = record.provenance is not None and len(record.provenance.layers) == 1
     context.notes["digest"] = digest
     backing = inspect_descriptor(fd.fileno(), REFERENCE_FIELD)
     # It was looked at when it was stored, and is the same since; but it is whatever somebody has imported.
@@ -357,8 +366,7 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
         proofs=(Proof(STORED, digest),),
         digest=digest,
         signers=signatures.still_known(record.signers, context.policy.policy),
-        # A part of an image is none that was pulled, whoever has imported the same bytes.
-        provenance=record.provenance if whole else None,
+        provenance=provenance_of(record),
     )
     source = Source(SourceKind.IMAGE, backing, file_system, None)
     return Inspected(source, evidence, fd.fileno())

@@ -29,7 +29,8 @@ from mountd.trust.policy import Policy
 
 HOST = UserNamespace(0, 0, (), (), 0, is_host=True)
 KEY = Key("team", "ed25519", (b"one",), "test.toml")
-PROVENANCE = Provenance("example.com/a", "sha256:" + "0" * 64, (), "signedBy", "team", 1)
+LAYERS = ("sha256:" + "1" * 64,)
+PROVENANCE = Provenance("example.com/a", "sha256:" + "0" * 64, LAYERS, "signedBy", "team", 1)
 
 
 def signer(digest: str) -> Signer:
