@@ -8,6 +8,7 @@ import ctypes
 import errno
 import os
 import signal
+from functools import lru_cache
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
@@ -67,11 +68,17 @@ def is_user_namespace(fd: int) -> bool:
     """
     try:
         status = statx(fd, "", StatxMask.TYPE, sync=False)
-        if os.makedev(status.stx_dev_major, status.stx_dev_minor) != os.stat("/proc/self/ns/user").st_dev:
+        if os.makedev(status.stx_dev_major, status.stx_dev_minor) != namespace_device():
             return False
         return call("ioctl", fd, Ioctl.NS_GET_NSTYPE, None) == Clone.NEWUSER
     except SyscallError:
         return False
+
+
+@lru_cache(maxsize=1)
+def namespace_device() -> int:
+    """Return the device number of the kernel's own file system for namespaces."""
+    return os.stat("/proc/self/ns/user").st_dev
 
 
 def owner_uid(fd: int) -> int:

@@ -32,10 +32,10 @@ from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
 from mountd.source.confined import read_verity_superblock, recognise_image
 from mountd.source.descriptor import inspect_descriptor
 from mountd.source.model import Source, SourceKind
+from mountd.source.remembered import recognise_trusted
 from mountd.store.quota import Limits
 from mountd.store.record import ROOT, Owner
 from mountd.store.store import Known
-from mountd.trust.decide import decide
 from mountd.trust.options import shown
 from mountd.trust.storing import STORED, may_store, named_digests
 
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 NO_PLACE = Evidence(None, "it has no location", False)
 SEALED = "sealed"
+PROVE = {SEALED: sealed.prove_sealed, fs_verity.KIND: fs_verity.prove}
+ALL_KINDS = frozenset(PROVE)
 MAXIMUM_SHOWN = 1024  # characters of a path in the journal
 ROOT_HASH_FIELD = "source.verity.rootHash"
 # What takes longer to hash than a mount may wait for is bounded in number, as transfers of the store are.
@@ -90,13 +92,16 @@ def inspect(
     # Where the caller says that it is: for people, and no evidence.
     context.notes["source"] = shown(backing.path_hint or "an image without a path", MAXIMUM_SHOWN)
     evidence = locate(backing, name_paths=caller.on_host)
-    # What root vouches for is read here; what nobody does is read where it can do no harm.
-    confined = evidence.root_owned_path is None
-    file_system = recognise_image(request.image_fd, backing.size, confined=confined)
+    if evidence.root_owned_path is not None:
+        file_system = recognise_trusted(request.image_fd, backing)
+    else:
+        # What nobody vouches for is read where it can do no harm.
+        file_system = recognise_image(request.image_fd, backing.size, confined=True)
     found = Inspected(Source(SourceKind.IMAGE, backing, file_system, None), evidence, request.image_fd)
     if request.verity is not None:
         return add_verity(found, backing, request, context)
-    evidence = add_proofs(request.image_fd, evidence)
+    kinds = ALL_KINDS if request.signature is not None else context.policy.policy.integrity
+    evidence = add_proofs(request.image_fd, evidence, kinds)
     found = replace(found, evidence=evidence)
     if evidence.root_owned_path is not None or evidence.proofs:
         return add_vouching(found, backing, request, caller, context)
@@ -105,11 +110,16 @@ def inspect(
     return through_the_store(found, backing, request, caller, fds, context, may_change=may_change)
 
 
-def add_proofs(image_fd: int, evidence: Evidence) -> Evidence:
-    """Look for the kinds of immutability that a file has by itself."""
+def add_proofs(image_fd: int, evidence: Evidence, kinds: frozenset[str]) -> Evidence:
+    """Look for those of `kinds` of immutability that a file has by itself.
+
+    Only those that a rule asks for, or that a signature could be about, can make a difference.
+    """
     proofs: list[Proof] = []
     unproven: list[tuple[str, str]] = []
-    for kind, prove in ((SEALED, sealed.prove_sealed), (fs_verity.KIND, fs_verity.prove)):
+    for kind, prove in PROVE.items():
+        if kind not in kinds:
+            continue
         found = prove(image_fd)
         if isinstance(found, Proof):
             proofs.append(found)
@@ -193,7 +203,7 @@ def through_the_store(
     if not evidence.signers and digest not in named:
         return replace(found, evidence=evidence)
     copy = replace(found, evidence=as_stored(evidence, digest, context))
-    decision = decide(context.policy.policy, caller, found.source, copy.evidence, request.wishes)
+    decision = context.policy.decide(caller, found.source, copy.evidence, request.wishes)
     if not may_change or decision.error is not None:
         return copy
     record = stored(image_fd, backing, digest, evidence.signers, caller, context)
