@@ -50,10 +50,12 @@ class PolicyInForce:
         policy is in force; a refusal is not, whose error would keep alive what it was raised through.
         """
         facts = (caller, source, evidence, wishes)
+        if wishes.image_policy is not None or evidence.signature_error is not None:
+            return decide(self.policy, *facts)
         decision = self._allowed.get(facts)
         if decision is None:
-            decision = decide(self.policy, caller, source, evidence, wishes)
-            if decision.error is None and evidence.signature_error is None:
+            decision = decide(self.policy, *facts)
+            if decision.error is None:
                 if len(self._allowed) >= MAXIMUM_REMEMBERED:
                     self._allowed.clear()
                 self._allowed[facts] = decision

@@ -97,12 +97,12 @@ def inspect(
     else:
         # What nobody vouches for is read where it can do no harm.
         file_system = recognise_image(request.image_fd, backing.size, confined=True)
-    found = Inspected(Source(SourceKind.IMAGE, backing, file_system, None), evidence, request.image_fd)
+    source = Source(SourceKind.IMAGE, backing, file_system, None)
     if request.verity is not None:
-        return add_verity(found, backing, request, context)
+        return add_verity(Inspected(source, evidence, request.image_fd), backing, request, context)
     kinds = ALL_KINDS if request.signature is not None else context.policy.policy.integrity
     evidence = add_proofs(request.image_fd, evidence, kinds)
-    found = replace(found, evidence=evidence)
+    found = Inspected(source, evidence, request.image_fd)
     if evidence.root_owned_path is not None or evidence.proofs:
         return add_vouching(found, backing, request, caller, context)
     if not may_store(context.policy.policy, caller, namespace_given=request.wishes.namespace_given):
@@ -125,7 +125,18 @@ def add_proofs(image_fd: int, evidence: Evidence, kinds: frozenset[str]) -> Evid
             proofs.append(found)
         else:
             unproven.append((kind, found))
+    if not proofs and not unproven:
+        return evidence
     return replace(evidence, proofs=tuple(proofs), unproven=tuple(unproven))
+
+
+def immutable_by(inspected: Inspected) -> list[str]:
+    """Return all kinds of immutability of an image, for people: also those that no rule asks for."""
+    kinds = [proof.kind for proof in inspected.evidence.proofs]
+    if inspected.image_fd is not None:
+        more = add_proofs(inspected.image_fd, inspected.evidence, ALL_KINDS - set(kinds))
+        kinds += [proof.kind for proof in more.proofs if proof.kind not in kinds]
+    return kinds
 
 
 def add_verity(

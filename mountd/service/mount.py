@@ -18,7 +18,7 @@ from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mount
 from mountd.service.context import RequestContext
-from mountd.service.inspection import Inspected, inspect
+from mountd.service.inspection import Inspected, immutable_by, inspect
 from mountd.service.phase import Phase
 from mountd.service.requests import MountRequest
 from mountd.source.model import Source
@@ -199,7 +199,7 @@ def facts(judged: Judged) -> dict[str, str]:
         found["descriptor"] = "writable" if evidence.descriptor_writable else "read-only"
         found["location"] = evidence.location_problem or "root's alone"
         found["digest"] = evidence.digest
-        found["immutable by"] = ", ".join(proof.kind for proof in evidence.proofs) or None
+        found["immutable by"] = ", ".join(immutable_by(judged.inspected)) or None
         if evidence.provenance is not None:
             found["pulled from"] = f"{evidence.provenance.repository}@{evidence.provenance.manifest}"
             found["pulled under"] = evidence.provenance.requirement

@@ -30,6 +30,7 @@ KINDS = {
     stat.S_IFLNK: "a symbolic link",
 }
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
+MNT_ID_UNIQUE = int(StatxMask.MNT_ID_UNIQUE)  # the operators of flags cost as much as a system call
 # Flags that a descriptor to read an image from does not have, and how to say it.
 REFUSED_FLAGS = (
     (os.O_PATH, "it was opened with O_PATH, which proves no access"),
@@ -41,7 +42,7 @@ REFUSED_FLAGS = (
 def lies_on_fuse(status: statx_struct) -> bool:
     """Tell whether a file, whose status names its mount, belongs to a FUSE server."""
     major, minor = int(status.stx_dev_major), int(status.stx_dev_minor)
-    if not status.stx_mask & StatxMask.MNT_ID_UNIQUE:
+    if not status.stx_mask & MNT_ID_UNIQUE:
         return is_fuse(major, minor)
     return mount_is_fuse(int(status.stx_mnt_id), major, minor)
 
