@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,4 +193,7 @@ class TestJournal:
         assert LINES <= written < 3 * LINES
         with memfd(data, sum(SEALS)) as fd:  # of another owner, which has lines of its own
             assert outcome(lambda: mount_fds(case.daemon.socket, source(), [fd])) == NONE
-        assert "Mount for uid 0 " in case.daemon.log
+        deadline = time.monotonic() + 5
+        while "Mount for uid 0 " not in case.daemon.log:  # written after the reply
+            assert time.monotonic() < deadline, case.daemon.log
+            time.sleep(0.02)
