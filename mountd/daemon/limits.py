@@ -21,6 +21,7 @@ MINIMUM_WORKERS = 2  # ready before anybody asks
 MAXIMUM_WORKERS = 8  # serving at the same time, but for the first request of an owner
 MAXIMUM_RUNNING_PER_OWNER = 4  # so that one owner cannot have all of them
 MAXIMUM_STUCK_PER_OWNER = 4
+# Of all owners; beyond it there is room for the first request of owners that have nothing that hangs.
 MAXIMUM_STUCK = 32
 SLOTS = MAXIMUM_WORKERS + MAXIMUM_STUCK
 

@@ -22,6 +22,7 @@ from mountd.daemon.limits import (
     GRACE_SECONDS,
     HANGS_SECONDS,
     IDLE_WORKER_SECONDS,
+    MAXIMUM_STUCK,
     MAXIMUM_WORKERS,
     MINIMUM_WORKERS,
     SECONDS_TO_DIE,
@@ -115,8 +116,21 @@ class Pool:
 
     @property
     def crowded(self) -> bool:
-        """Whether as many requests are being served as usual, so that more are an exception."""
-        return self.serving >= MAXIMUM_WORKERS
+        """Whether as many requests are being served as usual, so that more are an exception.
+
+        So they are when what is being served could bring what hangs to more than may, by hanging as well.
+        """
+        serving = self.serving
+        return serving >= MAXIMUM_WORKERS or serving + self._killed >= MAXIMUM_STUCK
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every slot has a worker that was killed and is not gone: nobody can be served."""
+        return self._killed >= SLOTS
+
+    @property
+    def _killed(self) -> int:
+        return sum(worker.killed_at is not None for worker in self.workers.values())
 
     def fill(self, waiting: int, idle_owners: int) -> None:
         """Start as many workers as are needed for `waiting` requests.
