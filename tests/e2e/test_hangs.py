@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import random
 import select
 import signal
 import time
@@ -48,7 +47,6 @@ from tests.rogue import (
     state_of,
 )
 
-KILLS = int(os.environ.get("MOUNTD_TEST_KILLS", "300"))
 READ_ONLY = 1  # MS_RDONLY
 VERIFY, MOUNT, CLOSE = DEADLINES[Phase.VERIFY], DEADLINES[Phase.MOUNT], DEADLINES[Phase.CLOSE]
 SLACK = 2.0
@@ -373,25 +371,6 @@ def test_a13_fuse_file_as_the_user_namespace(
         with neighbour(daemon, images["erofs"]), Raw(daemon, timeout=2) as raw:
             raw.send(mount_call(userNamespaceFileDescriptor=1), fds)
             assert error(raw.reply()) == "BadFileDescriptor"
-
-
-@pytest.mark.parametrize("type", ["erofs", "ext4"])
-def test_a18_caller_is_killed_at_any_moment(daemon: Daemon, images: dict[str, Path], type: str) -> None:
-    """Before, during and after each phase: nothing is left of any."""
-    dice = random.Random(18)
-    with neighbour(daemon, images["erofs"]), opened(images[type]) as fds:
-        for _ in range(KILLS // 2):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    with Raw(daemon) as raw:
-                        raw.send(mount_call(), fds)
-                        raw.reply()
-                finally:
-                    os._exit(0)
-            time.sleep(dice.uniform(0, 0.012))
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("bytes_sent", [0, 1, 40, None])
