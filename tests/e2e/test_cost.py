@@ -29,10 +29,10 @@ def test_cpu_time_of_a_mount(
 ) -> None:
     """The least of several runs is what it costs.
 
-    A run does the same work each time, and CPU time is only what the kernel charged to it: another process, a
-    cold cache or a slower clock of the processor adds to that and never takes anything away. So the least is
-    the nearest to the cost itself, and a median would say how busy the machine was. That it is no accident
-    of one run is what the wider bound on the median is for.
+    A run does the same work each time, and CPU time is only what the kernel charged to it: another process,
+    a cold cache or a slower clock of the processor adds to that and never takes anything away. So the
+    least is the nearest to the cost itself, and a median would say how busy the machine was. That it is
+    no accident of one run is what the wider bound on the median is for.
     """
     helper = str(installed / "sbin/mount.mountd")
 

@@ -171,8 +171,8 @@ REGULAR = {
 def quickest(daemon: Daemon, fds: list[int], seconds: float = AT_ONCE) -> tuple[str | None, float]:
     """Ask for a mount until the answer comes within `seconds`, a few times at most.
 
-    Return the answer, always the same, and the shortest time that it took: the machine can only add to what a
-    refusal costs, while a wait for somebody is there each time.
+    Return the answer, always the same, and the shortest time that it took: the machine can only add to what
+    a refusal costs, while a wait for somebody is there each time.
     """
     said, times = set(), []
     while not times or (min(times) > seconds and len(times) < TRIES):
