@@ -126,8 +126,10 @@ def _be_the_child(
     except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
         answer = {"failed": f"{type(error).__name__}: {error}"[:MAXIMUM_FAILURE]}
     finally:
-        os.write(writer, json.dumps(answer).encode())
-        os._exit(0)
+        try:
+            os.write(writer, json.dumps(answer).encode())
+        finally:
+            os._exit(0)  # whatever happens: what called has to go on in one process only
 
 
 def _read_answer(reader: int) -> bytes:
