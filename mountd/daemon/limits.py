@@ -32,6 +32,7 @@ LINGER_MILLISECONDS = 1
 REQUESTS_IN_A_ROW = 16
 IDLE_WORKER_SECONDS = 30  # above the minimum
 HANGS_SECONDS = 1.0  # within a phase and asleep in the kernel: too long for a daemon that is to end
+PAUSE_SECONDS = 0.1  # without what it takes for another connection or another worker
 SECONDS_TO_DIE = 1.0  # after SIGKILL; who takes longer hangs in the kernel
 
 MAXIMUM_CONNECTIONS = 10_000

@@ -27,6 +27,7 @@ from mountd.daemon.limits import (
     MAXIMUM_CONNECTIONS_PER_OWNER,
     MAXIMUM_STUCK,
     MAXIMUM_STUCK_PER_OWNER,
+    PAUSE_SECONDS,
     SLOTS,
 )
 from mountd.daemon.owners import FairQueue
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 HOUSE_KEEPING_SECONDS = 60.0
-PAUSE_SECONDS = 0.1  # without a descriptor for another connection
 ACCEPT_AT_ONCE = 64  # before anybody else gets a turn
 STUCK_HINT = "the file systems of earlier requests do not answer"
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -273,7 +273,11 @@ class Listener:
                 continue
             try:
                 self._pool.assign(worker, connection)
-            except OSError:
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    name = errno.errorcode[error.errno]
+                    self._drop(connection, MountFailed("handing the request to a worker", name))
+                    continue
                 worker.retiring = True  # it has ended; the fork server will say so
                 self._queue.add(connection)
 

@@ -25,6 +25,7 @@ from mountd.daemon.limits import (
     MAXIMUM_STUCK,
     MAXIMUM_WORKERS,
     MINIMUM_WORKERS,
+    PAUSE_SECONDS,
     SECONDS_TO_DIE,
     SLOTS,
 )
@@ -90,6 +91,7 @@ class Pool:
         self._board = board
         self.workers: dict[int, Worker] = {}
         self._starting: set[int] = set()
+        self._not_before = 0.0  # time.monotonic() when another may be started, after one could not be
         self.changed = True  # a worker has come, gone or is to go: `fill` and `close_retired` have to look
 
     @property
@@ -138,6 +140,9 @@ class Pool:
         Beyond the usual number there is one for each of `idle_owners`, who have nothing running: others
         cannot make them wait by being slow.
         """
+        if time.monotonic() < self._not_before:
+            self.changed = True  # still to be looked at, by then
+            return
         alive = [w for w in self.workers.values() if w.killed_at is None and not w.retiring]
         busy = sum(worker.owner is not None for worker in alive)
         usual = min(MAXIMUM_WORKERS, max(MINIMUM_WORKERS, busy + waiting))
@@ -153,8 +158,9 @@ class Pool:
             self._starting.add(slot)
 
     def not_spawned(self, slot: int) -> None:
-        """Take note that no worker could be started in `slot`."""
+        """Take note that no worker could be started in `slot`; what is lacking is not there at once."""
         self._starting.discard(slot)
+        self._not_before = time.monotonic() + PAUSE_SECONDS
         self.changed = True
 
     def spawned(self, slot: int, fds: list[OwnedFd]) -> Worker:
@@ -219,8 +225,8 @@ class Pool:
                 _let_go(worker)
 
     def next_deadline(self) -> float | None:
-        """Return the time.monotonic() at which `enforce` has to look again."""
-        times = []
+        """Return the time.monotonic() at which `enforce` or `fill` has to look again."""
+        times = [self._not_before] if self._not_before > time.monotonic() else []
         for worker in self.workers.values():
             if worker.killed_at is not None:
                 if not worker.charged:

@@ -1,4 +1,4 @@
-"""The children that parse what nobody vouches for end, whatever happens: none goes on as its parent would."""
+"""The children that parse what nobody vouches for end, whatever happens, and never go on as workers."""
 
 from __future__ import annotations
 
