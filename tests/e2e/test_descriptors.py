@@ -23,7 +23,10 @@ from pathlib import Path
 import pytest
 
 from mountd.client import attach
-from mountd.kernel import namespaces
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api, namespaces
+from mountd.kernel.flags import Clone, Propagation
+from mountd.kernel.libc import call
 from tests.container import in_container
 from tests.daemon import Daemon
 from tests.e2e.conftest import trusting
@@ -309,6 +312,44 @@ def test_a13_file_of_a_fuse_server(
         assert error(reply) == "BadFileDescriptor"
         assert "FUSE" in reply["parameters"]["reason"]
         assert eventually(lambda: daemon.held() == before)
+        fuse.silence()
+
+
+def test_a13_fuse_is_there_only_after_the_daemon(
+    start: Callable[..., Daemon], images: dict[str, Path], place: Path
+) -> None:
+    """The module may be loaded by the first FUSE mount; what is looked for then is not remembered as absent.
+
+    The daemon starts where the kernel seems to have no FUSE, with an empty directory over that of fusectl,
+    and its workers are asked once before it is taken away.
+    """
+
+    def hide() -> None:
+        namespaces.unshare(Clone.NEWNS)
+        mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
+        call("mount", b"none", b"/sys/fs/fuse", b"tmpfs", 0, None)
+
+    def show() -> None:
+        with OwnedFd(os.open(f"/proc/{daemon.fork_server}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)) as inside:
+            namespaces.setns(inside.fileno(), Clone.NEWNS)
+        mount_api.umount("/sys/fs/fuse")
+
+    daemon = start(trusting(images["erofs"].parent), start_new_session=True, preexec_fn=hide)
+    settled(daemon)
+    with (
+        Fuse(place / "fuse", images["erofs"].read_bytes()) as fuse,
+        opened(images["erofs"], fuse.path) as fds,
+    ):
+        workers = daemon.workers
+        for _ in workers:
+            assert error(ask(daemon, mount_call(), fds[:1])) == ""
+        in_child(show)
+        fuse.silence(Op.GETATTR, Op.OPEN, Op.READ, Op.STATFS, session=daemon.process.pid)
+        with neighbour(daemon, images["erofs"]):
+            for _ in range(2 * len(workers)):
+                name, seconds = quickest(daemon, fds[1:])
+                assert (name, seconds <= AT_ONCE) == ("BadFileDescriptor", True), seconds
+        assert set(workers) & set(daemon.workers)
         fuse.silence()
 
 
