@@ -2,7 +2,8 @@
 
 Those that take 30 seconds hang at the same time, on one daemon (`half_a_minute`), and so do those that
 take 10 (`ten_seconds`); the tests look at what came of each. A neighbour mounts all the while and notices
-nothing.
+nothing. What there is more of has a module of its own: all workers hang (case 14, test_stuck.py), callers
+leave ten thousand times (case 18, test_kill_points.py).
 
 Case 15 without systemd: the daemon gets its SIGTERM while workers hang in the kernel, ends, and another
 takes its place. What a service manager adds is that it waits for no process that hangs (KillMode=mixed).

@@ -5,7 +5,8 @@ connect to a while after the reply, so that every phase is hit in proportion to 
 leave in the middle of their message. Most of them close the connection, many in one process; every tenth
 is a process that is killed with SIGKILL and leaves everything open. What the daemon, the kernel and the
 test hold afterwards is compared with what they held before (fixtures `daemon` and
-`nothing_left_behind`), and a neighbour mounts all the while.
+`nothing_left_behind`), and a neighbour mounts all the while. Workers are killed in the same way; that is
+a figure of the threat model's section 5.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import random
 import signal
 import socket
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from mountd.daemon.limits import MINIMUM_WORKERS
 from mountd.kernel import sockets
 from tests.container import forked
 from tests.daemon import Daemon
-from tests.rogue import ATTACKER, error, mount_call, neighbour, opened, settled
+from tests.e2e.conftest import trusting
+from tests.rogue import ATTACKER, ask, error, eventually, mount_call, neighbour, opened, settled
 from tests.rogue import Raw as Connection
 
 KILLS = int(os.environ.get("MOUNTD_TEST_KILLS", "10000"))
@@ -32,6 +37,7 @@ SHARES = {"erofs": 0.7, "ext4": 0.3}  # one is mounted from the file, the other 
 BY_SIGKILL = 10  # one in so many
 IN_THE_MESSAGE = 5  # one in so many
 SAMPLES = 30
+WORKERS = KILLS // 20  # that are killed, of each kind of image
 BEYOND = 1.3  # times the length of a request
 
 
@@ -143,3 +149,37 @@ def test_a18_callers_leave_at_any_moment(daemon: Daemon, images: dict[str, Path]
         with Connection(daemon, ATTACKER) as raw:
             raw.send(mount_call(), fds)
             assert error(raw.reply()) == ""
+
+
+@pytest.mark.parametrize("type", SHARES)
+def test_a_worker_is_killed_at_any_moment(
+    start: Callable[..., Daemon], images: dict[str, Path], type: str
+) -> None:
+    """Its caller gets one answer or the end of the connection, and what it had begun is taken back."""
+    daemon, dice = start(trusting(images[type].parent)), random.Random(70)
+    before = settled(daemon)
+    said: Counter[str | None] = Counter()
+    with opened(images[type]) as fds:
+        longest = length_of_a_request(daemon, fds) * BEYOND
+        for _ in range(WORKERS):
+            workers = daemon.workers
+            with Connection(daemon) as raw:
+                moment = time.perf_counter() + dice.uniform(0, longest)
+                raw.send(mount_call(), fds)
+                wait_until(moment)
+                for pid in workers:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                reply = raw.reply()
+                said[error(reply)] += 1
+                if error(reply) == "MountFailed":
+                    assert reply is not None
+                    assert reply["parameters"]["errnoName"] == "EIO"
+            if not said.total() % 20:
+                # The next ones are there; what is killed before it has begun to serve is no kill point.
+                assert eventually(lambda: len(daemon.workers) >= MINIMUM_WORKERS)
+        assert set(said) <= {"", "MountFailed", None}, said
+        assert said["MountFailed"] >= WORKERS / 10, said
+        assert said[""] >= WORKERS / 10, said
+        assert error(ask(daemon, mount_call(), fds)) == ""
+    assert eventually(lambda: daemon.held() == before, 10), (before, daemon.held())
