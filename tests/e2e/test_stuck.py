@@ -7,8 +7,8 @@ The neighbour's latency is measured as a ratio within one run: to a second daemo
 and which is asked in turn with the first, so that whatever else the machine does hits both. On two cores
 the 99th percentile of such a series is decided by four of the scheduler's whims, and a bound of 2 on it
 would fail now and then for no reason of mountd's. So the bound of 2 is on the median and on the 90th
-percentile; on the 99th it is wider. Measured: 0.98 to 1.14 for the median, 0.80 to 1.18 for the 90th,
-0.55 to 1.07 for the 99th percentile. With `--log-level=info`, a run says its own.
+percentile; on the 99th it is wider. Measured in eight runs: 0.92 to 1.14 for the median, 0.80 to 1.23 for
+the 90th, 0.55 to 1.20 for the 99th percentile. With `--log-level=info`, a run says its own.
 """
 
 from __future__ import annotations
