@@ -32,7 +32,15 @@ from mountd.errors import (
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import mount_api, sockets
 from mountd.kernel.flags import MoveMount
-from mountd.wire.framing import MAX_FDS, MessageReader, boundary, encode, is_text, parse_reply
+from mountd.wire.framing import (
+    MAX_FDS,
+    MessageReader,
+    boundary,
+    encode,
+    is_text,
+    parse_reply,
+    whole_message,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -267,11 +275,16 @@ class Client:
     def _receive(self, deadline: float) -> Message:
         reader = MessageReader()
         try:
+            # First: there is no answer yet.
+            sockets.wait(self._socket, sockets.READABLE, deadline)
             while True:
                 peeked = sockets.peek(self._socket, 65536, deadline)
                 if not peeked:
                     raise Unreachable(ENDED, hint=TRY_AGAIN)
-                data, fds, lost = sockets.receive(self._socket, boundary(peeked) or len(peeked), MAX_FDS + 1)
+                end = boundary(peeked)
+                data, fds, lost = sockets.receive(self._socket, end or len(peeked), MAX_FDS + 1)
+                if len(data) == end and not lost and not reader.pending:
+                    return whole_message(data, fds)
                 reader.feed(data, fds)
                 if lost:
                     raise ProtocolError("a descriptor was lost: this process has none left")

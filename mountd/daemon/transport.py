@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mountd.errors import BadFileDescriptor, ProtocolError
 from mountd.kernel import sockets
-from mountd.wire.framing import MAX_FDS, MessageReader, boundary
+from mountd.wire.framing import MAX_FDS, MessageReader, boundary, whole_message
 
 if TYPE_CHECKING:
     import socket
@@ -46,8 +46,11 @@ def read_message(connection: socket.socket, deadline: float) -> Message | None:
                     raise ProtocolError("the connection ended within a message")
                 return None
             # One more than allowed, so that too many are told from lost ones.
-            data, fds, lost = sockets.receive(connection, boundary(peeked) or len(peeked), MAX_FDS + 1)
+            end = boundary(peeked)
+            data, fds, lost = sockets.receive(connection, end or len(peeked), MAX_FDS + 1)
             too_few = lost and len(fds) <= MAX_FDS
+            if end is not None and len(data) == end and not reader.pending and not too_few:
+                return whole_message(data, fds)
             reader.feed(data, fds)
             if too_few:
                 raise DescriptorsLost

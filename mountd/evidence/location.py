@@ -22,6 +22,8 @@ from mountd.kernel.mount_info import statmount
 from mountd.kernel.paths import statx
 
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from mountd.kernel.abi import statx as statx_struct
     from mountd.source.model import BackingFile
 
@@ -59,10 +61,10 @@ def walk(backing: BackingFile, name_paths: bool) -> str:
     names = hint.split("/")[1:]
     if len(names) > MAXIMUM_COMPONENTS or any(name in ("", ".", "..") for name in names):
         raise NotThere("its path is not a plain one")
-    path = "/"
-    status = check(path, path, 0)
+    path = ""
+    status = check("/", "/", 0)
     for name in names:
-        path = f"{path}/{name}" if path != "/" else f"/{name}"
+        path = f"{path}/{name}"
         status = check(path, path if name_paths else "a part of its path", status.stx_mnt_id)
     dev = os.makedev(status.stx_dev_major, status.stx_dev_minor)
     if (dev, status.stx_ino) != (backing.dev, backing.ino) or not stat.S_ISREG(status.stx_mode):
@@ -86,7 +88,8 @@ def check(path: str, shown: str, mount: int) -> statx_struct:
         raise NotThere("its path has a symbolic link in it")
     if status.stx_mnt_id != mount:
         check_mount(status.stx_mnt_id, shown)
-    check_owner(status, shown)
+    if status.stx_uid != 0 or status.stx_mode & 0o022:
+        refuse_owner(status, shown)
     return status
 
 
@@ -108,10 +111,9 @@ def check_mount(id: int, shown: str) -> None:
         )
 
 
-def check_owner(status: statx_struct, shown: str) -> None:
-    """Refuse what is not root's alone."""
+def refuse_owner(status: statx_struct, shown: str) -> NoReturn:
+    """Say why a component is not root's alone."""
     if status.stx_uid != 0:
         raise NotThere(f"{shown} belongs to uid {status.stx_uid}, not to root")
-    if status.stx_mode & 0o022:
-        who = "everybody" if status.stx_mode & 0o002 else "its group"
-        raise NotThere(f"{shown} is writable by {who}")
+    who = "everybody" if status.stx_mode & 0o002 else "its group"
+    raise NotThere(f"{shown} is writable by {who}")

@@ -24,6 +24,7 @@ MSG_CMSG_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 MSG_CTRUNC = int(socket.MSG_CTRUNC)
 MSG_NOSIGNAL = int(socket.MSG_NOSIGNAL)
 MSG_PEEK = int(socket.MSG_PEEK)
+READABLE, WRITABLE = select.POLLIN, select.POLLOUT  # for `wait`
 MAXIMUM_GROUPS = 65536  # NGROUPS_MAX
 
 
@@ -107,7 +108,7 @@ def peek(connection: socket.socket, size: int, deadline: "float | None" = None) 
         try:
             return connection.recv(size, MSG_PEEK)
         except BlockingIOError:
-            wait(connection, select.POLLIN, deadline)
+            wait(connection, READABLE, deadline)
 
 
 def send(
@@ -129,7 +130,7 @@ def send(
         except BlockingIOError:
             if deadline is None:
                 raise
-            wait(connection, select.POLLOUT, deadline)
+            wait(connection, WRITABLE, deadline)
             continue
         rest, ancillary = rest[sent:], []
 

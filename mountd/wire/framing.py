@@ -120,6 +120,26 @@ class Message:
         close_all(self.fds)
 
 
+def whole_message(data: bytes, fds: list[OwnedFd]) -> Message:
+    """Return the message that one recvmsg() returned all of, its NUL included, and nothing else.
+
+    That is what a `MessageReader` comes to for nearly every message there is. `fds` are taken over, and are
+    closed if that fails, as they are by the reader: with ProtocolError or LimitExceeded.
+    """
+    try:
+        if len(fds) > MAX_FDS:
+            raise LimitExceeded("descriptors in a message", MAX_FDS)
+        raw = data[:-1]
+        if len(raw) > MAX_MESSAGE:
+            raise LimitExceeded("bytes in a message", MAX_MESSAGE)
+        message = Message(decode(raw), raw, fds.copy())
+    except BaseException:
+        close_all(fds)
+        raise
+    fds.clear()
+    return message
+
+
 class MessageReader:
     """Cuts a stream into messages. Owns the descriptors that were fed until a message takes them."""
 
