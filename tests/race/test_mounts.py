@@ -1,4 +1,4 @@
-"""From the socket to the mount: what is mounted is the file that was handed over, whatever its name leads to."""
+"""From the socket to the mount: what is mounted is the file handed over, not what its name leads to."""
 
 from __future__ import annotations
 
