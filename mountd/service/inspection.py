@@ -122,7 +122,7 @@ def is_fixed(evidence: Evidence) -> bool:
 def add_proofs(image_fd: int, evidence: Evidence) -> Evidence:
     """Look for the kinds of immutability that a file has by itself."""
     proofs: list[Proof] = []
-    unproven: list[tuple[str, str]] = []
+    unproven = [(dm_verity.KIND, "no hash data came along"), (STORED, "it is not the store's")]
     for kind, prove in ((SEALED, sealed.prove_sealed), (fs_verity.KIND, fs_verity.prove)):
         found = prove(image_fd)
         if isinstance(found, Proof):
