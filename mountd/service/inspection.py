@@ -215,9 +215,9 @@ def through_the_store(
     else:
         found = look_inside(found)
     copy = replace(found, evidence=as_stored(evidence, digest, record, context))
-    if not may_change or judged(copy, request, caller, context) is not None:
+    if judged(copy, request, caller, context) is not None:
         return copy
-    return put_in(found, backing, digest, record, caller, fds, context)
+    return put_in(copy, backing, record, caller, fds, context, may_change=may_change)
 
 
 def rather_stored(
@@ -253,10 +253,10 @@ def rather_stored(
     record = record_of(digest, context)
     copy = replace(found, evidence=as_stored(evidence, digest, record, context))
     refusal = judged(copy, request, caller, context)
-    if refusal is not None or not may_change:
+    if refusal is not None:
         # A copy that does not help, either, has less to say.
         return found if isinstance(refusal, NotImmutable) else copy
-    return put_in(found, backing, digest, record, caller, fds, context)
+    return put_in(copy, backing, record, caller, fds, context, may_change=may_change)
 
 
 def judged(
@@ -275,20 +275,26 @@ def record_of(digest: str, context: RequestContext) -> Record | None:
 
 
 def put_in(
-    found: Inspected,
+    copy: Inspected,
     backing: BackingFile,
-    digest: str,
     record: Record | None,
     caller: Caller,
     fds: list[OwnedFd],
     context: RequestContext,
+    *,
+    may_change: bool,
 ) -> Inspected:
-    """Have the bytes that were hashed in the store, and return what is there, judged anew."""
-    signers = found.evidence.signers
-    if record is None or not record.belongs_to(owner_of(caller).uid):
-        record = stored(found, backing, digest, caller, context)
+    """Have what `copy` speaks for in the store, and return what is there, judged anew.
+
+    Without `may_change` that is only said. Raises DeniedByPolicy for a caller who can have nothing there.
+    """
+    owner = owner_of(caller)
+    if not may_change:
+        return copy
+    if record is None or not record.belongs_to(owner.uid):
+        record = stored(copy, backing, owner, context)
     inspected = inspect_stored(record.digest, caller, fds, context)
-    signers = tuple(dict.fromkeys((*signers, *inspected.evidence.signers)))
+    signers = tuple(dict.fromkeys((*copy.evidence.signers, *inspected.evidence.signers)))
     return replace(inspected, evidence=replace(inspected.evidence, signers=signers))
 
 
@@ -311,21 +317,19 @@ def as_stored(evidence: Evidence, digest: str, record: Record | None, context: R
     )
 
 
-def stored(
-    found: Inspected, backing: BackingFile, digest: str, caller: Caller, context: RequestContext
-) -> Record:
+def stored(copy: Inspected, backing: BackingFile, owner: Owner, context: RequestContext) -> Record:
     """Return the record of the copy that the store gets now of the bytes that were hashed."""
-    if context.store is None or found.image_fd is None:
+    if context.store is None or copy.image_fd is None:
         raise NotFound("the store", hint="the journal of mountd says why it has none")
 
-    def judge(fd: int, copied: str) -> Known:
-        if copied != digest:
+    def judge(fd: int, digest: str) -> Known:
+        if digest != copy.evidence.digest:
             raise InvalidImage("it was changed while it was read")
         # What was recognised before may have been something else: the record is about what is stored.
-        return Known(recognise_image(fd, backing.size, confined=True), found.evidence.signers)
+        return Known(recognise_image(fd, backing.size, confined=True), copy.evidence.signers)
 
     context.enter(Phase.TRANSFER, transfer_seconds(backing.size))
-    record = context.store.add(found.image_fd, backing.size, owner_of(caller), judge=judge)
+    record = context.store.add(copy.image_fd, backing.size, owner, judge=judge)
     context.enter(Phase.VERIFY)
     return record
 
