@@ -268,8 +268,7 @@ class Client:
         reader = MessageReader()
         try:
             while True:
-                sockets.set_deadline(self._socket, deadline)
-                peeked = sockets.peek(self._socket, 65536)
+                peeked = sockets.peek(self._socket, 65536, deadline)
                 if not peeked:
                     raise Unreachable(ENDED, hint=TRY_AGAIN)
                 data, fds, lost = sockets.receive(self._socket, boundary(peeked) or len(peeked), MAX_FDS + 1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mountd.kernel import mount_api, namespaces
+from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.flags import Clone, Propagation, Unmount
 from mountd.kernel.libc import call
 from tests.process import in_child
@@ -119,8 +120,8 @@ def bits(opcodes: Sequence[Op]) -> int:
 def serve(device: int, orders: mmap.mmap, content: bytes) -> NoReturn:
     """Be the server, until the connection ends."""
     try:
-        call("prctl", namespaces.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        namespaces.close_all_but({0, 1, 2, device})
+        end_with_parent()
+        close_all_but({0, 1, 2, device})
         while True:
             try:
                 request = os.read(device, MAXIMUM_WRITE + 4096)

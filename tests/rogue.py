@@ -18,7 +18,8 @@ from typing import Any
 from mountd.client import Client, Request
 from mountd.daemon.limits import MINIMUM_WORKERS
 from mountd.fds import OwnedFd, close_all
-from mountd.kernel import namespaces, sockets
+from mountd.kernel import sockets
+from mountd.kernel.child import close_all_but
 from tests.daemon import Daemon
 
 ATTACKER, NEIGHBOUR = 4000, 4100
@@ -127,7 +128,7 @@ def neighbour(daemon: Daemon, image: Path, uid: int = NEIGHBOUR) -> Iterator[Non
     pid = os.fork()
     if pid == 0:
         try:
-            namespaces.close_all_but({1, 2, stop, writer})
+            close_all_but({1, 2, stop, writer})
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)

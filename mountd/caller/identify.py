@@ -43,11 +43,17 @@ def pin(connection: socket.socket) -> OwnedFd:
         raise
 
 
-def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, int] | None = None) -> Caller:
+def identify(
+    connection: socket.socket,
+    pidfd: int,
+    connected_from: tuple[int, int] | None = None,
+    earlier: Caller | None = None,
+) -> Caller:
     """Return who is at the other end of `connection`; `pidfd` is what `pin` returned, borrowed.
 
-    `connected_from` is device and inode of the user namespace that the peer was in when it connected. Raises
-    PeerGone if it has ended or moved to another one since, NotSupported, SyscallError.
+    `connected_from` is device and inode of the user namespace that the peer was in when it connected,
+    `earlier` what was returned for the same connection before. Raises PeerGone if it has ended or moved to
+    another user namespace since, NotSupported, SyscallError.
     """
     credentials = sockets.peer_credentials(connection)
     try:
@@ -59,6 +65,9 @@ def identify(connection: socket.socket, pidfd: int, connected_from: tuple[int, i
             raise PeerGone("it is no longer in the user namespace that it connected from")
         is_root = namespace.is_host and credentials.uid == 0 and credentials.pid != 0
         sys_admin = is_root and _has_sys_admin(credentials.pid, pidfd)
+        if earlier is not None and (earlier.user_namespace, earlier.sys_admin) == (namespace, sys_admin):
+            compat.check_alive(pidfd)
+            return earlier
         place = cgroup.parse(_cgroup_of(credentials.pid, pidfd))
     except OSError as error:
         raise _gone(error) from None

@@ -17,6 +17,7 @@ from mountd.errors import MountdError, SyscallError
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import mount_api, namespaces, sockets
 from mountd.kernel.abi import AT_FDCWD
+from mountd.kernel.child import end_with_parent
 from mountd.kernel.flags import Clone, MoveMount, OpenTree, Propagation, Unmount
 from mountd.kernel.libc import call
 
@@ -216,7 +217,7 @@ def _enter_image(channel: socket.socket) -> bool:
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
     # Not to outlive the process that whoever wants to end the command knows.
-    call("prctl", namespaces.PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    end_with_parent()
     channel.send(b"ready")
     return channel.recv(2) == b"go"
 

@@ -29,6 +29,7 @@ from mountd.errors import DeniedByPolicy, MountdError, SyscallError
 from mountd.execute.seal import NoSeal, Staging
 from mountd.fds import OwnedFd
 from mountd.kernel import dm_verity, namespaces
+from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
 from mountd.service import signatures
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from mountd.daemon.board import Board
     from mountd.service.phase import Phase
 
-PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
 
@@ -171,7 +171,7 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             seal = NO_SEAL if self._staging is None else self._staging.seal(slot)
-            namespaces.close_all_but({0, 1, 2, own.fileno(), *journal.descriptors, *seal.fds})
+            close_all_but({0, 1, 2, own.fileno(), *journal.descriptors, *seal.fds})
 
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)
@@ -238,7 +238,7 @@ def serve(control: socket.socket, board: Board, places: Places, *, only_pull: bo
         end_with_parent()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        namespaces.close_all_but({0, 1, 2, control.fileno(), *journal.descriptors})
+        close_all_but({0, 1, 2, control.fileno(), *journal.descriptors})
         attempt(lambda: ForkServer(control, board, places, only_pull=only_pull), control).run()
         code = 0
     except ConnectionError:
@@ -287,8 +287,3 @@ def any_child_in(group: int) -> bool:
     except ChildProcessError:
         return False
     return True
-
-
-def end_with_parent() -> None:
-    """Have the kernel end this process when its parent does."""
-    call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)

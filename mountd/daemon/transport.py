@@ -40,8 +40,7 @@ def read_message(connection: socket.socket, deadline: float) -> Message | None:
     reader = MessageReader()
     try:
         while True:
-            sockets.set_deadline(connection, deadline)
-            peeked = sockets.peek(connection, CHUNK)
+            peeked = sockets.peek(connection, CHUNK, deadline)
             if not peeked:
                 if reader.pending:
                     raise ProtocolError("the connection ended within a message")

@@ -13,6 +13,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
+from mountd.caller.peer import Peer
 from mountd.daemon import channel
 from mountd.daemon.channel import Word
 from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
@@ -85,8 +86,11 @@ class Worker:
                 if request is None:
                     return
                 fd = request[0].take()
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection:
-                    keep = self._serve_in_a_row(connection, request[1])
+                with (
+                    socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection,
+                    Peer(connection, request[1]) as peer,
+                ):
+                    keep = self._serve_in_a_row(peer)
                 self._enter(Phase.CLOSE)
                 channel.tell(self._own, Word.ANSWERED, keep)
                 self._clean_up()
@@ -97,29 +101,30 @@ class Worker:
         except ConnectionError:
             return  # the daemon has ended
 
-    def _serve_in_a_row(self, connection: socket.socket, connected_from: tuple[int, int]) -> bool:
+    def _serve_in_a_row(self, peer: Peer) -> bool:
         """Serve a request and those that follow at once; return whether the connection can have another.
 
         Who asks for several mounts one after the other finds the worker still there: handing the connection
         back and forth takes as long as a mount.
         """
+        poller = select.poll()
+        poller.register(peer.connection, select.POLLIN)
+        # It closes when this worker is to end, such as for a new policy.
+        poller.register(self._own, select.POLLIN)
         for _ in range(REQUESTS_IN_A_ROW):
-            if not self._serve(connection, connected_from):
+            if not self._serve(peer):
                 return False
             if not self._may_linger:
                 return True
             self._enter(Phase.IDLE)
-            poller = select.poll()
-            poller.register(connection, select.POLLIN)
-            # It closes when this worker is to end, such as for a new policy.
-            poller.register(self._own, select.POLLIN)
             ready = [fd for fd, _ in poller.poll(LINGER_MILLISECONDS)]
-            if ready != [connection.fileno()]:
+            if ready != [peer.connection.fileno()]:
                 return True
         return True
 
-    def _serve(self, connection: socket.socket, connected_from: tuple[int, int]) -> bool:
+    def _serve(self, peer: Peer) -> bool:
         """Serve one request; return whether the connection can have another."""
+        connection = peer.connection
         self._served += 1
         self._enter(Phase.READ)
         try:
@@ -135,13 +140,13 @@ class Worker:
             return False
         if message is None:
             return False
-        return self._answer(connection, message, connected_from)
+        return self._answer(peer, message)
 
-    def _answer(self, connection: socket.socket, message: Message, connected_from: tuple[int, int]) -> bool:
+    def _answer(self, peer: Peer, message: Message) -> bool:
         """Dispatch and reply; return whether the peer has taken the reply."""
+        connection = peer.connection
         context = RequestContext(
-            connection,
-            connected_from,
+            peer,
             self._policy,
             self._seal,
             self._enter,
@@ -201,7 +206,7 @@ class Worker:
         if "caller_uid" not in notes:
             if not error:
                 return  # nothing but a question about the interfaces
-            peer = sockets.peer_credentials(context.connection)
+            peer = sockets.peer_credentials(context.peer.connection)
             notes |= {"caller_uid": str(peer.uid), "caller_gid": str(peer.gid), "caller_pid": str(peer.pid)}
         if not self._throttle.may_write(int(notes.get("owner_uid", notes["caller_uid"]))):
             return

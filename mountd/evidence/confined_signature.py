@@ -1,7 +1,7 @@
 """Verifying a signature in a process that can do no harm.
 
 The code is the same (`signature.verify`); it runs in a throw-away child that has given up everything but
-computing (kernel/sandbox.py), and that tells what it found as JSON. The child can load nothing any more, so
+computing (kernel/sandbox.py), and that tells what it found. The child can load nothing any more, so
 that whoever forks it calls `prepare()` once before, best before it forks workers.
 
 An OpenPGP signature is verified by gpgv, which such a child could not start. For that kind, and no other,
@@ -12,14 +12,9 @@ nobody's, without capabilities, with a filter of its own, and killed after ten s
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import select
-import signal
-import time
 from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -27,13 +22,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
 
-from mountd.errors import KeyUnknown, MountdError, SignatureInvalid
+from mountd.errors import KeyUnknown, SignatureInvalid
 from mountd.evidence import certificate, openpgp, public_key, signature
 from mountd.evidence.certificate import CertificateError
 from mountd.evidence.content import Payload
 from mountd.evidence.model import Signer
 from mountd.kernel import sandbox
-from mountd.kernel.namespaces import close_all_but
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,11 +35,9 @@ if TYPE_CHECKING:
     from mountd.evidence.model import Key
     from mountd.evidence.public_key import PublicKey
 
-MAXIMUM_ANSWER = 16384
 CPU_SECONDS = 2
 SECONDS = 5  # by the clock
 MEMORY = 64 << 20
-MAXIMUM_FAILURE = 500  # characters
 EPOCH = datetime(2020, 1, 1)
 CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 ED25519_BASE_POINT = b"\x58" + b"\x66" * 31  # of RFC 8032, as a public key
@@ -59,23 +51,14 @@ def verify(blob: bytes, accepted: Sequence[Key], digests: Sequence[tuple[str, st
     signature.check_size(blob)
     if openpgp.is_signature(blob):
         return signature.verify(blob, accepted, digests, now)
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid = os.fork()
-    except BaseException:
-        os.close(reader)
-        os.close(writer)
-        raise
-    if pid == 0:
-        _be_the_child(writer, blob, accepted, digests, now)
-    os.close(writer)
-    try:
-        answer = _read_answer(reader)
-    finally:
-        os.close(reader)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    return _understand(answer)
+    told = sandbox.ask(
+        lambda: asdict(signature.verify(blob, accepted, digests, now)),
+        set(),
+        cpu_seconds=CPU_SECONDS,
+        memory=MEMORY,
+        seconds=SECONDS,
+    )
+    return _understand(told)
 
 
 def prepare() -> None:
@@ -110,48 +93,12 @@ def prepare() -> None:
             public_key.made(key, made.signature, Payload(b""), algorithm)
 
 
-def _be_the_child(
-    writer: int, blob: bytes, accepted: Sequence[Key], digests: Sequence[tuple[str, str]], now: int
-) -> NoReturn:
-    """Verify and tell; whatever goes wrong is told as an answer that is not one."""
-    answer: dict[str, object] = {}
-    try:
-        close_all_but({writer})
-        # What is used for the first time after the filter is there must not need an import.
-        json.dumps(answer)
-        sandbox.confine(CPU_SECONDS, MEMORY)
-        answer = {"signer": asdict(signature.verify(blob, accepted, digests, now))}
-    except MountdError as error:
-        answer = {"error": error.wire_name, **error.parameters}
-    except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
-        answer = {"failed": f"{type(error).__name__}: {error}"[:MAXIMUM_FAILURE]}
-    finally:
-        os.write(writer, json.dumps(answer).encode())
-        os._exit(0)
-
-
-def _read_answer(reader: int) -> bytes:
-    """Read what the child tells, for as long as it may take."""
-    poll = select.poll()
-    poll.register(reader, select.POLLIN)
-    deadline = time.monotonic() + SECONDS
-    answer = b""
-    while len(answer) < MAXIMUM_ANSWER and poll.poll(max(deadline - time.monotonic(), 0) * 1000):
-        chunk = os.read(reader, MAXIMUM_ANSWER)
-        if not chunk:
-            return answer
-        answer += chunk
-    return b""
-
-
-def _understand(answer: bytes) -> Signer:
+def _understand(told: dict[str, Any] | None) -> Signer:
     """Turn the child's answer into what `signature.verify` returns or raises."""
-    try:
-        told = json.loads(answer)
-    except ValueError:
-        raise SignatureInvalid("it could not be verified within the limits set for that") from None
-    if "signer" in told:
-        return Signer(**told["signer"])
+    if told is None:
+        raise SignatureInvalid("it could not be verified within the limits set for that")
+    if "found" in told:
+        return Signer(**told["found"])
     for kind in (SignatureInvalid, KeyUnknown):
         if told.get("error") == kind.wire_name:
             raise kind(told["reason"], hint=told.get("hint"))

@@ -1,32 +1,31 @@
 """Where an image lies: the proof that its path belongs to root from the top to the file itself.
 
 The link in /proc only says where to look. The path is then walked from the root of the daemon's own mount
-namespace, one component at a time, each opened below the one before without following any link, and each
-has to belong to root and be writable by nobody else. What the walk ends at has to be the very inode that the
-caller handed over. A directory that cannot be written to cannot be renamed under our feet either, so that
-there is nothing to race with.
+namespace, longer by one component each time, and what is found must be no link, belong to root and be
+writable by nobody else. What the walk ends at has to be the very inode that the caller handed over. Where a
+directory passed, nobody but root can change what the next name in it leads to, so that there is nothing to
+race with, and no need to hold it.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mountd.errors import SyscallError
 from mountd.evidence.model import Evidence
 from mountd.kernel.abi import AT_FDCWD
-from mountd.kernel.flags import Resolve, StatxMask
+from mountd.kernel.flags import StatxMask
 from mountd.kernel.mount_info import statmount
-from mountd.kernel.paths import openat2, statx
+from mountd.kernel.paths import statx
 
 if TYPE_CHECKING:
-    from mountd.fds import OwnedFd
     from mountd.kernel.abi import statx as statx_struct
     from mountd.source.model import BackingFile
 
 MAXIMUM_COMPONENTS = 64
-NO_LINKS = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
 # Whoever runs the server decides what is in the file, and when it answers.
 REMOTE = {"fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "afs"}
@@ -60,51 +59,49 @@ def walk(backing: BackingFile, name_paths: bool) -> str:
     names = hint.split("/")[1:]
     if len(names) > MAXIMUM_COMPONENTS or any(name in ("", ".", "..") for name in names):
         raise NotThere("its path is not a plain one")
-    at = openat2(AT_FDCWD, "/", os.O_PATH | os.O_DIRECTORY, NO_LINKS)
-    try:
-        status = check(at, "/", 0)
-        for depth, name in enumerate(names, 1):
-            shown = "/" + "/".join(names[:depth]) if name_paths else "a part of its path"
-            below = step(at, name)
-            at.close()
-            at = below
-            status = check(at, shown, status.stx_mnt_id)
-    finally:
-        at.close()
+    path = "/"
+    status = check(path, path, 0)
+    for name in names:
+        path = f"{path}/{name}" if path != "/" else f"/{name}"
+        status = check(path, path if name_paths else "a part of its path", status.stx_mnt_id)
     dev = os.makedev(status.stx_dev_major, status.stx_dev_minor)
     if (dev, status.stx_ino) != (backing.dev, backing.ino) or not stat.S_ISREG(status.stx_mode):
         raise NotThere("another file is at its path, in the mount namespace of mountd")
     return hint
 
 
-def step(at: OwnedFd, name: str) -> OwnedFd:
-    """Open one component; a missing one and a link both mean that the path does not lead to the image."""
+def check(path: str, shown: str, mount: int) -> statx_struct:
+    """Refuse a component that is a link, or that another user or a server has power over; return its status.
+
+    What `path` has before its last component passed already. `mount` is the mount that this is on.
+    """
     try:
-        return openat2(at.fileno(), name, os.O_PATH, NO_LINKS)
+        # Without asking the file system: that is safe only once its mount is known not to be a server's.
+        status = statx(AT_FDCWD, path, WANTED, sync=False)
     except SyscallError as error:
         if error.errno_name in ("ENOENT", "ENOTDIR"):
             raise NotThere("its path does not exist in the mount namespace of mountd") from None
-        if error.errno_name == "ELOOP":
-            raise NotThere("its path has a symbolic link in it") from None
         raise
-
-
-def check(at: OwnedFd, shown: str, mount: int) -> statx_struct:
-    """Refuse a component that another user or a server has power over; return its status.
-
-    `mount` is the mount that the component above it is on.
-    """
-    # Without asking the file system: that is safe only once its mount is known not to be a server's.
-    status = statx(at.fileno(), "", WANTED, sync=False)
+    if stat.S_ISLNK(status.stx_mode):
+        raise NotThere("its path has a symbolic link in it")
     if status.stx_mnt_id != mount:
         check_mount(status.stx_mnt_id, shown)
     check_owner(status, shown)
     return status
 
 
+@lru_cache(maxsize=64)
+def type_of_mount(id: int) -> str | None:
+    """Return the file system type of the mount with this id, which is never another's.
+
+    Raises SyscallError.
+    """
+    return statmount(id).fs_type
+
+
 def check_mount(id: int, shown: str) -> None:
     """Refuse a mount whose contents a server decides about."""
-    fs_type = statmount(id).fs_type
+    fs_type = type_of_mount(id)
     if fs_type is None or fs_type.split(".")[0] in REMOTE:
         raise NotThere(
             f"{shown} is on a file system of type {fs_type}, whose contents somebody else decides"

@@ -9,8 +9,12 @@ copy of the daemon's. No process is in it; a descriptor keeps it. In both there 
 shared mount, with one spot for each worker. A worker
 
 1. attaches the mount at its spot: it propagates into the sealer, and is locked there;
-2. enters the sealer, clones what is at the spot, and comes back: a clone of a locked mount is locked;
-3. detaches the spot, some time after the reply: that propagates as well, and the clone stays.
+2. enters the sealer, clones what is there, and comes back: a clone of a locked mount is locked;
+3. detaches it, some time after the reply: that propagates as well, and the clone stays.
+
+To detach something, the kernel waits until nobody looks at the tree of mounts any more, which takes longer
+than all the rest of a request. So there is a stand at the spot, a mount with a directory for each of several
+mounts, and it is detached together with all of them.
 
 Between entering and coming back nothing happens but one system call. The sealer shows the same files as the
 daemon's own namespace, and nobody else can get into it.
@@ -38,14 +42,15 @@ LOST = 70  # exit status of a worker that cannot come back
 class Seal:
     """A worker's way to a locked mount: its spot, and both mount namespaces, borrowed from the `Staging`."""
 
-    __slots__ = ("_own_fd", "_sealer_fd", "_staged", "spot")
+    __slots__ = ("_own_fd", "_sealer_fd", "_staged", "_standing", "spot")
 
     def __init__(self, spot: str, own_fd: int, sealer_fd: int) -> None:
         """`own_fd` is the mount namespace of this process."""
         self.spot = spot
         self._own_fd = own_fd
         self._sealer_fd = sealer_fd
-        self._staged = 0  # mounts at the spot, one on top of the other
+        self._standing = False  # whether there is a stand
+        self._staged = 0  # mounts on it
 
     @property
     def fds(self) -> set[int]:
@@ -58,26 +63,36 @@ class Seal:
         `clear` has to follow, and does by itself after MAXIMUM_STAGED calls; it is apart as it takes time
         that nobody need wait for. Raises SyscallError.
         """
-        if self._staged == MAXIMUM_STAGED:
-            self.clear()
         try:
-            mount_api.move_mount(mount.fileno(), self.spot)
+            if self._staged == MAXIMUM_STAGED:
+                self.clear()
+            if not self._standing:
+                self._put_stand()
+            place = f"{self.spot}/{self._staged}"
+            mount_api.move_mount(mount.fileno(), place)
             self._staged += 1
         finally:
             mount.close()
-        sealed = self._clone()
+        sealed = self._clone(place)
         try:
-            # Until the spot is cleared, it would have what is at the spot for its master.
+            # Until the spot is cleared, it would have what is there for its master.
             mount_api.mount_setattr(sealed.fileno(), propagation=Propagation.PRIVATE)
         except BaseException:
             sealed.close()
             raise
         return sealed
 
-    def _clone(self) -> OwnedFd:
+    def _put_stand(self) -> None:
+        with mount_api.clone_mount(self.spot) as stand:
+            # Else it would be one with what it is a clone of, and whatever is on one of them be on both.
+            mount_api.mount_setattr(stand.fileno(), propagation=Propagation.PRIVATE)
+            mount_api.move_mount(stand.fileno(), self.spot)
+        self._standing = True
+
+    def _clone(self, place: str) -> OwnedFd:
         namespaces.setns(self._sealer_fd, Clone.NEWNS)
         try:
-            return mount_api.clone_mount(self.spot)
+            return mount_api.clone_mount(place)
         finally:
             try:
                 namespaces.setns(self._own_fd, Clone.NEWNS)
@@ -91,8 +106,8 @@ class Seal:
 
     def clear(self) -> None:
         """Detach what the calls have left at the spot. Raises SyscallError."""
-        while self._staged:
-            self._staged -= 1
+        if self._standing:
+            self._standing, self._staged = False, 0
             mount_api.umount(self.spot)
 
 
@@ -127,7 +142,8 @@ class Staging:
         call("mount", b"mountd", directory.encode(), b"tmpfs", 0, b"mode=0700,size=64k")
         mount_api.set_propagation(directory, Propagation.SHARED)
         for number in range(spots):
-            os.mkdir(f"{directory}/{number}", 0o700)
+            for place in range(MAXIMUM_STAGED):
+                os.makedirs(f"{directory}/{number}/{place}", 0o700)
         self._sealer = self._make_sealer()
 
     def seal(self, number: int) -> Seal:
@@ -136,12 +152,10 @@ class Staging:
 
     def clean(self, number: int) -> None:
         """Detach what a worker that was killed has left at its spot. Raises SyscallError."""
-        for _ in range(MAXIMUM_STAGED + 1):
-            try:
-                mount_api.umount(f"{self.directory}/{number}")
-            except SyscallError as error:
-                if error.errno == NOT_A_MOUNT:
-                    return
+        try:
+            mount_api.umount(f"{self.directory}/{number}")
+        except SyscallError as error:
+            if error.errno != NOT_A_MOUNT:
                 raise
 
     def close(self) -> None:

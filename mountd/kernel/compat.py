@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import socket
 
 
+MNT_ID_UNIQUE = int(StatxMask.MNT_ID_UNIQUE)  # the operators of flags cost as much as a system call
+
+
 def pidfd_of_peer(connection: "socket.socket") -> OwnedFd:
     """Linux 6.5 pins the peer itself; before, its pid is looked up, which another may have by now."""
     try:
@@ -52,6 +55,6 @@ def check_alive(pidfd: int) -> None:
 def any_mount_id(fd: int) -> int:
     """Linux 6.8 has ids that are never reused; before, the id is unique among the living mounts only."""
     status = statx(fd, "", StatxMask.MNT_ID_UNIQUE)
-    if not status.stx_mask & StatxMask.MNT_ID_UNIQUE:
+    if not status.stx_mask & MNT_ID_UNIQUE:
         status = statx(fd, "", StatxMask.MNT_ID)
     return int(status.stx_mnt_id)

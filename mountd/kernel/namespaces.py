@@ -8,9 +8,11 @@ import ctypes
 import errno
 import os
 import signal
+from functools import lru_cache
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
+from mountd.kernel.child import close_all_but, end, end_with_parent, fork
 from mountd.kernel.flags import Clone, Ioctl, StatxMask
 from mountd.kernel.libc import call
 from mountd.kernel.paths import statx
@@ -19,7 +21,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 MAXIMUM_MAP = 64 << 10
 
@@ -67,11 +68,17 @@ def is_user_namespace(fd: int) -> bool:
     """
     try:
         status = statx(fd, "", StatxMask.TYPE, sync=False)
-        if os.makedev(status.stx_dev_major, status.stx_dev_minor) != os.stat("/proc/self/ns/user").st_dev:
+        if os.makedev(status.stx_dev_major, status.stx_dev_minor) != namespace_device():
             return False
         return call("ioctl", fd, Ioctl.NS_GET_NSTYPE, None) == Clone.NEWUSER
     except SyscallError:
         return False
+
+
+@lru_cache(maxsize=1)
+def namespace_device() -> int:
+    """Return the device number of the kernel's own file system for namespaces."""
+    return os.stat("/proc/self/ns/user").st_dev
 
 
 def owner_uid(fd: int) -> int:
@@ -175,20 +182,9 @@ class Child:
 
     def __init__(self, enter: "Callable[[], None]", keep: "list[int]") -> None:
         """Fork, close everything but `keep`, and run `enter` there. Raises what `enter` failed with."""
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        try:
-            self.pid = os.fork()
-        except BaseException:
-            os.close(reader)
-            os.close(writer)
-            raise
-        if self.pid == 0:
-            _become(enter, keep, writer)
-        os.close(writer)
-        try:
-            answer = os.read(reader, 4)
-        finally:
-            os.close(reader)
+        self.pid, reader = fork(lambda writer: _become(enter, keep, writer))
+        with reader:
+            answer = os.read(reader.fileno(), 4)
         number = int.from_bytes(answer, "little") if len(answer) == 4 else errno.ECHILD
         if number:
             self.close()
@@ -196,8 +192,7 @@ class Child:
 
     def close(self) -> None:
         """Kill the child and wait for its end."""
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        end(self.pid)
 
     def __enter__(self) -> "Child":
         return self
@@ -206,38 +201,22 @@ class Child:
         self.close()
 
 
-def _become(enter: "Callable[[], None]", keep: "list[int]", writer: int) -> None:
-    """Be the child: no return, no traceback, no import, nothing open that somebody could take."""
+def _become(enter: "Callable[[], None]", keep: "list[int]", writer: int) -> int:
+    """Be the child: no import, nothing open that somebody could take. Returns if that failed."""
     number = errno.EIO
     try:
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        end_with_parent()
         call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
         close_all_but({*keep, writer})
         enter()
         # Entering changed the credentials, which resets both.
         call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        end_with_parent()
         number = 0
     except SyscallError as error:
         number = error.errno or errno.EIO
-    except BaseException:  # noqa: BLE001 - a child of a fork has nobody to raise to
-        number = errno.EIO
     finally:
-        try:
-            os.write(writer, number.to_bytes(4, "little"))
-            while not number:
-                signal.pause()
-        finally:
-            os._exit(1)  # whatever happens: what called has to go on in one process only
-
-
-def close_all_but(keep: "set[int]") -> None:
-    """Close every descriptor that is not in `keep`."""
-    low = 0
-    for fd in sorted(keep):
-        # Not for an empty range: CPython 3.11 takes (0, 0) for all there are.
-        if low < fd:
-            os.closerange(low, fd)
-        low = fd + 1
-    # The kernel has close_range(2) for the rest; Python's closerange() uses it.
-    os.closerange(low, 1 << 20)
+        os.write(writer, number.to_bytes(4, "little"))
+    while not number:
+        signal.pause()
+    return 1

@@ -9,13 +9,11 @@ what is forbidden, as which calls a program of the system makes differs between 
 import errno
 import os
 import resource
-import select
 import signal
-import time
 
 from mountd.errors import NotSupported
+from mountd.kernel import child
 from mountd.kernel.libc import call
-from mountd.kernel.namespaces import close_all_but
 from mountd.kernel.sandbox import (
     JUMP_IF_EQUAL,
     LOAD,
@@ -34,14 +32,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
-PR_SET_PDEATHSIG = 1
 SECCOMP_RET_ERRNO = 0x00050000
 JUMP_IF_GREATER_OR_EQUAL = 0x35  # BPF_JMP|BPF_JGE|BPF_K
 X32_BIT = 0x40000000  # of the numbers of x86_64's other ABI
 MAXIMUM_OUTPUT = 64 << 10
 MAXIMUM_DESCRIPTORS = 64
 MAXIMUM_PATIENCE = 1.0  # seconds from the end of its output to that of the program
-EXIT_NOT_RUN = 127
+EXIT_NOT_RUN = child.EXIT_RAISED
 
 # Machine -> AUDIT_ARCH_*, and the numbers of: socket socketpair connect ptrace bpf perf_event_open add_key
 # request_key keyctl userfaultfd unshare setns clone clone3 (fork vfork) kill mount move_mount open_tree
@@ -83,53 +80,18 @@ def run(
     machine = os.uname().machine
     if machine not in FORBIDDEN:
         raise NotSupported(f"a seccomp filter for {machine}")
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid = os.fork()
-    except BaseException:
-        os.close(reader)
-        os.close(writer)
-        raise
-    if pid == 0:
-        _become(path, [path, *arguments], [writer, *fds], (seconds, memory), FORBIDDEN[machine])
-    os.close(writer)
+    limits, forbidden = (seconds, memory), FORBIDDEN[machine]
+    pid, reader = child.fork(
+        lambda writer: _become(path, [path, *arguments], [writer, *fds], limits, forbidden)
+    )
     patience = 0.0
-    output, timed_out = b"", True
     try:
-        output, timed_out = _read_all(reader, time.monotonic() + seconds)
+        with reader:
+            output, timed_out = child.read_all(reader.fileno(), MAXIMUM_OUTPUT, seconds)
         patience = 0.0 if timed_out else MAXIMUM_PATIENCE
     finally:
-        os.close(reader)
-        status = _end(pid, patience)
+        status = child.end(pid, patience)
     return Finished(status, output, timed_out)
-
-
-def _read_all(reader: int, deadline: float) -> tuple[bytes, bool]:
-    """Read to the end, and return what was read and whether the deadline passed before."""
-    poll = select.poll()
-    poll.register(reader, select.POLLIN)
-    output = b""
-    while len(output) < MAXIMUM_OUTPUT:
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(left * 1000):
-            return output, True
-        chunk = os.read(reader, MAXIMUM_OUTPUT)
-        if not chunk:
-            return output, False
-        output += chunk
-    return output, False
-
-
-def _end(pid: int, patience: float) -> int:
-    """Give the process a moment to end by itself after its output, then kill it; return its status."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.0005)
-    os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _become(
@@ -139,27 +101,22 @@ def _become(
     limits: "tuple[float, int]",
     forbidden: "tuple[int, tuple[int, ...]]",
 ) -> "NoReturn":
-    """Be the child: `fds[0]` becomes its output, the others 3 and so on. There is no return."""
-    try:
-        # Out of the way first, so that no dup2() below closes one that is still needed.
-        high = [os.dup(fd) for fd in _above(fds)]
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        for target, fd in enumerate([null, high[0], null, *high[1:]]):
-            os.dup2(fd, target)
-        close_all_but(set(range(len(high) + 2)))
-        os.chdir("/")
-        os.umask(0o077)
-        for number in range(1, signal.NSIG):
-            if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGKILL, signal.SIGSTOP):
-                signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        _restrict(*limits)
-        _forbid(*forbidden)
-        os.execve(path, arguments, {})
-    except BaseException:  # noqa: BLE001 - a child of a fork has nobody to raise to
-        os._exit(EXIT_NOT_RUN)
-    finally:
-        os._exit(EXIT_NOT_RUN)
+    """Be the child: `fds[0]` becomes its output, the others 3 and so on. Raises if that fails."""
+    # Out of the way first, so that no dup2() below closes one that is still needed.
+    high = [os.dup(fd) for fd in _above(fds)]
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for target, fd in enumerate([null, high[0], null, *high[1:]]):
+        os.dup2(fd, target)
+    child.close_all_but(set(range(len(high) + 2)))
+    os.chdir("/")
+    os.umask(0o077)
+    for number in range(1, signal.NSIG):
+        if signal.getsignal(number) == signal.SIG_IGN and number not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _restrict(*limits)
+    _forbid(*forbidden)
+    os.execve(path, arguments, {})
 
 
 def _above(fds: "list[int]") -> "list[int]":
@@ -179,7 +136,7 @@ def _restrict(seconds: float, memory: int) -> None:
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)  # which drops every capability
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    child.end_with_parent()
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 

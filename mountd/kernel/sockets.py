@@ -8,6 +8,7 @@ import array
 import ctypes
 import errno
 import os
+import select
 import socket
 import struct
 import time
@@ -93,9 +94,20 @@ def receive(connection: socket.socket, size: int, max_fds: int) -> tuple[bytes, 
     return data, fds, bool(flags & MSG_CTRUNC)
 
 
-def peek(connection: socket.socket, size: int) -> bytes:
-    """Return up to `size` bytes without taking them; descriptors are not looked at. Raises OSError."""
-    return connection.recv(size, MSG_PEEK)
+def peek(connection: socket.socket, size: int, deadline: "float | None" = None) -> bytes:
+    """Return up to `size` bytes without taking them; descriptors are not looked at.
+
+    `deadline` is a time.monotonic() by which there has to be one; raises TimeoutError after it and OSError
+    otherwise. The connection does not block afterwards.
+    """
+    if deadline is None:
+        return connection.recv(size, MSG_PEEK)
+    connection.setblocking(False)
+    while True:
+        try:
+            return connection.recv(size, MSG_PEEK)
+        except BlockingIOError:
+            wait(connection, select.POLLIN, deadline)
 
 
 def send(
@@ -104,24 +116,34 @@ def send(
     """Send all of `data`, with `fds` on its first byte. The descriptors stay the caller's.
 
     `deadline` is a time.monotonic() by which the last byte has to be taken; raises TimeoutError after it and
-    OSError otherwise.
+    OSError otherwise. The connection does not block afterwards, if there is one.
     """
     rest = memoryview(data)
     rights = array.array("i", [fd.fileno() for fd in fds])
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else []
+    if deadline is not None:
+        connection.setblocking(False)
     while rest:
-        if deadline is not None:
-            set_deadline(connection, deadline)
-        sent = connection.sendmsg([rest], ancillary, MSG_NOSIGNAL)
+        try:
+            sent = connection.sendmsg([rest], ancillary, MSG_NOSIGNAL)
+        except BlockingIOError:
+            if deadline is None:
+                raise
+            wait(connection, select.POLLOUT, deadline)
+            continue
         rest, ancillary = rest[sent:], []
 
 
-def set_deadline(connection: socket.socket, deadline: float) -> None:
-    """Let the next call on `connection` end with TimeoutError at `deadline`, a time.monotonic()."""
+def wait(connection: socket.socket, events: int, deadline: float) -> None:
+    """Wait for `events` of poll(2). Raises TimeoutError after `deadline`, a time.monotonic().
+
+    The standard library's timeouts are the same, with a poll(2) also where there is nothing to wait for.
+    """
+    poller = select.poll()
+    poller.register(connection, events)
     left = deadline - time.monotonic()
-    if left <= 0:
+    if left <= 0 or not poller.poll(left * 1000):
         raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-    connection.settimeout(left)
 
 
 def connect(path: str, timeout: "float | None" = None) -> socket.socket:

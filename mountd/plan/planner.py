@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mountd.kernel.flags import MountAttr
@@ -61,9 +62,7 @@ def plan_mount(
 
     With `verity`, the image is read through dm-verity: that is what the verdict was about.
     """
-    attributes = MountAttr.RDONLY if decision.read_only else MountAttr(0)
-    for name in decision.attributes:
-        attributes |= ATTRIBUTES[name]
+    attributes = attributes_of(decision.attributes, decision.read_only)
     operations: list[Operation] = [superblock(source, decision, verity), MakeMount(attributes)]
     if idmap is IdMapKind.NAMESPACE:
         operations.append(MapToNamespace())
@@ -75,6 +74,15 @@ def plan_mount(
     if attributes and not caller.is_host_root:
         operations.append(Seal())
     return Plan(tuple(operations))
+
+
+@lru_cache(maxsize=64)
+def attributes_of(names: frozenset[str], read_only: bool) -> MountAttr:
+    """Return the flags of a mount as the kernel takes them. Combining them costs more than a system call."""
+    attributes = MountAttr.RDONLY if read_only else MountAttr(0)
+    for name in names:
+        attributes |= ATTRIBUTES[name]
+    return attributes
 
 
 def superblock(source: Source, decision: Decision, verity: Verity | None = None) -> CreateSuperblock:

@@ -6,18 +6,26 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from mountd.errors import DeniedByPolicy
+from mountd.trust.decide import decide
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
     from pathlib import Path
 
     from mountd.caller.model import Caller
+    from mountd.caller.peer import Peer
+    from mountd.evidence.model import Evidence
     from mountd.fds import OwnedFd
     from mountd.service.phase import Phase
+    from mountd.source.model import Source
     from mountd.store.store import Store
     from mountd.trust.decide import Decision
     from mountd.trust.policy import Policy
+    from mountd.trust.wishes import MountWishes
+
+    Facts = tuple[Caller, Source, Evidence, MountWishes]
+
+MAXIMUM_REMEMBERED = 64
 
 
 class Enter(Protocol):
@@ -33,20 +41,37 @@ class PolicyInForce:
 
     policy: Policy
     refusal: DeniedByPolicy | None
+    _allowed: dict[Facts, Decision] = field(default_factory=dict, compare=False, repr=False)
+
+    def decide(self, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes) -> Decision:
+        """Judge one request, as `trust.decide` does.
+
+        The same facts come to the same verdict, so that what was allowed is remembered for as long as this
+        policy is in force; a refusal is not, whose error would keep alive what it was raised through.
+        """
+        facts = (caller, source, evidence, wishes)
+        if wishes.image_policy is not None or evidence.signature_error is not None:
+            return decide(self.policy, *facts)
+        decision = self._allowed.get(facts)
+        if decision is None:
+            decision = decide(self.policy, *facts)
+            if decision.error is None:
+                if len(self._allowed) >= MAXIMUM_REMEMBERED:
+                    self._allowed.clear()
+                self._allowed[facts] = decision
+        return decision
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """One request. `connection` is borrowed.
+    """One request. `peer` is who made it, borrowed; `enter` is called at the border of each phase.
 
-    `connected_from` identifies the user namespace that the peer was in when it connected; `enter` is called
-    at the border of each phase. `notes` is what the journal says about the request, `writable` whether a
+    `notes` is what the journal says about the request, `writable` whether a
     mount was made that can be written to. `store` is None where there is no directory for one, and
     `pull_socket` is where the instance that may use the network listens, if there is one.
     """
 
-    connection: socket.socket
-    connected_from: tuple[int, int] | None
+    peer: Peer
     policy: PolicyInForce
     seal: Callable[[OwnedFd], OwnedFd]
     enter: Enter

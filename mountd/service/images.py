@@ -12,7 +12,6 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from mountd.caller.identify import identify, pin
 from mountd.caller.model import OVERFLOW_ID
 from mountd.errors import (
     DeniedByPolicy,
@@ -161,8 +160,7 @@ def admit(context: RequestContext) -> tuple[Caller, Owner, Store]:
 
     Raises NotFound where there is none, PeerGone, UserNamespaceNotPermitted, NotSupported, SyscallError.
     """
-    with pin(context.connection) as pidfd:
-        caller = identify(context.connection, pidfd.fileno(), context.connected_from)
+    caller = context.peer.identify()
     context.note_caller(caller)
     owner = owner_of(caller)
     if context.store is None:

@@ -33,10 +33,10 @@ from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
 from mountd.source.confined import read_verity_superblock, recognise_image
 from mountd.source.descriptor import inspect_descriptor
 from mountd.source.model import Source, SourceKind
+from mountd.source.remembered import recognise_trusted
 from mountd.store.quota import Limits
 from mountd.store.record import ROOT, Owner
 from mountd.store.store import Known
-from mountd.trust.decide import decide
 from mountd.trust.options import shown
 from mountd.trust.storing import STORED, may_store, named_digests
 
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 NO_PLACE = Evidence(None, "it has no location", False)
 SEALED = "sealed"
+PROVE = {SEALED: sealed.prove_sealed, fs_verity.KIND: fs_verity.prove}
+ALL_KINDS = frozenset(PROVE)
 STORED_PLACE = "it lies in mountd's own store"
 MAXIMUM_SHOWN = 1024  # characters of a path in the journal
 ROOT_HASH_FIELD = "source.verity.rootHash"
@@ -96,7 +98,8 @@ def inspect(
     found = Inspected(Source(SourceKind.IMAGE, backing, None, None), evidence, request.image_fd)
     if request.verity is not None:
         return add_verity(look_inside(found), backing, request, context)
-    found = replace(found, evidence=add_proofs(request.image_fd, evidence))
+    kinds = ALL_KINDS if request.signature is not None else context.policy.policy.integrity
+    found = replace(found, evidence=add_proofs(request.image_fd, evidence, kinds))
     if not is_fixed(found.evidence):
         return through_the_store(found, backing, request, caller, fds, context, may_change=may_change)
     found = add_vouching(look_inside(found), backing, request, caller, context)
@@ -108,9 +111,11 @@ def look_inside(found: Inspected) -> Inspected:
     backing = found.source.backing
     if found.image_fd is None or backing is None:
         return found
-    # What root vouches for is read here; what nobody does is read where it can do no harm.
-    confined = found.evidence.root_owned_path is None
-    file_system = recognise_image(found.image_fd, backing.size, confined=confined)
+    if found.evidence.root_owned_path is not None:
+        file_system = recognise_trusted(found.image_fd, backing)
+    else:
+        # What nobody vouches for is read where it can do no harm.
+        file_system = recognise_image(found.image_fd, backing.size, confined=True)
     return replace(found, source=replace(found.source, file_system=file_system))
 
 
@@ -119,17 +124,33 @@ def is_fixed(evidence: Evidence) -> bool:
     return evidence.root_owned_path is not None or bool(evidence.proofs)
 
 
-def add_proofs(image_fd: int, evidence: Evidence) -> Evidence:
-    """Look for the kinds of immutability that a file has by itself."""
+def add_proofs(image_fd: int, evidence: Evidence, kinds: frozenset[str]) -> Evidence:
+    """Look for those of `kinds` of immutability that a file has by itself.
+
+    Only those that a rule asks for, or that a signature could be about, can make a difference.
+    """
     proofs: list[Proof] = []
-    unproven = [(dm_verity.KIND, "no hash data came along"), (STORED, "it is not the store's")]
-    for kind, prove in ((SEALED, sealed.prove_sealed), (fs_verity.KIND, fs_verity.prove)):
+    unproven: list[tuple[str, str]] = []
+    for kind, prove in PROVE.items():
+        if kind not in kinds:
+            continue
         found = prove(image_fd)
         if isinstance(found, Proof):
             proofs.append(found)
         else:
             unproven.append((kind, found))
+    if not proofs and not unproven:
+        return evidence
     return replace(evidence, proofs=tuple(proofs), unproven=tuple(unproven))
+
+
+def immutable_by(inspected: Inspected) -> list[str]:
+    """Return all kinds of immutability of an image, for people: also those that no rule asks for."""
+    kinds = [proof.kind for proof in inspected.evidence.proofs]
+    if inspected.image_fd is not None:
+        more = add_proofs(inspected.image_fd, inspected.evidence, ALL_KINDS - set(kinds))
+        kinds += [proof.kind for proof in more.proofs if proof.kind not in kinds]
+    return kinds
 
 
 def add_verity(
@@ -263,7 +284,7 @@ def judged(
     found: Inspected, request: MountRequest, caller: Caller, context: RequestContext
 ) -> MountdError | None:
     """Return why the policy refuses the mount with this evidence, None if it does not."""
-    return decide(context.policy.policy, caller, found.source, found.evidence, request.wishes).error
+    return context.policy.decide(caller, found.source, found.evidence, request.wishes).error
 
 
 def record_of(digest: str, context: RequestContext) -> Record | None:

@@ -6,22 +6,22 @@ Explain is the same route, and stops after the decision; so it cannot say anythi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mountd.caller.delegated import delegated_ids
-from mountd.caller.identify import given_namespace, identify, pin
+from mountd.caller.identify import given_namespace
 from mountd.caller.model import OVERFLOW_ID, DelegatedIds
-from mountd.errors import PeerGone, SyscallError, UserNamespaceNotPermitted
+from mountd.errors import UserNamespaceNotPermitted
 from mountd.execute.run import Inputs, run
 from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mount
 from mountd.service.context import RequestContext
-from mountd.service.inspection import Inspected, inspect
+from mountd.service.inspection import Inspected, immutable_by, inspect
 from mountd.service.phase import Phase
 from mountd.service.requests import MountRequest
 from mountd.source.model import Source
-from mountd.trust.decide import Decision, decide
 from mountd.trust.ids import authorize_extents, authorize_ids
 
 if TYPE_CHECKING:
@@ -29,8 +29,13 @@ if TYPE_CHECKING:
 
     from mountd.caller.model import Caller, IdExtent, UserNamespace
     from mountd.fds import OwnedFd
+    from mountd.trust.decide import Decision
 
     Extents = tuple[IdExtent, ...]
+
+NOTHING_DELEGATED = DelegatedIds((), ())
+# The same facts are permitted the same; what is refused raises, and is not remembered.
+authorized = lru_cache(maxsize=64)(authorize_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +54,19 @@ def mount(
     parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext
 ) -> tuple[dict[str, object], list[OwnedFd]]:
     """io.mountd.Mount.Mount: return the reply, and the detached mount that goes with it."""
-    with pin(context.connection) as pidfd:
-        judged = judge(parameters, fds, context, pidfd.fileno(), may_change=True)
-        if judged.decision.error is not None:
-            raise judged.decision.error
-        check_peer(pidfd.fileno())
-        context.enter(Phase.MOUNT)
-        context.writable = not judged.decision.read_only
-        made = make(judged, context)
-        try:
-            id = compat.any_mount_id(made.fileno())
-            check_peer(pidfd.fileno())
-        except BaseException:
-            made.close()
-            raise
+    judged = judge(parameters, fds, context, may_change=True)
+    if judged.decision.error is not None:
+        raise judged.decision.error
+    context.peer.check()
+    context.enter(Phase.MOUNT)
+    context.writable = not judged.decision.read_only
+    made = make(judged, context)
+    try:
+        id = compat.any_mount_id(made.fileno())
+        context.peer.check()
+    except BaseException:
+        made.close()
+        raise
     described = {
         "mountFileDescriptor": 0,
         "fileSystemType": file_system_type(judged.inspected.source),
@@ -76,8 +80,7 @@ def explain(
     parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext
 ) -> tuple[dict[str, object], list[OwnedFd]]:
     """io.mountd.Mount.Explain: return what would be decided, and why."""
-    with pin(context.connection) as pidfd:
-        judged = judge(parameters, fds, context, pidfd.fileno(), may_change=False)
+    judged = judge(parameters, fds, context, may_change=False)
     steps = [
         {
             "rule": step.rule,
@@ -92,7 +95,7 @@ def explain(
 
 
 def judge(
-    parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext, pidfd: int, *, may_change: bool
+    parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext, *, may_change: bool
 ) -> Judged:
     """Find out the facts and decide. Raises for what is no matter of policy: a bad request, a bad image.
 
@@ -100,7 +103,7 @@ def judge(
     """
     context.enter(Phase.VERIFY)
     request = MountRequest.from_call(parameters, fds)
-    caller = identify(context.connection, pidfd, context.connected_from)
+    caller = context.peer.identify()
     context.note_caller(caller)
     if context.policy.refusal is not None:
         raise context.policy.refusal
@@ -111,7 +114,7 @@ def judge(
         )
     uids, gids = authorize(request, caller)
     inspected = inspect(request, caller, fds, context, may_change=may_change)
-    decision = decide(context.policy.policy, caller, inspected.source, inspected.evidence, request.wishes)
+    decision = context.policy.decide(caller, inspected.source, inspected.evidence, request.wishes)
     context.note_decision(decision, file_system_type(inspected.source))
     return Judged(request, caller, inspected, decision, uids, gids)
 
@@ -121,7 +124,7 @@ def authorize(request: MountRequest, caller: Caller) -> tuple[Extents, Extents]:
     namespace: UserNamespace = caller.user_namespace
     if request.userns_fd is not None:
         given = given_namespace(request.userns_fd, caller)
-        with_delegated(caller, lambda delegated: authorize_ids(caller, given, delegated))
+        with_delegated(caller, lambda delegated: authorized(caller, given, delegated))
         namespace = given.namespace
     if request.idmap.kind is not IdMapKind.RANGES:
         return (), ()
@@ -135,7 +138,7 @@ def authorize(request: MountRequest, caller: Caller) -> tuple[Extents, Extents]:
 def with_delegated(caller: Caller, check: Callable[[DelegatedIds], None]) -> None:
     """Run `check` with the ids delegated to the caller, which are looked up only if it fails without."""
     try:
-        check(DelegatedIds((), ()))
+        check(NOTHING_DELEGATED)
     except UserNamespaceNotPermitted:
         check(delegated_ids(caller.uid))
 
@@ -159,14 +162,6 @@ def make(judged: Judged, context: RequestContext) -> OwnedFd:
         seal=context.seal,
     )
     return run(plan, inputs)
-
-
-def check_peer(pidfd: int) -> None:
-    """Raise PeerGone if nobody waits for the answer any more, so that nothing is made for nobody."""
-    try:
-        compat.check_alive(pidfd)
-    except SyscallError:
-        raise PeerGone("it has ended") from None
 
 
 def file_system_type(source: Source) -> str:
@@ -204,7 +199,7 @@ def facts(judged: Judged) -> dict[str, str]:
         found["descriptor"] = "writable" if evidence.descriptor_writable else "read-only"
         found["location"] = evidence.location_problem or "root's alone"
         found["digest"] = evidence.digest
-        found["immutable by"] = ", ".join(proof.kind for proof in evidence.proofs) or None
+        found["immutable by"] = ", ".join(immutable_by(judged.inspected)) or None
         if evidence.provenance is not None:
             found["pulled from"] = f"{evidence.provenance.repository}@{evidence.provenance.manifest}"
             found["pulled under"] = evidence.provenance.requirement

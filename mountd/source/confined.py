@@ -1,20 +1,17 @@
 """Recognising a file system in an image that nothing vouches for yet, in a process that can do no harm.
 
 The parser is the same (`superblock.recognise`); it runs in a throw-away child that has given up everything
-but reading the image, and that tells what it found as JSON.
+but reading the image (kernel/sandbox.py), and that tells what it found.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from mountd.errors import InvalidImage, MountdError, UnsupportedFileSystem
+from mountd.errors import InvalidImage, UnsupportedFileSystem
 from mountd.kernel import sandbox
-from mountd.kernel.namespaces import close_all_but
 from mountd.source import verity_superblock
 from mountd.source.model import FileSystem, VeritySuperblock
 from mountd.source.superblock import recognise
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 
     Parse = Callable[[Callable[[int, int], bytes]], dict[str, object]]
 
-MAXIMUM_ANSWER = 16384
 CPU_SECONDS = 2
 MEMORY = 64 << 20
 
@@ -66,54 +62,14 @@ def _reader(fd: int) -> Callable[[int, int], bytes]:
 
 
 def _in_child(fd: int, parse: Parse, what: str) -> dict[str, Any]:
-    """Return what `parse` makes of the file in a confined child; `what` is what it reads, for messages."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid = os.fork()
-    except BaseException:
-        os.close(reader)
-        os.close(writer)
-        raise
-    if pid == 0:
-        _be_the_child(fd, parse, writer)
-    os.close(writer)
-    answer = b""
-    try:
-        while len(answer) < MAXIMUM_ANSWER and (chunk := os.read(reader, MAXIMUM_ANSWER)):
-            answer += chunk
-    finally:
-        os.close(reader)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    return _understand(answer, what)
+    """Return what `parse` makes of the file in a confined child; `what` is what it reads, for messages.
 
-
-def _be_the_child(fd: int, parse: Parse, writer: int) -> NoReturn:
-    """Parse and tell; whatever goes wrong is told as an answer that is not one."""
-    answer: dict[str, object] = {}
-    try:
-        close_all_but({fd, writer})
-        # What is used for the first time after the filter is there must not need an import.
-        json.dumps(answer)
-        sandbox.confine(CPU_SECONDS, MEMORY)
-        answer = {"found": parse(_reader(fd))}
-    except MountdError as error:
-        answer = {"error": error.wire_name, **error.parameters}
-    except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
-        answer = {"failed": f"{type(error).__name__}: {error}"}
-    finally:
-        try:
-            os.write(writer, json.dumps(answer).encode())
-        finally:
-            os._exit(0)  # whatever happens: what called has to go on in one process only
-
-
-def _understand(answer: bytes, what: str) -> dict[str, Any]:
-    """Turn the child's answer into what the parser returned or raised."""
-    try:
-        told = json.loads(answer)
-    except ValueError:
-        raise InvalidImage(f"{what} could not be read within the limits set for that") from None
+    Raises InvalidImage and UnsupportedFileSystem. Without a deadline: how long the file takes to be read is
+    for whoever has given it to know, and for whoever watches this process.
+    """
+    told = sandbox.ask(lambda: parse(_reader(fd)), {fd}, cpu_seconds=CPU_SECONDS, memory=MEMORY)
+    if told is None:
+        raise InvalidImage(f"{what} could not be read within the limits set for that")
     if "found" in told:
         return dict(told["found"])
     if told.get("error") == UnsupportedFileSystem.wire_name:

@@ -39,7 +39,8 @@ class BackingFile:
     """The regular file behind an image, as fstat(2) and F_GETFL describe its descriptor.
 
     `writable` is about the descriptor, not about `mode`. `path_hint` is for messages only: the path may name
-    another file by now.
+    another file by now. `changed` is when contents or status changed last (st_ctime), in nanoseconds since
+    the epoch, 0 where nobody asked.
     """
 
     size: int
@@ -50,6 +51,7 @@ class BackingFile:
     mode: int
     writable: bool
     path_hint: str | None
+    changed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
 import time
 from typing import TYPE_CHECKING
 
 from mountd.errors import TimedOut
-from mountd.fds import OwnedFd
+from mountd.kernel import child as kernel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
+
+    from mountd.fds import OwnedFd
 
 TICK_SECONDS = 0.1
 GRACE_SECONDS = 2.0
@@ -61,29 +62,26 @@ class Child:
         self.name = name
         self.outputs = tuple(outputs)
         self._pid = pid
-        # What waitpid(2) said; None while it runs.
-        self._status: int | None = None
+        # None while it runs.
+        self._code: int | None = None
 
     @property
     def code(self) -> int:
         """Its exit code, negative for the signal that ended it. Only for one that has ended."""
-        assert self._status is not None
-        return os.waitstatus_to_exitcode(self._status)
+        assert self._code is not None
+        return self._code
 
     def poll(self) -> bool:
         """Whether it has ended."""
-        if self._status is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            if pid:
-                self._status = status
-        return self._status is not None
+        if self._code is None:
+            self._code = kernel.ended(self._pid)
+        return self._code is not None
 
     def kill(self) -> None:
         """End it, with all that it has started if it is the first process of a namespace, and reap it."""
         if not self.poll():
             # Not reaped yet, so that the number is still its own.
-            os.kill(self._pid, signal.SIGKILL)
-            self._status = os.waitpid(self._pid, 0)[1]
+            self._code = kernel.end(self._pid)
         for output in self.outputs:
             output.fd.close()
 
@@ -137,32 +135,13 @@ def finish(children: Sequence[Child], deadline: Deadline, tick: Callable[[], Non
                 del by_fd[fd]
 
 
-def pipe() -> tuple[OwnedFd, OwnedFd]:
-    """Return the reading and the writing end of a new pipe, close-on-exec."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    return OwnedFd(reader), OwnedFd(writer)
-
-
 def fork_python(name: str, work: Callable[[int], bool], maximum: int) -> Child:
     """Fork a child that calls `work` with a descriptor to write its answer to, of up to `maximum` bytes.
 
     `work` closes what it does not need and says whether all went well, which is the child's exit code: 0 or
-    1. What it raises ends the child, which then has failed as well.
+    1. What it raises ends the child, which then has failed as well. Raises OSError.
     """
-    reader, writer = pipe()
-    try:
-        pid = os.fork()
-    except BaseException:
-        reader.close()
-        writer.close()
-        raise
-    if pid == 0:
-        code = 1
-        try:
-            code = 0 if work(writer.fileno()) else 1
-        finally:
-            os._exit(code)
-    writer.close()
+    pid, reader = kernel.fork(lambda writer: 0 if work(writer) else 1)
     return Child(name, pid, [Output(reader, maximum)])
 
 

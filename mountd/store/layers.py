@@ -11,18 +11,17 @@ image's configuration names, and it is copied into root's hands as well.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from mountd.errors import InvalidImage, LimitExceeded, MountdError
+from mountd.errors import InvalidImage, LimitExceeded
 from mountd.kernel import sandbox
-from mountd.kernel.namespaces import close_all_but
+from mountd.kernel.child import pipe
 from mountd.store import erofs_build, program, tar_filter
-from mountd.store.child import Child, Deadline, finish, fork_python, pipe
+from mountd.store.child import Child, Deadline, finish, fork_python
 from mountd.store.decompress import Gunzip, Measured
 from mountd.store.tar_filter import Filter, Summary
 
@@ -37,7 +36,6 @@ ZSTD_COMMAND = (ZSTD, "-d", "-c", "-q", "--single-thread", "--memory=64MB", "-")
 ZSTD_MEMORY = 1 << 30
 CPU_SECONDS = 1800
 FILTER_MEMORY = 512 << 20
-MAXIMUM_ANSWER = 16384
 BROKEN_PIPE = "Broken pipe"
 PIPE_BYTES = 1 << 20
 
@@ -140,30 +138,23 @@ def _outcome(first: list[Child], filtering: Child, building: Child, diff_id: str
 
 
 def _start_filter(work: Work, source: int, sink: int, limits: LayerLimits) -> Child:
-    return fork_python("filter", lambda answer: _filter(work, source, sink, answer, limits), MAXIMUM_ANSWER)
+    return fork_python(
+        "filter", lambda answer: _filter(work, source, sink, answer, limits), sandbox.MAXIMUM_ANSWER
+    )
 
 
 def _filter(work: Work, source: int, sink: int, answer_fd: int, limits: LayerLimits) -> bool:
     """Be the child: filter and tell; whatever goes wrong is told as an answer that is not one."""
-    answer: dict[str, object] = {}
-    try:
-        close_all_but({source, sink, answer_fd})
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        # What is used for the first time after the filter is there must not need an import.
-        json.dumps(answer)
-        warm_up()
-        sandbox.confine(CPU_SECONDS, FILTER_MEMORY)
-        answer = {"made": asdict(_pass_through(work, source, sink, limits))}
-    except MountdError as error:
-        answer = {"error": error.wire_name, **error.parameters}
-    except MemoryError:
-        answer = {"error": LimitExceeded.wire_name, "limit": "bytes of memory", "maximum": FILTER_MEMORY}
-    except BrokenPipeError:
-        answer = {"broken": True}
-    except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
-        answer = {"failed": f"{type(error).__name__}: {error}"}
-    os.write(answer_fd, json.dumps(answer).encode())
-    return "made" in answer
+
+    def filtered() -> dict[str, object]:
+        try:
+            return asdict(_pass_through(work, source, sink, limits))
+        except MemoryError:
+            raise LimitExceeded("bytes of memory", FILTER_MEMORY) from None
+
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    warm_up()
+    return sandbox.tell(answer_fd, filtered, {source, sink}, cpu_seconds=CPU_SECONDS, memory=FILTER_MEMORY)
 
 
 def warm_up() -> None:
@@ -205,13 +196,12 @@ def _pass_through(work: Work, source: int, sink: int, limits: LayerLimits) -> Su
 
 def _understand(answer: bytes, diff_id: str) -> Summary:
     """Turn the child's answer into what the filter returned or raised; BrokenPipeError if mkfs ended."""
-    try:
-        told = json.loads(answer)
-    except ValueError:
-        raise InvalidImage(f"the layer {diff_id} could not be read within the limits set for that") from None
-    if "made" in told:
-        return Summary(**told["made"])
-    if "broken" in told:
+    told = sandbox.understand(answer)
+    if told is None:
+        raise InvalidImage(f"the layer {diff_id} could not be read within the limits set for that")
+    if "found" in told:
+        return Summary(**told["found"])
+    if told.get("kind") == BrokenPipeError.__name__:
         raise BrokenPipeError
     if told.get("error") == LimitExceeded.wire_name:
         raise LimitExceeded(told["limit"], told["maximum"])

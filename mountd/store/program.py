@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, NoReturn
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel.abi import AT_FDCWD
+from mountd.kernel.child import EXIT_RAISED, close_all_but, end, end_with_parent, fork, pipe
 from mountd.kernel.flags import Clone, MountAttr, OpenTree, Propagation
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.libc import call
 from mountd.kernel.mount_api import mount_setattr, move_mount, open_tree, set_propagation
-from mountd.kernel.namespaces import PR_SET_PDEATHSIG, close_all_but, setns, unshare
+from mountd.kernel.namespaces import setns, unshare
 from mountd.kernel.sandbox import NOBODY, PR_SET_NO_NEW_PRIVS
-from mountd.store.child import Child, Output, pipe
+from mountd.store.child import Child, Output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,22 +132,17 @@ def _fork_and_run(
     command: Sequence[str], limits: Limits, directory: int, network: bool, fds: Sequence[int]
 ) -> int:
     """Fork into a new pid namespace and wait until the program runs there; return its pid."""
-    reader, writer = pipe()
-    with reader, OwnedFd(os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as own:
+    with OwnedFd(os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as own:
+        unshare(Clone.NEWPID)
         try:
-            unshare(Clone.NEWPID)
-            try:
-                pid = os.fork()
-                if pid == 0:
-                    _become(command, limits, directory, network, fds, writer.fileno())
-            finally:
-                # Only children are put into the new namespace, and only this one is meant.
-                setns(own.fileno(), Clone.NEWPID)
+            pid, reader = fork(lambda report: _become(command, limits, directory, network, fds, report))
         finally:
-            writer.close()
+            # Only children are put into the new namespace, and only this one is meant.
+            setns(own.fileno(), Clone.NEWPID)
+    with reader:
         failure = os.read(reader.fileno(), 4096)
     if failure:
-        os.waitpid(pid, 0)
+        end(pid)
         _fail(command[0], failure)
     return pid
 
@@ -166,10 +162,10 @@ def _become(
     network: bool,
     fds: Sequence[int],
     report: int,
-) -> NoReturn:
+) -> int:
     """Be the child: confine it and become the program; tell why if that fails."""
     try:
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        end_with_parent()
         os.setsid()
         report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, HIGH)
         # First all out of the way, then each to its place.
@@ -192,8 +188,7 @@ def _become(
         os.write(report, f"failed 38 {error}".encode())
     except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
         os.write(report, f"failed 5 starting {command[0]}: {type(error).__name__}".encode())
-    finally:
-        os._exit(127)
+    return EXIT_RAISED
 
 
 def _leave(writable: int, network: bool) -> None:
@@ -235,7 +230,7 @@ def _drop(limits: Limits) -> None:
     os.setresuid(uid, uid, uid)  # which drops every capability
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     # Another user id reset it.
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_parent()
 
 
 def excerpt(said: str, code: int) -> str:

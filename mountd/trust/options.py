@@ -133,6 +133,8 @@ def is_generic(option: str) -> bool:
 def shown(text: str, length: int = 80) -> str:
     """Return `text` in a form that fits into one line of a message."""
     cut = text if len(text) <= length else text[:length] + "…"
+    if cut.isprintable():
+        return cut
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 

@@ -363,13 +363,16 @@ class Rule:
 class Policy:
     """All rules in the order in which they are tried, and the keys that they name.
 
-    Without any rule, everything is denied.
+    Without any rule, everything is denied. `integrity` are the kinds of immutability that rules require.
     """
 
     rules: tuple[Rule, ...]
     keys: Mapping[str, Key] = field(default_factory=dict)
+    integrity: frozenset[str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        kinds = (kind for rule in self.rules if rule.require is not None for kind in rule.require.integrity)
+        object.__setattr__(self, "integrity", frozenset(kinds))
         for rule in self.rules:
             check_keys(rule, self.keys)
 

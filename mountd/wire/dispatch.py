@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from varlink import Service, scanner  # type: ignore[import-untyped]  # the package has no types
+from varlink import Service, VarlinkError, scanner  # type: ignore[import-untyped]  # the package has no types
 
 from mountd.errors import (
     INTERFACE,
@@ -45,7 +45,6 @@ from mountd.wire.framing import (
     INTEGER_MAX,
     INTEGER_MIN,
     MAX_FDS,
-    MAX_MESSAGE,
     Message,
     encode,
     error_body,
@@ -203,13 +202,20 @@ class Dispatcher:
         exchange.parameters = call.parameters
         if call.more and not call.oneway:
             exchange.send = send
-        # At most one: no adapter is a generator.
-        reply = b"".join(self._service.handle(message.raw, _request=exchange))
-        if len(reply) > MAX_MESSAGE:
-            raise LimitExceeded("bytes in a message", MAX_MESSAGE)
+        reply = self._route({**message.body, "parameters": dict(call.parameters)}, message.raw, exchange)
         if len(exchange.reply_fds) > MAX_FDS:
             raise LimitExceeded("descriptors in a message", MAX_FDS)
-        return reply + b"\0"
+        return reply
+
+    def _route(self, body: dict[str, object], raw: bytes, exchange: _Exchange) -> bytes:
+        """Have the package find and call the handler of a decoded call, which it changes; return the reply.
+
+        Service.handle() is the same around another decoding of the message, by rules that are less strict.
+        """
+        for reply in self._service._handle(body, raw, None, exchange):
+            # The first is the only one: no adapter is a generator.
+            return encode(reply.as_dict() if isinstance(reply, VarlinkError) else reply)
+        return b""
 
     def _error_interface(self, message: Message, failure: MountdError) -> str:
         """Return the interface of the call if it declares such an error, the usual one otherwise."""

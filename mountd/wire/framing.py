@@ -251,7 +251,7 @@ def encode(body: Mapping[str, object]) -> bytes:
     Raises LimitExceeded if it is too long, ProtocolError if it holds what is no Unicode text or no number.
     """
     try:
-        text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _ENCODER.encode(body)
         raw = text.encode("utf-8")
     except ValueError as error:
         raise ProtocolError(f"cannot be said in JSON: {error}") from None
@@ -327,6 +327,8 @@ def _constant(name: str) -> NoReturn:
     raise ProtocolError(f"{name} is no JSON")
 
 
+# Made once: json.dumps() makes another for each call that wants anything but its defaults.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
 )

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from mountd.store.store import Store
 from tests.container import mapper
 from tests.daemon import ROOT, Daemon
+from tests.e2e.stored import empty
+from tests.e2e.trust import Case, Makers, signing_keys
 from tests.images import build_image, build_tree
 
 HERE = Path(__file__).parent
@@ -125,3 +128,40 @@ def installed(place: Path) -> Path:
     prefix = place / "usr"
     subprocess.run(["make", "-s", "install", f"PREFIX={prefix}"], cwd=ROOT, check=True)
     return prefix
+
+
+@pytest.fixture(scope="session")
+def makers(place: Path) -> Iterator[Makers]:
+    """Signatures of all kinds, by keys that are in a directory which a policy may name."""
+    with signing_keys(place / "keys") as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def data(place: Path) -> bytes:
+    """An image that is where no rule trusts it."""
+    tree = build_tree(place / "tree-trust")
+    return build_image("erofs", tree, place / "trust.raw").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def other(place: Path) -> bytes:
+    """Another such image."""
+    tree = build_tree(place / "tree-other")
+    (tree / "hello").write_text("hello from another image\n")
+    return build_image("erofs", tree, place / "other.raw").read_bytes()
+
+
+@pytest.fixture
+def begin(start: Callable[..., Daemon], data: bytes) -> Callable[[str], Case]:
+    """Start a daemon of one's own with a policy, for that image."""
+    return lambda policy: Case(start(policy), data)
+
+
+@pytest.fixture
+def clean(daemon: Daemon) -> Iterator[Store]:
+    """The store of the shared daemon, empty before and after."""
+    store = Store(daemon.directory / "state")
+    empty(store)
+    yield store
+    empty(store)

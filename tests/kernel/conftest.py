@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mountd.store.store import Store
 from tests.images import build_image, build_tree
 
 HERE = Path(__file__).parent
@@ -43,4 +44,20 @@ def images(scratch: Path, tree: Path) -> dict[str, Path]:
     for type in ("erofs", "squashfs", "ext4", "xfs", "btrfs"):
         made[type] = build_image(type, tree, scratch / f"{type}.img")
     subprocess.run(["sync"], check=True)
+    return made
+
+
+@pytest.fixture
+def home(scratch: Path, request: pytest.FixtureRequest) -> Path:
+    """The directory that the state directory is in."""
+    path = scratch / f"store-{request.node.name[:60].replace('/', '_')}"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def store(home: Path) -> Store:
+    """An empty store, in `home`/state."""
+    made = Store(home / "state")
+    made.prepare()
     return made

@@ -15,7 +15,7 @@ from mountd.errors import NotFound
 from mountd.store import disk
 from mountd.store.record import Owner
 from mountd.store.store import Store
-from tests.kernel.test_store import OTHER, USER, content, digest_of, files, put, tree
+from tests.store import OTHER, USER, content, digest_of, files, put, tree
 
 MIB = 1 << 20
 OLD, NEW = content(5000), content(3 * MIB + 5, 2)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mountd.caller.model import Caller, UserNamespace
+from mountd.caller.peer import Peer
 from mountd.errors import NotFound
 from mountd.evidence.model import Key, Proof, Provenance, Signer
 from mountd.execute.run import Inputs, run
@@ -52,7 +53,7 @@ def store(scratch: Path, request: pytest.FixtureRequest) -> Store:
 def context(store: Store) -> Iterator[RequestContext]:
     with socket.socket(socket.AF_UNIX) as unconnected:
         yield RequestContext(
-            unconnected, None, PolicyInForce(Policy((), {"team": KEY}), None), lambda fd: fd,
+            Peer(unconnected), PolicyInForce(Policy((), {"team": KEY}), None), lambda fd: fd,
             lambda phase, seconds=0: None, store=store,
         )  # fmt: skip
 

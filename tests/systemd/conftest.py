@@ -89,3 +89,10 @@ def started(booted: Machine) -> Registry:
 def registry(started: Registry) -> Registry:
     started.policy(rules())
     return started
+
+
+@pytest.fixture(scope="session")
+def signed(started: Registry) -> str:
+    """The digest of an image that is signed with GPG."""
+    started.policy(rules())
+    return started.image("gpg/app:1.0", *started.sign_gpg)

@@ -171,3 +171,27 @@ class Registry:
             f"--sign-by-sigstore-private-key={PLACE}/sigstore.private",
             f"--sign-passphrase-file={PLACE}/passphrase",
         )
+
+
+def key_digest(registry: Registry, name: str) -> str:
+    return oci.digest((registry.machine.root / "etc/keys" / name).read_bytes())
+
+
+def look(registry: Registry, work: str, name: str, script: str) -> str:
+    """Mount an image that was made, and run a script in it."""
+    return registry.machine.sh(
+        f"mount -t erofs -o loop,ro {work}/{name} /mnt; cd /mnt; {script.strip()}; cd /; umount /mnt"
+    )
+
+
+def check_provenance(registry: Registry, answer: dict[str, Any], name: str, digest: str) -> dict[str, Any]:
+    provenance = answer["provenance"]
+    manifest = json.loads(registry.blob(digest).read_text())
+    assert provenance["repository"] == f"{HOST}/{name}"
+    assert provenance["manifest"] == digest
+    assert provenance["layers"] == [each["digest"] for each in manifest["layers"]]
+    assert provenance["time"] > oci.TIME
+    assert answer["phases"] == ["resolve", "fetch", "verify", "build"]
+    assert answer["left"] == [each["name"] for each in answer["layers"]]
+    assert isinstance(provenance, dict)
+    return provenance

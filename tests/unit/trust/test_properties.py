@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mountd.caller.model import OVERFLOW_ID, Caller
+from mountd.caller.peer import Peer
 from mountd.errors import BadFileDescriptor, KeyUnknown, MountdError, OptionNotPermitted, SignatureInvalid
 from mountd.evidence.model import Evidence, Proof, Provenance, Signer
 from mountd.fds import OwnedFd
@@ -366,10 +367,11 @@ def judging(judged: methods.Judged) -> Iterator[RequestContext]:
     with (
         ours,
         theirs,
+        Peer(ours) as peer,
         patch.object(methods, "judge", lambda *_, **__: judged),
         patch.object(methods, "make", lambda *_: OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))),
     ):
-        context: Any = type("Context", (), {"connection": ours, "enter": lambda *_: None, "writable": False})
+        context: Any = type("Context", (), {"peer": peer, "enter": lambda *_: None, "writable": False})
         yield context()
 
 
