@@ -9,6 +9,7 @@ naive check of the same kind in the same place, which has to lose.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import signal
@@ -86,13 +87,16 @@ def exchanged(one: Path, other: Path) -> Iterator[Callable[[], int]]:
 
 
 def exchange_for_ever(one: bytes, other: bytes, shared: mmap.mmap) -> None:
-    """Be the other process; return if an exchange fails."""
+    """Be the other process; return if an exchange fails, but for where something is mounted."""
     renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     count = 0
-    while renameat2(AT_FDCWD, one, AT_FDCWD, other, RENAME_EXCHANGE) == 0:
-        count += 1
-        COUNT.pack_into(shared, 0, count)
+    while True:
+        if renameat2(AT_FDCWD, one, AT_FDCWD, other, RENAME_EXCHANGE) == 0:
+            count += 1
+            COUNT.pack_into(shared, 0, count)
+        elif ctypes.get_errno() != errno.EBUSY:
+            return
 
 
 def race(one: Path, other: Path, check: Check, *, until_won: bool = False) -> Counter[Seen]:
@@ -100,7 +104,7 @@ def race(one: Path, other: Path, check: Check, *, until_won: bool = False) -> Co
     seen: Counter[Seen] = Counter()
     deadline = time.monotonic() + SECONDS
     with exchanged(one, other) as swaps:
-        while swaps() < SWAPS or seen.total() < CHECKS:
+        while until_won or swaps() < SWAPS or seen.total() < CHECKS:
             seen[check()] += 1
             assert time.monotonic() < deadline, f"{swaps()} exchanges, {seen}"
             if until_won and seen[Seen.WON]:
