@@ -116,6 +116,9 @@ def test_lines_about_refused_connections_are_limited(
         with Raw(daemon, uid) as raw:
             assert error(raw.reply()) == "LimitExceeded"
 
+    def left_out() -> int:
+        return sum(int(number) for number, _ in LEFT_OUT.findall(daemon.log))
+
     def told(uid: int) -> int:
         return daemon.log.count(f"refused a connection of uid {uid}: ")
 
@@ -123,23 +126,18 @@ def test_lines_about_refused_connections_are_limited(
         for uid in (ATTACKER, VICTIM):
             for _ in range(MAXIMUM_CONNECTIONS_PER_OWNER):
                 stack.enter_context(Raw(daemon, uid))
-        # More than fit into two windows, as one may end meanwhile.
-        count = 3 * LINES
-        for _ in range(count):
-            refused(ATTACKER)
-        assert eventually(lambda: told(ATTACKER) >= LINES)
-        assert told(ATTACKER) <= 2 * LINES
-        refused(VICTIM)
-        assert eventually(lambda: told(VICTIM) == 1)
-        deadline = time.monotonic() + 2 * SECONDS
-        while not (left_out := LEFT_OUT.findall(daemon.log)) and time.monotonic() < deadline:
-            time.sleep(0.5)
+        count = 0
+        while count - told(ATTACKER) < LINES:
             refused(ATTACKER)
             count += 1
-        assert {uid for _, uid in left_out} == {str(ATTACKER)}
-        assert eventually(
-            lambda: sum(int(n) for n, _ in LEFT_OUT.findall(daemon.log)) + told(ATTACKER) == count
-        )
+        refused(VICTIM)
+        assert eventually(lambda: told(VICTIM) == 1)
+        time.sleep(SECONDS)
+        refused(ATTACKER)
+        count += 1
+        assert eventually(lambda: left_out() + told(ATTACKER) == count)
+        assert left_out() >= LINES // 2
+        assert {uid for _, uid in LEFT_OUT.findall(daemon.log)} == {str(ATTACKER)}
 
 
 def test_a_reply_that_was_sent_is_the_only_one(
