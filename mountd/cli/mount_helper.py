@@ -1,9 +1,10 @@
 """mount.mountd(8): what mount(8) calls for `mount -t mountd IMAGE DIR`.
 
-    mount.mountd SPEC DIR [-sfnv] [-o OPTIONS] [-t TYPE] [-N NAMESPACE]
+    mount.mountd SPEC DIR [-sfnv] [-o OPTIONS] [-t TYPE] [-N NAMESPACE] [--json]
 
 It starts in milliseconds, and so imports little. Its arguments and exit status are those that mount(8)
-documents for helpers (EXTERNAL HELPERS, EXIT STATUS).
+documents for helpers (EXTERNAL HELPERS, EXIT STATUS). What mount(8) never says is --json: that is for
+who calls it directly, and prints what “mountctl mount --json” does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import getopt
 import sys
 
-from mountd.cli.report import EXIT_USAGE, complain, end, exit_status, fail, printable, say
+from mountd.cli.report import UsageError, end, fail, printable, say, show_json
 from mountd.client import IDMAPS, Client, Request, attach_at, open_target
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted
 from mountd.version import VERSION
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     Reply = TypeVar("Reply")
 
 PROGRAM = "mount.mountd"
-USAGE = f"usage: {PROGRAM} SPEC DIR [-sfnvrw] [-o OPTIONS] [-t TYPE]"
+USAGE = f"usage: {PROGRAM} SPEC DIR [-sfnvrw] [-o OPTIONS] [-t TYPE] [--json]"
 ACCESS = {"read-only": True, "read-write": False}
 # What options of our own may say; None for anything.
 OWN: Mapping[str, tuple[str, ...] | None] = {
@@ -59,7 +60,7 @@ class Wishes:
 
     def __init__(self) -> None:
         """The defaults of mount.mountd."""
-        self.fake = self.sloppy = self.verbose = False
+        self.fake = self.sloppy = self.verbose = self.json = False
         self.read_only: bool | None = None
         self.type: str | None = None
         self.options: list[str] = []
@@ -109,7 +110,7 @@ class Wishes:
 
 def parse(argv: list[str]) -> tuple[Wishes, list[str]]:
     """Read the command line. Raises getopt.GetoptError, OptionNotPermitted."""
-    flags, positional = getopt.gnu_getopt(argv, "sfnvrwo:t:N:")
+    flags, positional = getopt.gnu_getopt(argv, "sfnvrwo:t:N:", ["json"])
     wishes = Wishes()
     wishes.sloppy = any(flag == "-s" for flag, _ in flags)
     for flag, value in flags:
@@ -121,6 +122,8 @@ def parse(argv: list[str]) -> tuple[Wishes, list[str]]:
             wishes.fake = True
         elif flag == "-v":
             wishes.verbose = True
+        elif flag == "--json":
+            wishes.json = True
         elif flag == "-t":
             wishes.type = read_type(value)
         elif flag == "-o":
@@ -145,17 +148,21 @@ def run(argv: list[str]) -> int:
     if argv[:1] in (["-V"], ["--version"]):
         say(f"{PROGRAM} {VERSION}")
         return 0
+    as_json = asks_for_json(argv)
+    directory = ""
     try:
         wishes, (spec, directory) = parse(argv)
-    except getopt.GetoptError as error:
-        complain(f"{PROGRAM}: {error}; {USAGE}")
-        return EXIT_USAGE
-    except MountdError as error:
-        return fail(PROGRAM, error)
-    try:
+        as_json = wishes.json
         return mount(wishes, spec, directory)
+    except getopt.GetoptError as error:
+        return fail(PROGRAM, UsageError(str(error), hint=USAGE), as_json=as_json)
     except (MountdError, OSError) as error:
-        return fail(PROGRAM, error, where=directory)
+        return fail(PROGRAM, error, where=directory, as_json=as_json)
+
+
+def asks_for_json(argv: list[str]) -> bool:
+    """Tell whether a command line that may be wrong asks for JSON."""
+    return "--json" in argv[: argv.index("--") if "--" in argv else None]
 
 
 def mount(wishes: Wishes, spec: str, directory: str) -> int:
@@ -176,15 +183,17 @@ def mount(wishes: Wishes, spec: str, directory: str) -> int:
     ):
         if wishes.fake:
             explained = ask(client.explain, request, wishes.sloppy)
-            return judge(explained["decision"], directory)
+            return judge(explained["decision"], directory, wishes)
         with ask(client.mount, request, wishes.sloppy) as reply:
             attach_at(reply.mount.fileno(), target.fileno(), directory)
-    if wishes.verbose:
+    if wishes.verbose and not wishes.json:
         made = reply.mounts[0]
         how = "read-only" if made.get("readOnly") else "read-write"
         rule = reply.decision.get("rule")
         kind = made.get("fileSystemType")
         say(printable(f"{PROGRAM}: {kind} mounted {how} on {directory} (rule “{rule}”)"))
+    if wishes.json:
+        show_json({"target": directory, "mounts": reply.mounts, "decision": reply.decision})
     return 0
 
 
@@ -201,14 +210,15 @@ def ask(method: Callable[..., Reply], request: Request, sloppy: bool) -> Reply:
             request.parameters["options"] = [each for each in options if each != refused]
 
 
-def judge(decision: object, directory: str) -> int:
-    """Return the exit status of a call with -f, and say why it is not 0."""
-    if isinstance(decision, dict) and decision.get("verdict") == "allow":
-        return 0
+def judge(decision: object, directory: str, wishes: Wishes) -> int:
+    """Return the exit status of a call with -f, and say why it is not 0. Raises OSError."""
     fields = decision if isinstance(decision, dict) else {}
+    if fields.get("verdict") == "allow":
+        if wishes.json:
+            show_json({"target": directory, "mounts": [], "decision": fields})
+        return 0
     error = DeniedByPolicy(str(fields.get("reason")), rule=fields.get("rule"), hint=fields.get("hint"))
-    fail(PROGRAM, error, where=directory)
-    return exit_status(error)
+    return fail(PROGRAM, error, where=directory, as_json=wishes.json)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from mountd.cli import image
-from mountd.cli.report import EXIT_USAGE, end, fail, printable, say, show_json
+from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json
 from mountd.client import IDMAPS, Client, Request, attach_at, open_target
 from mountd.errors import MountdError
 from mountd.version import VERSION
@@ -31,12 +31,6 @@ exit status:
   0 done, 1 wrong usage or not allowed, 2 mountd cannot be reached, 8 interrupted, 32 the mount failed.
   “run” returns that of the command, 126 or 127 if it cannot be run, 128+N if signal N ended it.
 """
-
-
-class UsageError(MountdError):
-    """The command line cannot be understood."""
-
-    exit_status = EXIT_USAGE
 
 
 def parser() -> argparse.ArgumentParser:

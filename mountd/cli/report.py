@@ -73,6 +73,12 @@ ATTACHING = (
 )
 
 
+class UsageError(MountdError):
+    """The command line cannot be understood."""
+
+    exit_status = EXIT_USAGE
+
+
 def exit_status(error: BaseException) -> int:
     """Return the exit status that mount(8) documents for such an error."""
     own = getattr(error, "exit_status", None)

@@ -21,16 +21,18 @@ MINIMUM_WORKERS = 2  # ready before anybody asks
 MAXIMUM_WORKERS = 8  # serving at the same time, but for the first request of an owner
 MAXIMUM_RUNNING_PER_OWNER = 4  # so that one owner cannot have all of them
 MAXIMUM_STUCK_PER_OWNER = 4
+# Of all owners; beyond it there is room for the first request of owners that have nothing that hangs.
 MAXIMUM_STUCK = 32
 SLOTS = MAXIMUM_WORKERS + MAXIMUM_STUCK
 
-REQUESTS_PER_WORKER = 256  # then it is replaced: what leaks, leaks no further
+REQUESTS_PER_WORKER = 1024  # then it is replaced: what leaks, leaks no further
 SECONDS_OF_WORKER = 300
 # How long a worker stays with a connection that it has just answered, and for how many requests.
 LINGER_MILLISECONDS = 1
-REQUESTS_IN_A_ROW = 16
+REQUESTS_IN_A_ROW = 64
 IDLE_WORKER_SECONDS = 30  # above the minimum
 HANGS_SECONDS = 1.0  # within a phase and asleep in the kernel: too long for a daemon that is to end
+PAUSE_SECONDS = 0.1  # without what it takes for another connection or another worker
 SECONDS_TO_DIE = 1.0  # after SIGKILL; who takes longer hangs in the kernel
 
 MAXIMUM_CONNECTIONS = 10_000

@@ -27,6 +27,8 @@ from mountd.daemon.limits import (
     MAXIMUM_CONNECTIONS_PER_OWNER,
     MAXIMUM_STUCK,
     MAXIMUM_STUCK_PER_OWNER,
+    PAUSE_SECONDS,
+    SLOTS,
 )
 from mountd.daemon.owners import FairQueue
 from mountd.daemon.pool import Pool, Worker
@@ -42,8 +44,8 @@ if TYPE_CHECKING:
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 HOUSE_KEEPING_SECONDS = 60.0
-PAUSE_SECONDS = 0.1  # without a descriptor for another connection
 ACCEPT_AT_ONCE = 64  # before anybody else gets a turn
+STUCK_HINT = "the file systems of earlier requests do not answer"
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -268,8 +270,13 @@ class Listener:
 
     def _dispatch(self) -> None:
         """Give queued connections to workers, in turns; refuse owners whose requests hang."""
+        if self._pool.exhausted:
+            for waiting in self._queue.drain():
+                self._drop(waiting, LimitExceeded("requests that hang", SLOTS, hint=STUCK_HINT))
+        # Who has nothing that hangs does not pay for those who have.
+        most_stuck = 1 if self._pool.stuck >= MAXIMUM_STUCK else MAXIMUM_STUCK_PER_OWNER
         while (worker := self._pool.free()) is not None:
-            connection = self._queue.next(only_idle_owners=self._pool.crowded)
+            connection = self._queue.next(only_idle_owners=self._pool.crowded, most_stuck=most_stuck)
             if connection is None:
                 break
             refusal = self._too_many_stuck(connection)
@@ -279,7 +286,11 @@ class Listener:
                 continue
             try:
                 self._pool.assign(worker, connection)
-            except OSError:
+            except OSError as error:
+                if error.errno in OUT_OF_DESCRIPTORS:
+                    name = errno.errorcode[error.errno]
+                    self._drop(connection, MountFailed("handing the request to a worker", name))
+                    continue
                 worker.retiring = True  # it has ended; the fork server will say so
                 self._queue.add(connection)
 
@@ -294,12 +305,10 @@ class Listener:
             self._pool.close_retired()
 
     def _too_many_stuck(self, connection: Connection) -> LimitExceeded | None:
-        hint = "the file systems of earlier requests do not answer"
         if connection.owner.stuck >= MAXIMUM_STUCK_PER_OWNER:
-            return LimitExceeded("requests of one owner that hang", MAXIMUM_STUCK_PER_OWNER, hint=hint)
-        # Who has nothing that hangs does not pay for those who have.
+            return LimitExceeded("requests of one owner that hang", MAXIMUM_STUCK_PER_OWNER, hint=STUCK_HINT)
         if connection.owner.stuck and self._pool.stuck >= MAXIMUM_STUCK:
-            return LimitExceeded("requests that hang", MAXIMUM_STUCK, hint=hint)
+            return LimitExceeded("requests that hang", MAXIMUM_STUCK, hint=STUCK_HINT)
         return None
 
     def _hear_worker(self, worker: Worker) -> None:

@@ -87,15 +87,17 @@ class FairQueue:
         owner.queue.append(connection)
         self.waiting += 1
 
-    def next(self, *, only_idle_owners: bool = False) -> Connection | None:
+    def next(
+        self, *, only_idle_owners: bool = False, most_stuck: int = MAXIMUM_STUCK_PER_OWNER
+    ) -> Connection | None:
         """Take the connection whose turn it is, None if nobody may run.
 
         With `only_idle_owners` it is the turn of those only that have nothing running, and of those that get
-        a refusal.
+        a refusal: who has `most_stuck` requests that hang, or more.
         """
         for _ in range(len(self._turns)):
             owner = self._turns.popleft()
-            refused = owner.stuck >= MAXIMUM_STUCK_PER_OWNER
+            refused = owner.stuck >= most_stuck
             if not owner.may_run or (only_idle_owners and not owner.has_first and not refused):
                 self._turns.append(owner)
                 continue

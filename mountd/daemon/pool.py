@@ -22,8 +22,10 @@ from mountd.daemon.limits import (
     GRACE_SECONDS,
     HANGS_SECONDS,
     IDLE_WORKER_SECONDS,
+    MAXIMUM_STUCK,
     MAXIMUM_WORKERS,
     MINIMUM_WORKERS,
+    PAUSE_SECONDS,
     SECONDS_TO_DIE,
     SLOTS,
 )
@@ -91,6 +93,7 @@ class Pool:
         self.workers: dict[int, Worker] = {}
         self._starting: set[int] = set()
         self.throttle = Throttle()  # of the lines about each owner
+        self._not_before = 0.0  # time.monotonic() when another may be started, after one could not be
         self.changed = True  # a worker has come, gone or is to go: `fill` and `close_retired` have to look
 
     @property
@@ -117,8 +120,21 @@ class Pool:
 
     @property
     def crowded(self) -> bool:
-        """Whether as many requests are being served as usual, so that more are an exception."""
-        return self.serving >= MAXIMUM_WORKERS
+        """Whether as many requests are being served as usual, so that more are an exception.
+
+        So they are when what is being served could bring what hangs to more than may, by hanging as well.
+        """
+        serving = self.serving
+        return serving >= MAXIMUM_WORKERS or serving + self._killed >= MAXIMUM_STUCK
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every slot has a worker that was killed and is not gone: nobody can be served."""
+        return self._killed >= SLOTS
+
+    @property
+    def _killed(self) -> int:
+        return sum(worker.killed_at is not None for worker in self.workers.values())
 
     def fill(self, waiting: int, idle_owners: int) -> None:
         """Start as many workers as are needed for `waiting` requests.
@@ -126,6 +142,9 @@ class Pool:
         Beyond the usual number there is one for each of `idle_owners`, who have nothing running: others
         cannot make them wait by being slow.
         """
+        if time.monotonic() < self._not_before:
+            self.changed = True  # still to be looked at, by then
+            return
         alive = [w for w in self.workers.values() if w.killed_at is None and not w.retiring]
         busy = sum(worker.owner is not None for worker in alive)
         usual = min(MAXIMUM_WORKERS, max(MINIMUM_WORKERS, busy + waiting))
@@ -141,8 +160,9 @@ class Pool:
             self._starting.add(slot)
 
     def not_spawned(self, slot: int) -> None:
-        """Take note that no worker could be started in `slot`."""
+        """Take note that no worker could be started in `slot`; what is lacking is not there at once."""
         self._starting.discard(slot)
+        self._not_before = time.monotonic() + PAUSE_SECONDS
         self.changed = True
 
     def spawned(self, slot: int, fds: list[OwnedFd]) -> Worker:
@@ -207,8 +227,8 @@ class Pool:
                 _let_go(worker)
 
     def next_deadline(self) -> float | None:
-        """Return the time.monotonic() at which `enforce` has to look again."""
-        times = []
+        """Return the time.monotonic() at which `enforce` or `fill` has to look again."""
+        times = [self._not_before] if self._not_before > time.monotonic() else []
         for worker in self.workers.values():
             if worker.killed_at is not None:
                 if not worker.charged:

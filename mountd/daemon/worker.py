@@ -201,7 +201,7 @@ class Worker:
         self, message: Message, context: RequestContext, reply: bytes, seconds: float, taken: bool
     ) -> None:
         """Write the journal's line about a request that the policy had a say in, or that was refused."""
-        notes = context.notes
+        notes = context.fields()
         error = error_name(reply)
         if "caller_uid" not in notes:
             if not error:

@@ -4,6 +4,7 @@ The rest of the code calls these and never asks what kernel it runs on.
 """
 
 import os
+import signal
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
@@ -44,8 +45,6 @@ def user_namespace_of(pidfd: int, pid: int) -> OwnedFd:
 
 def check_alive(pidfd: int) -> None:
     """Raise SyscallError(ESRCH) if the process of `pidfd` has ended."""
-    import signal
-
     try:
         signal.pidfd_send_signal(pidfd, 0)
     except OSError as error:

@@ -102,7 +102,7 @@ def peek(connection: socket.socket, size: int, deadline: "float | None" = None) 
     """
     if deadline is None:
         return connection.recv(size, MSG_PEEK)
-    connection.setblocking(False)
+    _unblock(connection)
     while True:
         try:
             return connection.recv(size, MSG_PEEK)
@@ -122,7 +122,7 @@ def send(
     rights = array.array("i", [fd.fileno() for fd in fds])
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else []
     if deadline is not None:
-        connection.setblocking(False)
+        _unblock(connection)
     while rest:
         try:
             sent = connection.sendmsg([rest], ancillary, MSG_NOSIGNAL)
@@ -132,6 +132,12 @@ def send(
             wait(connection, select.POLLOUT, deadline)
             continue
         rest, ancillary = rest[sent:], []
+
+
+def _unblock(connection: socket.socket) -> None:
+    """Have no call on `connection` block; without a system call if that is so already."""
+    if connection.gettimeout() != 0.0:
+        connection.setblocking(False)
 
 
 def wait(connection: socket.socket, events: int, deadline: float) -> None:

@@ -79,29 +79,41 @@ class RequestContext:
     writable: bool = False
     store: Store | None = None
     pull_socket: Path | None = None
+    _caller: Caller | None = None
+    _decision: Decision | None = None
+    _file_system: str = ""
 
     def note_caller(self, caller: Caller) -> None:
-        """Tell the journal who called."""
-        if caller.cgroup is not None:
-            self.notes["caller_cgroup"] = caller.cgroup
-        if caller.unit is not None:
-            self.notes["caller_unit"] = caller.unit
-        self.notes.update(
-            caller_uid=str(caller.uid),
-            caller_gid=str(caller.gid),
-            caller_pid=str(caller.pid),
-            owner_uid=str(caller.owner_uid),
-        )
+        """Take note of who called."""
+        self._caller = caller
 
     def note_decision(self, decision: Decision, file_system: str) -> None:
-        """Tell the journal what was decided, and what it rests on."""
-        fields = {
-            "verdict": decision.verdict.value,
-            "file_system": file_system,
-            "rule": decision.rule,
-            "trusted_by": decision.trusted_by,
-            "signer": decision.signer,
-            "digest": decision.digest,
-            "reason": decision.reason,
-        }
-        self.notes.update({name: value for name, value in fields.items() if value is not None})
+        """Take note of what was decided."""
+        self._decision = decision
+        self._file_system = file_system
+
+    def fields(self) -> dict[str, str]:
+        """Return what the journal says about the request; for after the reply, as nobody waits for it."""
+        found: dict[str, object] = dict(self.notes)
+        caller, decision = self._caller, self._decision
+        if caller is not None:
+            found |= {
+                "caller_cgroup": caller.cgroup,
+                "caller_unit": caller.unit,
+                "caller_uid": caller.uid,
+                "caller_gid": caller.gid,
+                "caller_pid": caller.pid,
+                "owner_uid": caller.owner_uid,
+            }
+        if decision is not None:
+            known = found.get("digest")
+            found |= {
+                "verdict": decision.verdict.value,
+                "file_system": self._file_system,
+                "rule": decision.rule,
+                "trusted_by": decision.trusted_by,
+                "signer": decision.signer,
+                "digest": decision.digest if decision.digest is not None else known,
+                "reason": decision.reason,
+            }
+        return {name: str(value) for name, value in found.items() if value is not None}

@@ -27,14 +27,20 @@ def in_place(daemon: Daemon, place: Path, work: Callable[[Path], object]) -> obj
 def test_cpu_time_of_a_mount(
     daemon: Daemon, installed: Path, images: dict[str, Path], place: Path, containers: None
 ) -> None:
-    """The least of several runs, so that what else the machine does plays no part."""
+    """The least of several runs is what it costs.
+
+    A run does the same work each time, and CPU time is only what the kernel charged to it: another process,
+    a cold cache or a slower clock of the processor adds to that and never takes anything away. So the
+    least is the nearest to the cost itself, and a median would say how busy the machine was. That it is
+    no accident of one run is what the wider bound on the median is for.
+    """
     helper = str(installed / "sbin/mount.mountd")
 
     def used() -> float:
         total = resource.getrusage(resource.RUSAGE_CHILDREN)
         return total.ru_utime + total.ru_stime
 
-    def work(target: Path) -> float:
+    def work(target: Path) -> list[float]:
         seconds = []
         for _ in range(RUNS):
             before = used()
@@ -42,11 +48,12 @@ def test_cpu_time_of_a_mount(
             assert os.waitpid(os.posix_spawn(helper, arguments, environment(daemon.socket)), 0)[1] == 0
             seconds.append(used() - before)
             assert (target / "hello").exists()
-        return min(seconds)
+        return sorted(seconds)
 
-    least = in_place(daemon, place, work)
-    assert isinstance(least, float)
-    assert 0 < least <= MAXIMUM_CPU_SECONDS
+    seconds = in_place(daemon, place, work)
+    assert isinstance(seconds, list)
+    assert 0 < seconds[0] <= MAXIMUM_CPU_SECONDS
+    assert seconds[RUNS // 2] <= 2 * MAXIMUM_CPU_SECONDS
 
 
 def test_modules_of_a_mount(

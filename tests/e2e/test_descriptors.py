@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import resource
 import select
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +23,10 @@ from pathlib import Path
 import pytest
 
 from mountd.client import attach
-from mountd.kernel import namespaces
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api, namespaces
+from mountd.kernel.flags import Clone, Propagation
+from mountd.kernel.libc import call
 from tests.container import in_container
 from tests.daemon import Daemon
 from tests.e2e.conftest import trusting
@@ -32,6 +37,8 @@ from tests.rogue import ATTACKER, Raw, ask, error, eventually, mount_call, neigh
 IO_URING_SETUP, USERFAULTFD = 425, 323  # x86_64 and, for the first, everywhere
 IMAGE = "source.imageFileDescriptor"
 FEW_DESCRIPTORS = 64
+AT_ONCE = 0.1  # seconds: the bound of cases 10 and 16
+TRIES = 5
 
 
 def lowest_free(pid: int) -> int:
@@ -164,13 +171,26 @@ REGULAR = {
 }
 
 
+def quickest(daemon: Daemon, fds: list[int], seconds: float = AT_ONCE) -> tuple[str | None, float]:
+    """Ask for a mount until the answer comes within `seconds`, a few times at most.
+
+    Return the answer, always the same, and the shortest time that it took: the machine can only add to what
+    a refusal costs, while a wait for somebody is there each time.
+    """
+    said, times = set(), []
+    while not times or (min(times) > seconds and len(times) < TRIES):
+        begin = time.monotonic()
+        said.add(error(ask(daemon, mount_call(), fds)))
+        times.append(time.monotonic() - begin)
+    assert len(said) == 1, said
+    return said.pop(), min(times)
+
+
 def test_a10_descriptors_of_every_wrong_type(daemon: Daemon, images: dict[str, Path]) -> None:
     with neighbour(daemon, images["erofs"]), several(daemon) as fds:
         found, slow = {}, {}
         for name, fd in fds.items():
-            begin = time.monotonic()
-            found[name] = error(ask(daemon, mount_call(), [fd]))
-            slow[name] = time.monotonic() - begin
+            found[name], slow[name] = quickest(daemon, [fd])
         # Nothing was read from them.
         assert os.read(fds["a pipe"], 100) == b"data"
         assert os.read(fds["a socket"], 100) == b"data"
@@ -179,7 +199,7 @@ def test_a10_descriptors_of_every_wrong_type(daemon: Daemon, images: dict[str, P
         name: said for name, said in found.items() if said not in REGULAR.get(name, ("BadFileDescriptor",))
     }
     assert not wrong
-    assert max(slow.values()) < 0.5, slow
+    assert max(slow.values()) <= AT_ONCE, slow
 
 
 def test_a10_the_kernel_does_not_pass_an_io_uring_on(daemon: Daemon) -> None:
@@ -255,6 +275,25 @@ def test_a12_writable_mount_of_a_read_only_descriptor(
     assert image.read_bytes() == images["ext4"].read_bytes()
 
 
+def test_a16_lease_on_the_image(daemon: Daemon, images: dict[str, Path], place: Path) -> None:
+    """The holder has 45 seconds to give it up (/proc/sys/fs/lease-break-time), and nobody waits for that."""
+    leased = place / "trusted/leased at once.raw"
+    leased.write_bytes(images["erofs"].read_bytes())
+    # The kernel says so by this signal when somebody waits for the lease.
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        with opened(leased) as fds, neighbour(daemon, images["erofs"]):
+            fcntl.fcntl(fds[0], fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            name, seconds = quickest(daemon, fds)
+            fcntl.fcntl(fds[0], fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            assert name == "MountFailed"
+            assert seconds <= AT_ONCE
+            assert quickest(daemon, fds)[0] == ""
+    finally:
+        signal.signal(signal.SIGIO, before)
+        leased.unlink()
+
+
 SILENT = [(), (Op.GETATTR,), (Op.STATFS,), (Op.OPEN,), (Op.READ,), (Op.GETATTR, Op.OPEN, Op.READ, Op.STATFS)]
 
 
@@ -268,12 +307,49 @@ def test_a13_file_of_a_fuse_server(
         fuse.silence(*silent, session=daemon.process.pid)
         before = settled(daemon)
         with neighbour(daemon, images["erofs"]):
-            begin = time.monotonic()
+            assert quickest(daemon, fds)[1] <= AT_ONCE
             reply = ask(daemon, mount_call(), fds)
-            assert time.monotonic() - begin < 0.5
         assert error(reply) == "BadFileDescriptor"
         assert "FUSE" in reply["parameters"]["reason"]
         assert eventually(lambda: daemon.held() == before)
+        fuse.silence()
+
+
+def test_a13_fuse_is_there_only_after_the_daemon(
+    start: Callable[..., Daemon], images: dict[str, Path], place: Path
+) -> None:
+    """The module may be loaded by the first FUSE mount; what is looked for then is not remembered as absent.
+
+    The daemon starts where the kernel seems to have no FUSE, with an empty directory over that of fusectl,
+    and its workers are asked once before it is taken away.
+    """
+
+    def hide() -> None:
+        namespaces.unshare(Clone.NEWNS)
+        mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
+        call("mount", b"none", b"/sys/fs/fuse", b"tmpfs", 0, None)
+
+    def show() -> None:
+        with OwnedFd(os.open(f"/proc/{daemon.fork_server}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)) as inside:
+            namespaces.setns(inside.fileno(), Clone.NEWNS)
+        mount_api.umount("/sys/fs/fuse")
+
+    daemon = start(trusting(images["erofs"].parent), start_new_session=True, preexec_fn=hide)
+    settled(daemon)
+    with (
+        Fuse(place / "fuse", images["erofs"].read_bytes()) as fuse,
+        opened(images["erofs"], fuse.path) as fds,
+    ):
+        workers = daemon.workers
+        for _ in workers:
+            assert error(ask(daemon, mount_call(), fds[:1])) == ""
+        in_child(show)
+        fuse.silence(Op.GETATTR, Op.OPEN, Op.READ, Op.STATFS, session=daemon.process.pid)
+        with neighbour(daemon, images["erofs"]):
+            for _ in range(2 * len(workers)):
+                name, seconds = quickest(daemon, fds[1:])
+                assert (name, seconds <= AT_ONCE) == ("BadFileDescriptor", True), seconds
+        assert set(workers) & set(daemon.workers)
         fuse.silence()
 
 

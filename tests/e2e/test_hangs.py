@@ -2,7 +2,8 @@
 
 Those that take 30 seconds hang at the same time, on one daemon (`half_a_minute`), and so do those that
 take 10 (`ten_seconds`); the tests look at what came of each. A neighbour mounts all the while and notices
-nothing.
+nothing. What there is more of has a module of its own: all workers hang (case 14, test_stuck.py), callers
+leave ten thousand times (case 18, test_kill_points.py).
 
 Case 15 without systemd: the daemon gets its SIGTERM while workers hang in the kernel, ends, and another
 takes its place. What a service manager adds is that it waits for no process that hangs (KillMode=mixed).
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import random
 import select
 import signal
 import time
@@ -48,7 +48,6 @@ from tests.rogue import (
     state_of,
 )
 
-KILLS = int(os.environ.get("MOUNTD_TEST_KILLS", "300"))
 READ_ONLY = 1  # MS_RDONLY
 VERIFY, MOUNT, CLOSE = DEADLINES[Phase.VERIFY], DEADLINES[Phase.MOUNT], DEADLINES[Phase.CLOSE]
 SLACK = 2.0
@@ -373,25 +372,6 @@ def test_a13_fuse_file_as_the_user_namespace(
         with neighbour(daemon, images["erofs"]), Raw(daemon, timeout=2) as raw:
             raw.send(mount_call(userNamespaceFileDescriptor=1), fds)
             assert error(raw.reply()) == "BadFileDescriptor"
-
-
-@pytest.mark.parametrize("type", ["erofs", "ext4"])
-def test_a18_caller_is_killed_at_any_moment(daemon: Daemon, images: dict[str, Path], type: str) -> None:
-    """Before, during and after each phase: nothing is left of any."""
-    dice = random.Random(18)
-    with neighbour(daemon, images["erofs"]), opened(images[type]) as fds:
-        for _ in range(KILLS // 2):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    with Raw(daemon) as raw:
-                        raw.send(mount_call(), fds)
-                        raw.reply()
-                finally:
-                    os._exit(0)
-            time.sleep(dice.uniform(0, 0.012))
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("bytes_sent", [0, 1, 40, None])

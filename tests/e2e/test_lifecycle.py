@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mountd.daemon import main
+from mountd.daemon.limits import REQUESTS_IN_A_ROW
+from mountd.fds import close_all
 from tests.container import forked
 from tests.daemon import ROOT, Daemon
 from tests.e2e.conftest import trusting
@@ -36,6 +41,7 @@ from tests.rogue import (
 )
 
 RELOADED = "the policy was reloaded"
+ROUNDS = 20
 NOT_RELOADED = "the policy was not reloaded, the old one holds"
 
 
@@ -62,6 +68,79 @@ def test_reload_holds_for_every_later_request(start: Callable[..., Daemon], imag
         assert {mount(daemon, image) for _ in range(4)} == {""}
         reload(daemon, "", RELOADED)
         assert {mount(daemon, image) for _ in range(4)} == {"DeniedByPolicy"}
+
+
+def test_reload_holds_within_a_row_of_calls(
+    start: Callable[..., Daemon], images: dict[str, Path], place: Path
+) -> None:
+    """A worker stays with a connection whose calls follow each other, but not beyond a new policy.
+
+    What the daemon tells the service manager is the moment from which the new policy holds: no call that is
+    sent after that is judged by the old one.
+    """
+    image, trusted = images["erofs"], trusting(images["erofs"].parent)
+    manager = place / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(manager))
+        notified.settimeout(20)
+        daemon = start(trusted, env={"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(manager)})
+        serving(notified)
+        for _ in range(ROUNDS):
+            daemon.set_policy(trusted)
+            daemon.signal(signal.SIGHUP)
+            serving(notified)
+            with calls_in_a_row(daemon, image) as answers:
+                time.sleep(0.05)
+                until = time.monotonic()
+                daemon.set_policy("")
+                daemon.signal(signal.SIGHUP)
+                serving(notified)
+                since = time.monotonic()
+                time.sleep(0.05)
+            before = [said for sent, said in answers if sent < until]
+            after = [said for sent, said in answers if sent > since]
+            assert before.count("") > REQUESTS_IN_A_ROW / 2
+            assert len(after) > REQUESTS_IN_A_ROW / 2
+            assert set(after) == {"DeniedByPolicy"}
+    manager.unlink()
+
+
+def serving(notified: socket.socket) -> None:
+    """Wait for the word that a start or a reload is done."""
+    while b"READY=1" not in notified.recv(4096):
+        pass
+
+
+@contextlib.contextmanager
+def calls_in_a_row(daemon: Daemon, image: Path) -> Iterator[list[tuple[float, str | None]]]:
+    """Call all the while on one connection; the list has when each was sent, and the error, at the end."""
+    answers: list[tuple[float, str | None]] = []
+    stop, stopper = os.pipe2(os.O_CLOEXEC)
+    result, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(stopper)
+            with Raw(daemon) as raw, opened(image) as fds:
+                while not select.select([stop], [], [], 0)[0]:
+                    sent = time.monotonic()
+                    raw.send(mount_call(), fds)
+                    answers.append((sent, error(raw.reply())))
+                    close_all(raw.fds)
+                    raw.fds.clear()
+            with open(writer, "wb") as file:
+                pickle.dump(answers, file)
+        finally:
+            os._exit(0)
+    os.close(stop)
+    os.close(writer)
+    try:
+        yield answers
+    finally:
+        os.close(stopper)
+        with open(result, "rb") as file:
+            answers += pickle.load(file)
+        os.waitpid(pid, 0)
 
 
 def test_reload_under_load(start: Callable[..., Daemon], images: dict[str, Path]) -> None:

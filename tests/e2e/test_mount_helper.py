@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from mountd.client import Client
 from tests.container import USER, in_container
 from tests.daemon import Daemon
 from tests.e2e.conftest import trusting
-from tests.programs import as_user, check_line, environment, helped, mounted, run, with_mount_helper
+from tests.programs import Done, as_user, check_line, environment, helped, mounted, run, with_mount_helper
 
 
 @pytest.fixture(autouse=True)
@@ -169,6 +170,71 @@ def test_called_by_hand_by_a_user(
     done = as_user([installed / "sbin/mount.mountd", *arguments], daemon.socket)
     assert (done.returncode, done.stdout) == (code, "")
     check_line(done, "^mount.mountd: .*" + line.replace("TARGET", str(target)))
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_called_by_hand_a_failure_in_json(
+    daemon: Daemon, installed: Path, images: dict[str, Path], target: Path, case: str
+) -> None:
+    """The same line and the same exit status, and in addition what mountctl would print."""
+    words, code, line = BY_HAND[case]
+    names = {b"IMAGE": bytes(images["erofs"]), b"TARGET": bytes(target)}
+    raw = [os.fsencode(word) for word in words]
+    arguments = [os.fsdecode(names.get(word, word)) for word in raw]
+    done = as_user([installed / "sbin/mount.mountd", *arguments, "--json"], daemon.socket)
+    assert done.returncode == code
+    check_line(done, "^mount.mountd: .*" + line.replace("TARGET", str(target)))
+    said = json.loads(done.stdout)
+    assert sorted(said) == ["error", "hint", "message", "parameters"]
+    assert said["error"].rpartition(".")[2].isalpha()
+    assert said["error"] == "UsageError" or "usage" not in line
+    assert "".join(c if c.isprintable() else "?" for c in said["message"]) in done.stderr
+    assert (said["hint"] or "") in done.stderr
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_report_in_json(
+    daemon: Daemon, installed: Path, images: dict[str, Path], target: Path, where: int
+) -> None:
+    """The report of “mountctl mount --json”, wherever the word stands, with -v as well."""
+
+    def work() -> list[Done]:
+        words: list[object] = [images["erofs"], target]
+        words.insert(where, "--json")
+        helper = run([installed / "sbin/mount.mountd", *words, "-v"], daemon.socket)
+        subprocess.run(["umount", target], check=True)
+        ctl = run([installed / "bin/mountctl", "mount", "--json", images["erofs"], target], daemon.socket)
+        return [helper, ctl]
+
+    helper, ctl = in_container(work)
+    assert (helper.returncode, helper.stderr) == (0, "")
+    said, expected = json.loads(helper.stdout), json.loads(ctl.stdout)
+    assert said["mounts"][0].pop("id") != expected["mounts"][0].pop("id")
+    assert said == expected
+    assert said["target"] == str(target)
+    assert said["mounts"][0]["fileSystemType"] == "erofs"
+    assert said["decision"]["rule"] == "trusted in the test"
+
+
+def test_a_question_in_json(daemon: Daemon, installed: Path, images: dict[str, Path], target: Path) -> None:
+    """With -f nothing is mounted, and the report says so; a refusal is an error."""
+    program = installed / "sbin/mount.mountd"
+    done = as_user([program, "-f", "--json", images["erofs"], target], daemon.socket)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert (said["mounts"], said["decision"]["verdict"]) == ([], "allow")
+    done = as_user([program, "-f", "--json", "tmpfs:1G", target], daemon.socket)
+    assert done.returncode == 1
+    check_line(done, "denied by policy")
+    said = json.loads(done.stdout)
+    assert said["error"] == "DeniedByPolicy"
+    assert said["message"] in done.stderr
+
+
+def test_after_two_dashes_json_is_a_name(daemon: Daemon, installed: Path, target: Path) -> None:
+    done = as_user([installed / "sbin/mount.mountd", target, "--", "--json"], daemon.socket)
+    assert (done.returncode, done.stdout) == (1, "")
+    check_line(done, "not found: --json")
 
 
 @pytest.mark.parametrize(("flag", "said"), [("-h", "usage: "), ("--version", "mount.mountd 0")])

@@ -10,7 +10,7 @@ from mountd.cli.mount_helper import parse, read_type
 from mountd.errors import OptionNotPermitted
 
 USUAL = {
-    "fake": False, "sloppy": False, "verbose": False, "read_only": None, "type": None,
+    "fake": False, "sloppy": False, "verbose": False, "json": False, "read_only": None, "type": None,
     "options": [], "userns": None, "idmap": None,
     "signature": None,
     "image_policy": None,

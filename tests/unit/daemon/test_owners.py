@@ -101,6 +101,13 @@ def test_in_a_crowd_a_refusal_has_its_turn(queue: FairQueue) -> None:
     assert cast("Waiting", queue.next(only_idle_owners=True)).name == "a"
 
 
+def test_where_no_more_may_hang_who_has_one_is_refused(queue: FairQueue) -> None:
+    queue.owner((1, 0)).stuck = 1
+    add(queue, 1, "a")
+    assert queue.next(only_idle_owners=True) is None
+    assert cast("Waiting", queue.next(only_idle_owners=True, most_stuck=1)).name == "a"
+
+
 def test_of_root_each_namespace_is_an_owner(queue: FairQueue) -> None:
     assert queue.owner((0, 0)) is not queue.owner((0, 4026532000))
     assert queue.owner((0, 4026532000)).uid == 0

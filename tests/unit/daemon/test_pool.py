@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import pytest
 
 from mountd.daemon import channel
 from mountd.daemon.board import Board
-from mountd.daemon.limits import DEADLINES, GRACE_SECONDS
+from mountd.daemon.limits import DEADLINES, GRACE_SECONDS, MAXIMUM_STUCK, SLOTS
 from mountd.daemon.pool import Pool, Worker
 from mountd.errors import TimedOut
 from mountd.fds import OwnedFd
@@ -99,3 +100,25 @@ def test_the_next_phase_has_its_usual_deadline_again(bench: Bench) -> None:
 def test_the_deadline_goes_by_the_size(size: int, seconds: int) -> None:
     assert transfer_seconds(size) == seconds
     assert seconds <= MAXIMUM_TRANSFER_SECONDS
+
+
+def killed(bench: Bench, number: int) -> None:
+    """Have `number` workers that were killed and hang."""
+    for slot in range(1, number + 1):
+        worker = bench.pool.workers[slot] = copy.copy(bench.worker)
+        worker.slot, worker.killed_at, worker.charged = slot, time.monotonic(), True
+
+
+def test_a_crowd_is_also_what_could_hang_with_what_hangs(bench: Bench) -> None:
+    """One is being served; with it, no more than may could hang."""
+    killed(bench, MAXIMUM_STUCK - 2)
+    assert not bench.pool.crowded
+    killed(bench, MAXIMUM_STUCK - 1)
+    assert bench.pool.crowded
+
+
+def test_exhausted_is_when_all_hang(bench: Bench) -> None:
+    killed(bench, SLOTS - 1)
+    assert not bench.pool.exhausted
+    bench.worker.killed_at = time.monotonic()
+    assert bench.pool.exhausted
