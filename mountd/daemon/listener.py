@@ -20,7 +20,7 @@ from mountd.caller.identify import peer_namespace
 from mountd.daemon import channel
 from mountd.daemon.channel import Word
 from mountd.daemon.connection import Connection, answer
-from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
+from mountd.daemon.journal import POLICY_ID, REQUEST_ID, Priority, log
 from mountd.daemon.limits import (
     DRAIN_SECONDS,
     IDLE_CONNECTION_SECONDS,
@@ -32,6 +32,7 @@ from mountd.daemon.limits import (
 )
 from mountd.daemon.owners import FairQueue
 from mountd.daemon.pool import Pool, Worker
+from mountd.daemon.throttle import Seldom
 from mountd.errors import LimitExceeded, MountdError, MountFailed, ShuttingDown
 from mountd.fds import close_all
 
@@ -77,6 +78,7 @@ class Listener:
         self._idle_exit = idle_exit
         self._notify = notify
         self._pool = Pool(control, board)
+        self._seldom = Seldom()
         self._queue = FairQueue()
         # By descriptor; those that wait for a request in the order in which they began to.
         self._connections: dict[int, Connection] = {}
@@ -197,7 +199,7 @@ class Listener:
 
     def _pause_listening(self, error: OSError) -> None:
         """Let them wait in the queue of the socket for a moment, or until somebody has left."""
-        log(Priority.WARNING, f"cannot take another connection in: {error.strerror}", message_id=WORKER_ID)
+        self._seldom.log(Priority.WARNING, f"cannot take another connection in: {error.strerror}")
         self._epoll.unregister(self._listening)
         self._listening_paused = True
         self._listen_again = time.monotonic() + PAUSE_SECONDS
@@ -208,9 +210,11 @@ class Listener:
             self._listening_paused = False
 
     def _welcome(self, accepted: socket.socket) -> None:
+        uid = None
         try:
             namespace, key = peer_namespace(accepted)
             owner = self._queue.owner(key)
+            uid = owner.uid
             if owner.connections >= MAXIMUM_CONNECTIONS_PER_OWNER:
                 raise LimitExceeded("connections of one owner", MAXIMUM_CONNECTIONS_PER_OWNER)
             if len(self._connections) >= self._maximum_connections:
@@ -222,11 +226,19 @@ class Listener:
                 error = MountFailed("taking the connection in", errno.errorcode.get(error.errno or 0, "EIO"))
             answer(accepted, error)
             accepted.close()
+            self._note_refusal(uid, error)
             return
         connection = Connection(accepted, namespace, owner)
         owner.connections += 1
         self._connections[connection.fileno()] = connection
         self._wait_for_request(connection)
+
+    def _note_refusal(self, owner_uid: int | None, error: MountdError) -> None:
+        """Write the journal's line about a connection that is refused, whatever would have been asked."""
+        if owner_uid is not None and self._pool.throttle.may_write(owner_uid):
+            text = f"refused a connection of uid {owner_uid}: {error}"
+            named = {"owner_uid": str(owner_uid), "error": error.wire_name}
+            log(Priority.NOTICE, text, message_id=REQUEST_ID, **named)
 
     def _wait_for_request(self, connection: Connection) -> None:
         connection.since = self._last_activity = time.monotonic()
@@ -270,6 +282,7 @@ class Listener:
             refusal = self._too_many_stuck(connection)
             if refusal is not None:
                 self._drop(connection, refusal)
+                self._note_refusal(connection.owner.uid, refusal)
                 continue
             try:
                 self._pool.assign(worker, connection)
@@ -306,7 +319,7 @@ class Listener:
             except BlockingIOError:
                 return
             except OSError as error:
-                log(Priority.ERROR, f"cannot hear a worker: {error.strerror}", message_id=WORKER_ID)
+                self._seldom.log(Priority.ERROR, f"cannot hear a worker: {error.strerror}")
                 return
             if heard is None:
                 # Its end; what becomes of it the fork server says.
@@ -355,7 +368,7 @@ class Listener:
     def _worker_is_there(self, slot: int, fds: list[OwnedFd]) -> None:
         if len(fds) != 2:
             # There was no descriptor left for them. By the end of its socket the worker ends, too.
-            log(Priority.ERROR, "no descriptor left to reach a new worker", message_id=WORKER_ID)
+            self._seldom.log(Priority.ERROR, "no descriptor left to reach a new worker")
             return
         worker = self._pool.spawned(slot, fds)
         self._channels[worker.channel.fileno()] = worker

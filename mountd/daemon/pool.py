@@ -29,6 +29,7 @@ from mountd.daemon.limits import (
     SECONDS_TO_DIE,
     SLOTS,
 )
+from mountd.daemon.throttle import Throttle
 from mountd.errors import MountFailed, TimedOut
 from mountd.fds import OwnedFd
 from mountd.kernel import sockets
@@ -91,6 +92,7 @@ class Pool:
         self._board = board
         self.workers: dict[int, Worker] = {}
         self._starting: set[int] = set()
+        self.throttle = Throttle()  # of the lines about each owner
         self._not_before = 0.0  # time.monotonic() when another may be started, after one could not be
         self.changed = True  # a worker has come, gone or is to go: `fill` and `close_retired` have to look
 
@@ -266,14 +268,15 @@ class Pool:
         self.changed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker.pidfd.fileno(), signal.SIGKILL)
-        uid = str(worker.owner.uid if worker.owner is not None else None)
-        log(
-            Priority.WARNING,
-            f"a request of uid {uid} takes longer than {seconds} s ({phase.name}); its worker is killed",
-            message_id=WORKER_ID,
-            owner_uid=uid,
-            phase=phase.name,
-        )
+        if worker.owner is not None and self.throttle.may_write(worker.owner.uid):
+            uid = worker.owner.uid
+            log(
+                Priority.WARNING,
+                f"a request of uid {uid} takes longer than {seconds} s ({phase.name}); its worker is killed",
+                message_id=WORKER_ID,
+                owner_uid=str(uid),
+                phase=phase.name,
+            )
         if connection is None:
             return []
         return [(connection, None if phase in ANSWERED else TimedOut(seconds))]

@@ -9,10 +9,14 @@ moment may count one line instead of two, which lets a few lines more through an
 from __future__ import annotations
 
 import mmap
+import time
+
+from mountd.daemon.journal import WORKER_ID, Priority, log
 
 LINES = 100
 SECONDS = 10
 ROWS = 1024
+SELDOM_SECONDS = 60
 FIELDS = 3  # the number of the window, lines written in it, lines left out since the last that told
 
 
@@ -38,3 +42,43 @@ class Throttle:
         self._rows[at + 1] += 1
         left_out, self._rows[at + 2] = self._rows[at + 2], 0
         return left_out
+
+    def may_write(self, owner_uid: int) -> bool:
+        """Tell whether the journal gets a line more about this owner; tell it what it did not get before."""
+        left_out = self.admit(owner_uid, time.monotonic())
+        if left_out:
+            log(
+                Priority.NOTICE,
+                f"{left_out} lines about requests of uid {owner_uid} were left out",
+                message_id=WORKER_ID,
+                owner_uid=str(owner_uid),
+                left_out=str(left_out),
+            )
+        return left_out is not None
+
+
+class Seldom:
+    """Lines that nobody in particular is the cause of: each text once in SELDOM_SECONDS, with a count."""
+
+    def __init__(self) -> None:
+        """Nothing was told yet."""
+        self._told: dict[str, tuple[float, int]] = {}
+
+    def admit(self, text: str, now: float) -> int | None:
+        """Return how often `text` was left out before, None if it is to be left out; as in `Throttle`.
+
+        There are few texts: they are mountd's own, with an error of the kernel's in them.
+        """
+        last, left_out = self._told.get(text, (None, 0))
+        if last is not None and now - last < SELDOM_SECONDS:
+            self._told[text] = (last, left_out + 1)
+            return None
+        self._told[text] = (now, 0)
+        return left_out
+
+    def log(self, priority: Priority, text: str) -> None:
+        """Write the line, unless it was written a moment ago."""
+        left_out = self.admit(text, time.monotonic())
+        if left_out is not None:
+            more = f" (and {left_out} times since that was last told)" if left_out else ""
+            log(priority, text + more, message_id=WORKER_ID)

@@ -188,7 +188,7 @@ class Worker:
         """Answer what is no request; who sent it may not listen."""
         self._send(connection, encode(error_body(error)), [])
         uid = sockets.peer_credentials(connection).uid
-        if not self._may_write(uid):
+        if not self._throttle.may_write(uid):
             return
         log(
             Priority.NOTICE,
@@ -209,7 +209,7 @@ class Worker:
                 return  # nothing but a question about the interfaces
             peer = sockets.peer_credentials(context.peer.connection)
             notes |= {"caller_uid": str(peer.uid), "caller_gid": str(peer.gid), "caller_pid": str(peer.pid)}
-        if not self._may_write(int(notes.get("owner_uid", notes["caller_uid"]))):
+        if not self._throttle.may_write(int(notes.get("owner_uid", notes["caller_uid"]))):
             return
         method = shown(str(message.body.get("method")).rpartition(".")[2])
         outcome = f"refused with {error}" if error else notes.get("verdict", "done")
@@ -225,19 +225,6 @@ class Worker:
             duration_usec=str(int(seconds * 1e6)),
             **notes,
         )
-
-    def _may_write(self, owner_uid: int) -> bool:
-        """Tell whether the journal gets a line more about this owner; tell it what it did not get before."""
-        left_out = self._throttle.admit(owner_uid, time.monotonic())
-        if left_out:
-            log(
-                Priority.NOTICE,
-                f"{left_out} lines about requests of uid {owner_uid} were left out",
-                message_id=WORKER_ID,
-                owner_uid=str(owner_uid),
-                left_out=str(left_out),
-            )
-        return left_out is not None
 
 
 def watch(poller: select.poll) -> list[tuple[int, int]]:

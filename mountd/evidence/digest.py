@@ -23,7 +23,7 @@ def sha256_of(fd: int, size: int, progress: Callable[[int], None] | None = None)
     """Return "sha256:HEX" of the first `size` bytes of the file `fd` (borrowed; its offset stays).
 
     `progress` is called with the number of bytes done about every REPORT_EVERY bytes, and at the end. Raises
-    InvalidImage for a file that ends before, and OSError for one that cannot be read.
+    InvalidImage for a file that ends before, or that cannot be read.
     """
     hashed = hashlib.sha256()
     buffer = bytearray(min(BLOCK, max(size, 1)))
@@ -32,7 +32,10 @@ def sha256_of(fd: int, size: int, progress: Callable[[int], None] | None = None)
     done, reported = 0, 0
     while done < size:
         wanted = view[: min(len(buffer), size - done)]
-        count = os.preadv(fd, [wanted], done)
+        try:
+            count = os.preadv(fd, [wanted], done)
+        except OSError as error:
+            raise InvalidImage(f"it cannot be read ({error.strerror})", offset=done) from None
         if not count:
             raise InvalidImage(f"it ends {size - done} bytes before its size", offset=done)
         hashed.update(wanted[:count])

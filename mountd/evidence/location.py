@@ -1,10 +1,10 @@
 """Where an image lies: the proof that its path belongs to root from the top to the file itself.
 
 The link in /proc only says where to look. The path is then walked from the root of the daemon's own mount
-namespace, longer by one component each time, and what is found must be no link, belong to root and be
-writable by nobody else. What the walk ends at has to be the very inode that the caller handed over. Where a
-directory passed, nobody but root can change what the next name in it leads to, so that there is nothing to
-race with, and no need to hold it.
+namespace, one component at a time, each found in the directory that was held and judged before it, and each
+must be no link, belong to root and be writable by nobody else. What the walk ends at has to be the very
+inode that the caller handed over. Only root can rename what is in such a directory; should root do so at
+this very moment, what was judged is still what the rest was found in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mountd.errors import SyscallError
 from mountd.evidence.model import Evidence
-from mountd.kernel.abi import AT_FDCWD
+from mountd.fds import OwnedFd
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.mount_info import statmount
 from mountd.kernel.paths import statx
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mountd.source.model import BackingFile
 
 MAXIMUM_COMPONENTS = 64
+COMPONENT = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+MISSING = "its path does not exist in the mount namespace of mountd"
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
 # Whoever runs the server decides what is in the file, and when it answers.
 REMOTE = {"fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "afs"}
@@ -61,28 +63,47 @@ def walk(backing: BackingFile, name_paths: bool) -> str:
     names = hint.split("/")[1:]
     if len(names) > MAXIMUM_COMPONENTS or any(name in ("", ".", "..") for name in names):
         raise NotThere("its path is not a plain one")
-    path = ""
-    status = check("/", "/", 0)
-    for name in names:
-        path = f"{path}/{name}"
-        status = check(path, path if name_paths else "a part of its path", status.stx_mnt_id)
+    at = hold(None, "/")
+    try:
+        status = check(at.fileno(), "", "/", 0)
+        for depth, name in enumerate(names, 1):
+            shown = "/" + "/".join(names[:depth]) if name_paths else "a part of its path"
+            if depth == len(names):
+                status = check(at.fileno(), name, shown, status.stx_mnt_id)
+                break
+            below = hold(at, name)
+            at.close()
+            at = below
+            status = check(at.fileno(), "", shown, status.stx_mnt_id)
+    finally:
+        at.close()
     dev = os.makedev(status.stx_dev_major, status.stx_dev_minor)
     if (dev, status.stx_ino) != (backing.dev, backing.ino) or not stat.S_ISREG(status.stx_mode):
         raise NotThere("another file is at its path, in the mount namespace of mountd")
     return hint
 
 
-def check(path: str, shown: str, mount: int) -> statx_struct:
+def hold(at: OwnedFd | None, name: str) -> OwnedFd:
+    """Hold one component, a link itself and not what it leads to. Raises NotThere, SyscallError."""
+    try:
+        return OwnedFd(os.open(name, COMPONENT, dir_fd=None if at is None else at.fileno()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotThere(MISSING) from None
+    except OSError as error:
+        raise SyscallError(error.errno or 0, "openat") from None
+
+
+def check(at: int, name: str, shown: str, mount: int) -> statx_struct:
     """Refuse a component that is a link, or that another user or a server has power over; return its status.
 
-    What `path` has before its last component passed already. `mount` is the mount that this is on.
+    It is `name` in the directory `at`, or `at` itself for "". `mount` is that of the component above it.
     """
     try:
         # Without asking the file system: that is safe only once its mount is known not to be a server's.
-        status = statx(AT_FDCWD, path, WANTED, sync=False)
+        status = statx(at, name, WANTED, sync=False)
     except SyscallError as error:
         if error.errno_name in ("ENOENT", "ENOTDIR"):
-            raise NotThere("its path does not exist in the mount namespace of mountd") from None
+            raise NotThere(MISSING) from None
         raise
     if stat.S_ISLNK(status.stx_mode):
         raise NotThere("its path has a symbolic link in it")

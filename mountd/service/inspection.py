@@ -7,7 +7,7 @@ it is not; then the bytes are judged as they are at that moment.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from mountd.errors import (
     KeyUnknown,
     LimitExceeded,
     NotFound,
+    NotImmutable,
     NotSupported,
     SignatureInvalid,
 )
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from mountd.caller.model import Caller
-    from mountd.evidence.model import Provenance, Signer
+    from mountd.errors import MountdError
+    from mountd.evidence.model import Provenance
     from mountd.fds import OwnedFd
     from mountd.service.context import RequestContext
     from mountd.service.requests import MountRequest
@@ -55,6 +57,7 @@ NO_PLACE = Evidence(None, "it has no location", False)
 SEALED = "sealed"
 PROVE = {SEALED: sealed.prove_sealed, fs_verity.KIND: fs_verity.prove}
 ALL_KINDS = frozenset(PROVE)
+STORED_PLACE = "it lies in mountd's own store"
 MAXIMUM_SHOWN = 1024  # characters of a path in the journal
 ROOT_HASH_FIELD = "source.verity.rootHash"
 # What takes longer to hash than a mount may wait for is bounded in number, as transfers of the store are.
@@ -92,22 +95,33 @@ def inspect(
     # Where the caller says that it is: for people, and no evidence.
     context.notes["source"] = shown(backing.path_hint or "an image without a path", MAXIMUM_SHOWN)
     evidence = locate(backing, name_paths=caller.on_host)
-    if evidence.root_owned_path is not None:
-        file_system = recognise_trusted(request.image_fd, backing)
+    found = Inspected(Source(SourceKind.IMAGE, backing, None, None), evidence, request.image_fd)
+    if request.verity is not None:
+        return add_verity(look_inside(found), backing, request, context)
+    kinds = ALL_KINDS if request.signature is not None else context.policy.policy.integrity
+    found = replace(found, evidence=add_proofs(request.image_fd, evidence, kinds))
+    if not is_fixed(found.evidence):
+        return through_the_store(found, backing, request, caller, fds, context, may_change=may_change)
+    found = add_vouching(look_inside(found), backing, request, caller, context)
+    return rather_stored(found, backing, request, caller, fds, context, may_change=may_change)
+
+
+def look_inside(found: Inspected) -> Inspected:
+    """Add which file system is in the image. Raises InvalidImage, UnsupportedFileSystem."""
+    backing = found.source.backing
+    if found.image_fd is None or backing is None:
+        return found
+    if found.evidence.root_owned_path is not None:
+        file_system = recognise_trusted(found.image_fd, backing)
     else:
         # What nobody vouches for is read where it can do no harm.
-        file_system = recognise_image(request.image_fd, backing.size, confined=True)
-    source = Source(SourceKind.IMAGE, backing, file_system, None)
-    if request.verity is not None:
-        return add_verity(Inspected(source, evidence, request.image_fd), backing, request, context)
-    kinds = ALL_KINDS if request.signature is not None else context.policy.policy.integrity
-    evidence = add_proofs(request.image_fd, evidence, kinds)
-    found = Inspected(source, evidence, request.image_fd)
-    if evidence.root_owned_path is not None or evidence.proofs:
-        return add_vouching(found, backing, request, caller, context)
-    if not may_store(context.policy.policy, caller, namespace_given=request.wishes.namespace_given):
-        return found
-    return through_the_store(found, backing, request, caller, fds, context, may_change=may_change)
+        file_system = recognise_image(found.image_fd, backing.size, confined=True)
+    return replace(found, source=replace(found.source, file_system=file_system))
+
+
+def is_fixed(evidence: Evidence) -> bool:
+    """Tell whether the image is one that its caller cannot change any more."""
+    return evidence.root_owned_path is not None or bool(evidence.proofs)
 
 
 def add_proofs(image_fd: int, evidence: Evidence, kinds: frozenset[str]) -> Evidence:
@@ -201,78 +215,142 @@ def through_the_store(
 
     The bytes are hashed first, and stored only if there is a good signature over them or a rule that names
     them, and if the policy allows the copy: a refused request leaves nothing in the store. What is stored in
-    the end has to be the same, and is judged anew.
+    the end has to be the same, and is judged anew. What is in an image that the store has already is known
+    from there; looking takes a process of its own.
     """
-    image_fd = found.image_fd
+    if not may_store(context.policy.policy, caller, namespace_given=request.wishes.namespace_given):
+        return look_inside(found)
+    image_fd, evidence = found.image_fd, found.evidence
     named = named_for(request, caller, context)
     if image_fd is None or context.store is None or not (can_be_signed(request, context) or named):
-        return with_signature_error(found, request, context)
+        return look_inside(with_signature_error(found, request, context))
     digest = hashed(image_fd, backing.size, caller, context)
-    evidence = found.evidence
     if request.signature is not None:
         evidence = signed(evidence, request.signature, [("image", digest)], context)
+    found = replace(found, evidence=evidence)
     if not evidence.signers and digest not in named:
-        return replace(found, evidence=evidence)
-    copy = replace(found, evidence=as_stored(evidence, digest, context))
-    decision = context.policy.decide(caller, found.source, copy.evidence, request.wishes)
-    if not may_change or decision.error is not None:
+        return look_inside(found)
+    record = record_of(digest, context)
+    if record is not None and record.file_system is not None:
+        found = replace(found, source=replace(found.source, file_system=record.file_system))
+    else:
+        found = look_inside(found)
+    copy = replace(found, evidence=as_stored(evidence, digest, record, context))
+    if judged(copy, request, caller, context) is not None:
         return copy
-    record = stored(image_fd, backing, digest, evidence.signers, caller, context)
-    stored_found = inspect_stored(record.digest, caller, fds, context)
-    signers = tuple(dict.fromkeys((*evidence.signers, *stored_found.evidence.signers)))
-    return replace(stored_found, evidence=replace(stored_found.evidence, signers=signers))
+    return put_in(copy, backing, record, caller, fds, context, may_change=may_change)
 
 
-def as_stored(evidence: Evidence, digest: str, context: RequestContext) -> Evidence:
+def rather_stored(
+    found: Inspected,
+    backing: BackingFile,
+    request: MountRequest,
+    caller: Caller,
+    fds: list[OwnedFd],
+    context: RequestContext,
+    *,
+    may_change: bool,
+) -> Inspected:
+    """Have an image that cannot change replaced by a copy, too, where nothing but that is what it lacks.
+
+    The rule that decides about it may want images in mountd's own store, whatever else makes them immutable.
+    What another rule denies stays denied, as the copy has no location for a rule to be about.
+    """
+    policy, evidence = context.policy.policy, found.evidence
+    named = named_for(request, caller, context)
+    if context.store is None or not (evidence.signers or named):
+        return found
+    if not may_store(policy, caller, namespace_given=request.wishes.namespace_given):
+        return found
+    refusal = judged(found, request, caller, context)
+    if not isinstance(refusal, NotImmutable) or found.image_fd is None:
+        return found
+    digest = evidence.digest
+    if digest is None:
+        trusted = evidence.root_owned_path is not None
+        digest = hashed(found.image_fd, backing.size, None if trusted else caller, context)
+    if not evidence.signers and digest not in named:
+        return found
+    record = record_of(digest, context)
+    copy = replace(found, evidence=as_stored(evidence, digest, record, context))
+    refusal = judged(copy, request, caller, context)
+    if refusal is not None:
+        # A copy that does not help, either, has less to say.
+        return found if isinstance(refusal, NotImmutable) else copy
+    return put_in(copy, backing, record, caller, fds, context, may_change=may_change)
+
+
+def judged(
+    found: Inspected, request: MountRequest, caller: Caller, context: RequestContext
+) -> MountdError | None:
+    """Return why the policy refuses the mount with this evidence, None if it does not."""
+    return context.policy.decide(caller, found.source, found.evidence, request.wishes).error
+
+
+def record_of(digest: str, context: RequestContext) -> Record | None:
+    """Return what the store knows of an image, None for nothing."""
+    if context.store is not None:
+        with suppress(NotFound):
+            return context.store.record(digest)
+    return None
+
+
+def put_in(
+    copy: Inspected,
+    backing: BackingFile,
+    record: Record | None,
+    caller: Caller,
+    fds: list[OwnedFd],
+    context: RequestContext,
+    *,
+    may_change: bool,
+) -> Inspected:
+    """Have what `copy` speaks for in the store, and return what is there, judged anew.
+
+    Without `may_change` that is only said. Raises DeniedByPolicy for a caller who can have nothing there.
+    """
+    owner = owner_of(caller)
+    if not may_change:
+        return copy
+    if record is None or not record.belongs_to(owner.uid):
+        record = stored(copy, backing, owner, context)
+    inspected = inspect_stored(record.digest, caller, fds, context)
+    signers = tuple(dict.fromkeys((*copy.evidence.signers, *inspected.evidence.signers)))
+    return replace(inspected, evidence=replace(inspected.evidence, signers=signers))
+
+
+def as_stored(evidence: Evidence, digest: str, record: Record | None, context: RequestContext) -> Evidence:
     """Return what would speak for a copy: the caller has the bytes, so that what is known of them counts."""
     signers, provenance = evidence.signers, None
-    if context.store is not None:
-        try:
-            record = context.store.record(digest)
-        except NotFound:
-            pass  # it is new
-        else:
-            known = signatures.still_known(record.signers, context.policy.policy)
-            signers = tuple(dict.fromkeys((*signers, *known)))
-            provenance = provenance_of(record)
-    proofs = (Proof(STORED, digest),)
+    if record is not None:
+        known = signatures.still_known(record.signers, context.policy.policy)
+        signers = tuple(dict.fromkeys((*signers, *known)))
+        provenance = provenance_of(record)
     return replace(
         evidence,
+        root_owned_path=None,
+        location_problem=evidence.location_problem or STORED_PLACE,
         descriptor_writable=False,
-        proofs=proofs,
+        proofs=(Proof(STORED, digest),),
         digest=digest,
         signers=signers,
         provenance=provenance,
     )
 
 
-def stored(
-    image_fd: int,
-    backing: BackingFile,
-    digest: str,
-    signers: tuple[Signer, ...],
-    caller: Caller,
-    context: RequestContext,
-) -> Record:
-    """Return the record of the copy that the store has, or gets now, of the bytes that were hashed."""
-    if context.store is None:
+def stored(copy: Inspected, backing: BackingFile, owner: Owner, context: RequestContext) -> Record:
+    """Return the record of the copy that the store gets now of the bytes that were hashed."""
+    if context.store is None or copy.image_fd is None:
         raise NotFound("the store", hint="the journal of mountd says why it has none")
-    owner = owner_of(caller)
-    try:
-        record = context.store.record(digest)
-        if record.belongs_to(owner.uid):
-            return record
-    except NotFound:
-        pass  # it is new
 
-    def judge(fd: int, found: str) -> Known:
-        if found != digest:
+    def judge(fd: int, digest: str) -> Known:
+        if digest != copy.evidence.digest:
             raise InvalidImage("it was changed while it was read")
         # What was recognised before may have been something else: the record is about what is stored.
-        return Known(recognise_image(fd, backing.size, confined=True), signers)
+        return Known(recognise_image(fd, backing.size, confined=True), copy.evidence.signers)
 
     context.enter(Phase.TRANSFER, transfer_seconds(backing.size))
-    record = context.store.add(image_fd, backing.size, owner, judge=judge)
+    record = context.store.add(copy.image_fd, backing.size, owner, judge=judge)
     context.enter(Phase.VERIFY)
     return record
 
@@ -382,7 +460,7 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
     file_system = record.file_system or recognise_image(fd.fileno(), backing.size, confined=True)
     evidence = Evidence(
         root_owned_path=None,
-        location_problem="it lies in mountd's own store",
+        location_problem=STORED_PLACE,
         descriptor_writable=False,
         proofs=(Proof(STORED, digest),),
         digest=digest,

@@ -24,6 +24,8 @@ WAYS_OUT = {
     "fs-verity": "run “fsverity enable IMAGE”, and open it again, read-only",
     "stored": "run “mountctl image import IMAGE”, and mount what that names",
 }
+# What is not looked for in the image itself.
+UNPROVEN = {"dm-verity": "no hash data came along", "stored": "it is not an image of the store"}
 TRUSTED_BECAUSE = {
     ROOT_OWNED: "only root can change the image where it lies",
     "sealed": "the image is a sealed memfd, which nobody can change",
@@ -81,7 +83,8 @@ def problem_with(kind: str, case: Case) -> tuple[str, str] | None:
     """Return why this kind of immutability is not proven, and the way out; None if it is proven."""
     if any(proof.kind == kind for proof in case.evidence.proofs):
         return None
-    return shown(dict(case.evidence.unproven).get(kind, "nothing proves it"), 255), WAYS_OUT[kind]
+    reason = dict(case.evidence.unproven).get(kind, UNPROVEN.get(kind, "nothing proves it"))
+    return shown(reason, 255), WAYS_OUT[kind]
 
 
 def check_vouching(rule: Rule, case: Case) -> str | None:

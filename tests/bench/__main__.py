@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mountd.client import Client, Request
 from mountd.kernel import namespaces
+from tests.bench import stored
 from tests.bench.bare import mount_and_map
 from tests.container import RANGE, in_container, mapper
 from tests.daemon import ROOT, Daemon
@@ -223,7 +224,9 @@ def main() -> int:
         image = build_image("erofs", build_tree(directory / "tree"), trusted / "image.raw")
         subprocess.run(["sync"], check=True)
         daemon = Daemon(directory, POLICY.format(trusted))
-        return 0 if report(daemon, directory, image) else 1
+        good = report(daemon, directory, image)
+        good = stored.report(directory / "stored", image, BLOCK * BLOCKS, line) and good
+        return 0 if good else 1
     finally:
         if daemon is not None:
             daemon.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import select
 import signal
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mountd.daemon.limits import DEADLINES, MAXIMUM_CONNECTIONS_PER_OWNER, MAXIMUM_WORKERS
+from mountd.daemon.listener import PAUSE_SECONDS
+from mountd.daemon.throttle import LINES, SECONDS
 from mountd.service.phase import Phase
 from tests.container import in_container
 from tests.daemon import Daemon
@@ -19,6 +22,7 @@ from tests.e2e.conftest import trusting
 from tests.rogue import ATTACKER, GET_INFO, Raw, ask, error, eventually, mount_call, opened, settled
 
 VICTIM = 4200
+LEFT_OUT = re.compile(r"mountd: (\d+) lines about requests of uid (\d+) were left out")
 SOON = DEADLINES[Phase.READ] / 4  # far less than what the attackers hold their workers for
 
 
@@ -94,9 +98,46 @@ def test_no_descriptor_for_a_connection_is_not_for_ever(
     with Raw(daemon) as waiting:
         waiting.send(GET_INFO)
         assert eventually(lambda: "cannot take another connection in" in daemon.log)
+        time.sleep(10 * PAUSE_SECONDS)
+        assert daemon.log.count("cannot take another connection in") == 1
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         assert error(waiting.reply()) == ""
     assert seconds_of_an_answer(daemon, VICTIM) < SOON
+
+
+def test_lines_about_refused_connections_are_limited(
+    start: Callable[..., Daemon], images: dict[str, Path]
+) -> None:
+    """Each owner has lines of its own, and what is left out is counted."""
+    daemon = start(trusting(images["erofs"].parent))
+    settled(daemon)
+
+    def refused(uid: int) -> None:
+        with Raw(daemon, uid) as raw:
+            assert error(raw.reply()) == "LimitExceeded"
+
+    def left_out() -> int:
+        return sum(int(number) for number, _ in LEFT_OUT.findall(daemon.log))
+
+    def told(uid: int) -> int:
+        return daemon.log.count(f"refused a connection of uid {uid}: ")
+
+    with contextlib.ExitStack() as stack:
+        for uid in (ATTACKER, VICTIM):
+            for _ in range(MAXIMUM_CONNECTIONS_PER_OWNER):
+                stack.enter_context(Raw(daemon, uid))
+        count = 0
+        while count - told(ATTACKER) < LINES:
+            refused(ATTACKER)
+            count += 1
+        refused(VICTIM)
+        assert eventually(lambda: told(VICTIM) == 1)
+        time.sleep(SECONDS)
+        refused(ATTACKER)
+        count += 1
+        assert eventually(lambda: left_out() + told(ATTACKER) == count)
+        assert left_out() >= LINES // 2
+        assert {uid for _, uid in LEFT_OUT.findall(daemon.log)} == {str(ATTACKER)}
 
 
 def test_a_reply_that_was_sent_is_the_only_one(

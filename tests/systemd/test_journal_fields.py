@@ -27,6 +27,7 @@ def test_a_mount_and_a_refusal(machine: Machine, images: dict[str, str], user: s
         "MOUNTD_VERDICT": "allow",
         "MOUNTD_RULE": "system images",
         "MOUNTD_FILE_SYSTEM": "squashfs",
+        "MOUNTD_SOURCE": images["squashfs"],
     }
     assert {name: allowed.get(name) for name in expected} == expected
     assert 0 < int(allowed["MOUNTD_DURATION_USEC"]) < 30_000_000
@@ -38,9 +39,38 @@ def test_a_mount_and_a_refusal(machine: Machine, images: dict[str, str], user: s
         "MOUNTD_VERDICT": "deny",
         "MOUNTD_ERROR": "DeniedByPolicy",
         "MOUNTD_FILE_SYSTEM": "tmpfs",
+        "MOUNTD_SOURCE": "tmpfs",
     }
     assert {name: refused.get(name) for name in expected} == expected
     assert "MOUNTD_RULE" not in refused
+
+
+def test_the_source_of_a_request(machine: Machine, images: dict[str, str]) -> None:
+    """It is where the caller says: whatever the name is, it is one field, and one line of text."""
+    names = [b"two\nMOUNTD_RULE=mine", b"\xff\x1b[31m", "“quoted”".encode(), b"n" * 200 + b"/long" * 300]
+    home = machine.sh("mktemp -d").strip()
+    script = f"""
+import os, subprocess
+for name in {names!r}:
+    path = os.path.join({home.encode()!r}, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open({images["erofs"]!r}, "rb") as image, open(path, "wb") as copy:
+        copy.write(image.read())
+    subprocess.run([b"mountctl", b"explain", path], stdout=subprocess.DEVNULL)
+"""
+    try:
+        machine.run(["python3", "-I", "-"], input=script)
+    finally:
+        machine.sh(f"rm -r {home}")
+    digest = "sha256:" + "0" * 64
+    machine.run(["mountctl", "explain", f"stored:{digest}"], check=False)
+    *entries, stored = machine.journal(f"MESSAGE_ID={REQUEST_ID}")[-len(names) - 1 :]
+    assert stored["MOUNTD_SOURCE"] == f"stored:{digest}"
+    sources = [entry["MOUNTD_SOURCE"].removeprefix(f"{home}/") for entry in entries]
+    assert sources[:3] == ["two\\nMOUNTD_RULE=mine", "\\udcff\\x1b[31m", "“quoted”"]
+    assert len(entries[3]["MOUNTD_SOURCE"]) == 1025
+    assert sources[3].endswith("…")
+    assert not any(entry.get("MOUNTD_RULE") == "mine" for entry in entries)
 
 
 def test_a_reload(machine: Machine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from mountd.daemon.throttle import LINES, ROWS, SECONDS, Throttle
+from mountd.daemon.throttle import LINES, ROWS, SECONDS, SELDOM_SECONDS, Seldom, Throttle
 
 
 def test_lines_of_a_window_and_what_was_left_out() -> None:
@@ -33,3 +33,13 @@ def test_processes_share_the_counts() -> None:
         os._exit(0)
     os.waitpid(pid, 0)
     assert throttle.admit(1000, 1.0) is None
+
+
+def test_what_nobody_in_particular_is_the_cause_of() -> None:
+    seldom = Seldom()
+    assert [seldom.admit("one", now / 10) for now in range(20)] == [0] + [None] * 19
+    assert seldom.admit("another", 1.0) == 0
+    assert seldom.admit("one", SELDOM_SECONDS) == 19
+    assert seldom.admit("one", SELDOM_SECONDS + 1) is None
+    assert seldom.admit("one", 2 * SELDOM_SECONDS) == 1
+    assert seldom.admit("one", 3 * SELDOM_SECONDS) == 0

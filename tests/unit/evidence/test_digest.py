@@ -75,7 +75,7 @@ def test_file_that_ends_early(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
-    with opened(tmp_path) as fd, pytest.raises(IsADirectoryError):
+    with opened(tmp_path) as fd, pytest.raises(InvalidImage, match="cannot be read"):
         sha256_of(fd.fileno(), 1)
 
 

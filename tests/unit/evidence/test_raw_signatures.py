@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from mountd.errors import KeyUnknown, SignatureInvalid
 from mountd.evidence import keys, public_key
@@ -220,3 +222,21 @@ def test_verity_signature(people: People) -> None:
 )
 def test_json_that_is_none(people: People, data: bytes, reason: str) -> None:
     refused(data, [people.p256.anchor(), people.p256.bare("sigstore", "other")], reason)
+
+
+@pytest.mark.parametrize("first", [b"{", b"\x30", b"\x88", b"\x89", b"\x8a", b"\xc2"], ids=repr)
+def test_ed25519_that_begins_as_another_kind_does(first: bytes) -> None:
+    """One of 256 has any given first byte: an honest signature must not be refused by chance."""
+    key = Ed25519PrivateKey.generate()
+    count = 0
+    while True:
+        contents = [("image", f"sha256:{hashlib.sha256(count.to_bytes(4, 'big')).hexdigest()}")]
+        signature = key.sign(contents[0][1].removeprefix("sha256:").encode())
+        if signature.startswith(first):
+            break
+        count += 1
+    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    accepted = [Key("team", "ed25519", (pem,), "team.key")]
+    assert verify(signature, accepted, contents, NOW).key == "team"
+    with pytest.raises(SignatureInvalid, match="none of the keys that count"):
+        verify(signature, accepted, DIGESTS, NOW)
