@@ -32,6 +32,10 @@ class UserNamespace:
     owner_uid: int
     is_host: bool
 
+    def __hash__(self) -> int:
+        """Of what tells one from another: what was decided about it is looked up for each request."""
+        return hash((self.dev, self.ino))
+
     def host_uid(self, inner: int) -> int | None:
         """Return what the uid `inner` of this namespace is on the host, None if it is not mapped."""
         return outer_id(self.uid_map, inner)
@@ -63,6 +67,10 @@ class Caller:
     container: str | None = None
     cgroup: str | None = None
 
+    def __hash__(self) -> int:
+        """Of what tells one from another, as that of a user namespace."""
+        return hash((self.uid, self.pid, self.user_namespace.ino))
+
     @property
     def on_host(self) -> bool:
         """Whether it is in the daemon's own user namespace."""
@@ -88,6 +96,10 @@ class GivenNamespace:
 
     namespace: UserNamespace
     chain: tuple[tuple[int, int, int], ...]
+
+    def __hash__(self) -> int:
+        """As that of the namespace."""
+        return hash(self.namespace)
 
 
 @dataclass(frozen=True, slots=True)

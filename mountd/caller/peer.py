@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mountd.caller.identify import identify, pin
-from mountd.errors import PeerGone, SyscallError
-from mountd.kernel import compat
+from mountd.errors import NotSupported, PeerGone, SyscallError
+from mountd.kernel import compat, namespaces
 
 if TYPE_CHECKING:
     import socket
@@ -20,10 +20,22 @@ if TYPE_CHECKING:
     from mountd.fds import OwnedFd
 
 
+def namespace_id_of(pidfd: int) -> int | None:
+    """Return the id, never used twice, of the user namespace that a process is in, None if it has ended.
+
+    It is None as well on kernels before Linux 6.14, which have no such ids.
+    """
+    try:
+        with namespaces.namespace_of(pidfd, "user") as userns:
+            return namespaces.namespace_id(userns.fileno())
+    except (NotSupported, SyscallError):
+        return None
+
+
 class Peer:
     """Owns a pidfd of the process; `connection` is borrowed. To be closed, or used in a with statement."""
 
-    __slots__ = ("_caller", "_connected_from", "_pidfd", "connection")
+    __slots__ = ("_caller", "_connected_from", "_namespace", "_pidfd", "connection")
 
     def __init__(self, connection: socket.socket, connected_from: tuple[int, int] | None = None) -> None:
         """`connected_from` identifies the user namespace that the peer was in when it connected.
@@ -34,13 +46,19 @@ class Peer:
         self._connected_from = connected_from
         self._pidfd: OwnedFd | None = None
         self._caller: Caller | None = None
+        self._namespace: int | None = None  # the id of the user namespace that the caller was found in
 
     def identify(self) -> Caller:
         """Return who it is. Raises PeerGone, NotSupported, SyscallError."""
         if self._pidfd is None:
             self._pidfd = pin(self.connection)
-        self._caller = identify(self.connection, self._pidfd.fileno(), self._connected_from, self._caller)
-        return self._caller
+        namespace = namespace_id_of(self._pidfd.fileno())
+        known = self._caller
+        # The host's root may have lost capabilities meanwhile; for all others, nothing else can change.
+        if known is None or namespace is None or namespace != self._namespace or known.sys_admin:
+            known = identify(self.connection, self._pidfd.fileno(), self._connected_from, known)
+            self._caller, self._namespace = known, namespace
+        return known
 
     def check(self) -> None:
         """Raise PeerGone if nobody waits for the answer any more, so that nothing is made for nobody."""

@@ -53,6 +53,10 @@ class BackingFile:
     path_hint: str | None
     changed: int = 0
 
+    def __hash__(self) -> int:
+        """Of what tells one from another: what was decided about it is looked up for each request."""
+        return hash((self.dev, self.ino, self.changed))
+
 
 @dataclass(frozen=True, slots=True)
 class VeritySuperblock:
