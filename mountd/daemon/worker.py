@@ -27,6 +27,7 @@ from mountd.daemon.limits import (
 )
 from mountd.daemon.transport import DescriptorsLost, read_message
 from mountd.errors import MountdError, PeerGone, TimedOut
+from mountd.evidence.location import Walker
 from mountd.fds import close_all
 from mountd.kernel import sockets
 from mountd.service.context import PolicyInForce, RequestContext
@@ -90,8 +91,9 @@ class Worker:
                 with (
                     socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection,
                     Peer(connection, request[1]) as peer,
+                    Walker() as walker,
                 ):
-                    keep = self._serve_in_a_row(peer)
+                    keep = self._serve_in_a_row(peer, walker)
                 self._enter(Phase.CLOSE)
                 channel.tell(self._own, Word.ANSWERED, keep)
                 self._clean_up()
@@ -102,7 +104,7 @@ class Worker:
         except ConnectionError:
             return  # the daemon has ended
 
-    def _serve_in_a_row(self, peer: Peer) -> bool:
+    def _serve_in_a_row(self, peer: Peer, walker: Walker) -> bool:
         """Serve a request and those that follow at once; return whether the connection can have another.
 
         Who asks for several mounts one after the other finds the worker still there: handing the connection
@@ -113,7 +115,7 @@ class Worker:
         # It closes when this worker is to end, such as for a new policy.
         poller.register(self._own, select.POLLIN)
         for _ in range(REQUESTS_IN_A_ROW):
-            if not self._serve(peer):
+            if not self._serve(peer, walker):
                 return False
             if not self._may_linger:
                 return True
@@ -123,7 +125,7 @@ class Worker:
                 return True
         return True
 
-    def _serve(self, peer: Peer) -> bool:
+    def _serve(self, peer: Peer, walker: Walker) -> bool:
         """Serve one request; return whether the connection can have another."""
         connection = peer.connection
         self._served += 1
@@ -141,9 +143,9 @@ class Worker:
             return False
         if message is None:
             return False
-        return self._answer(peer, message)
+        return self._answer(peer, walker, message)
 
-    def _answer(self, peer: Peer, message: Message) -> bool:
+    def _answer(self, peer: Peer, walker: Walker, message: Message) -> bool:
         """Dispatch and reply; return whether the peer has taken the reply."""
         connection = peer.connection
         context = RequestContext(
@@ -153,6 +155,7 @@ class Worker:
             self._enter,
             store=self._store,
             pull_socket=self._pull_socket,
+            walker=walker,
         )
         begin = time.monotonic()
         try:

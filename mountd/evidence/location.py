@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from mountd.errors import SyscallError
 from mountd.evidence.model import Evidence
 from mountd.fds import OwnedFd
+from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.mount_info import statmount
 from mountd.kernel.paths import statx
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from mountd.kernel.abi import statx as statx_struct
     from mountd.source.model import BackingFile
 
+    Identity = tuple[int, int, int, int]  # device, inode, mount
+
 MAXIMUM_COMPONENTS = 64
+MAXIMUM_HELD = 64
 COMPONENT = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 MISSING = "its path does not exist in the mount namespace of mountd"
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
@@ -39,14 +43,81 @@ class NotThere(Exception):
     """The walk found that the path proves nothing; the text says why."""
 
 
-def locate(backing: BackingFile, *, name_paths: bool) -> Evidence:
+class Walker:
+    """Walks paths, and holds the directories that it came through until it is closed.
+
+    The next walk finds most of them again, and need not open them. To hold them for long would keep an
+    administrator from unmounting what they lie on.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[OwnedFd, Identity]] = {}
+
+    def walk(self, backing: BackingFile, name_paths: bool) -> str:
+        """Return the path if every component of it proves to be root's. Raises NotThere, SyscallError."""
+        hint = backing.path_hint
+        if hint is None or not hint.startswith("/"):
+            raise NotThere("it has no path")
+        names = hint.split("/")[1:]
+        if len(names) > MAXIMUM_COMPONENTS or any(name in ("", ".", "..") for name in names):
+            raise NotThere("its path is not a plain one")
+        if len(self._held) > MAXIMUM_HELD:
+            self.close()
+        path, last = "", names.pop()
+        at, status = self._enter("/", AT_FDCWD, "/", "/", 0)
+        for name in names:
+            path = f"{path}/{name}"
+            shown = path if name_paths else "a part of its path"
+            at, status = self._enter(path, at, name, shown, status.stx_mnt_id)
+        status = check(at, last, hint if name_paths else "a part of its path", status.stx_mnt_id)
+        dev = os.makedev(status.stx_dev_major, status.stx_dev_minor)
+        if (dev, status.stx_ino) != (backing.dev, backing.ino) or not stat.S_ISREG(status.stx_mode):
+            raise NotThere("another file is at its path, in the mount namespace of mountd")
+        return hint
+
+    def _enter(self, path: str, at: int, name: str, shown: str, mount: int) -> tuple[int, statx_struct]:
+        """Judge the component `name` of the directory `at`; return its descriptor, borrowed, and its status.
+
+        `path` is what leads to it, `mount` the mount of the directory.
+        """
+        status = check(at, name, shown, mount)
+        known = self._held.get(path)
+        if known is not None and known[1] == identity(status):
+            return known[0].fileno(), status
+        held = hold(at, name)
+        try:
+            # Anew: it may not be what was there a moment ago.
+            status = check(held.fileno(), "", shown, mount)
+        except BaseException:
+            held.close()
+            raise
+        if known is not None:
+            known[0].close()
+        self._held[path] = held, identity(status)
+        return held.fileno(), status
+
+    def close(self) -> None:
+        """Let go of all directories; the next walk opens them again."""
+        while self._held:
+            self._held.popitem()[1][0].close()
+
+    def __enter__(self) -> Walker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def locate(backing: BackingFile, walker: Walker, *, name_paths: bool) -> Evidence:
     """Find out whether the image that `backing` describes lies under a path that is root's alone.
 
     `name_paths` says whether the reason may name directories: whoever is in a container has no business with
     the host's. Raises NotSupported; whatever else goes wrong is a reason why there is no such evidence.
     """
     try:
-        path = walk(backing, name_paths)
+        path = walker.walk(backing, name_paths)
         problem = None
     except NotThere as reason:
         path, problem = None, str(reason)
@@ -55,38 +126,15 @@ def locate(backing: BackingFile, *, name_paths: bool) -> Evidence:
     return Evidence(path, problem, backing.writable)
 
 
-def walk(backing: BackingFile, name_paths: bool) -> str:
-    """Return the path if every component of it proves to be root's. Raises NotThere, SyscallError."""
-    hint = backing.path_hint
-    if hint is None or not hint.startswith("/"):
-        raise NotThere("it has no path")
-    names = hint.split("/")[1:]
-    if len(names) > MAXIMUM_COMPONENTS or any(name in ("", ".", "..") for name in names):
-        raise NotThere("its path is not a plain one")
-    at = hold(None, "/")
-    try:
-        status = check(at.fileno(), "", "/", 0)
-        for depth, name in enumerate(names, 1):
-            shown = "/" + "/".join(names[:depth]) if name_paths else "a part of its path"
-            if depth == len(names):
-                status = check(at.fileno(), name, shown, status.stx_mnt_id)
-                break
-            below = hold(at, name)
-            at.close()
-            at = below
-            status = check(at.fileno(), "", shown, status.stx_mnt_id)
-    finally:
-        at.close()
-    dev = os.makedev(status.stx_dev_major, status.stx_dev_minor)
-    if (dev, status.stx_ino) != (backing.dev, backing.ino) or not stat.S_ISREG(status.stx_mode):
-        raise NotThere("another file is at its path, in the mount namespace of mountd")
-    return hint
+def identity(status: statx_struct) -> Identity:
+    """Return what no two files have in common while both are there."""
+    return status.stx_dev_major, status.stx_dev_minor, status.stx_ino, status.stx_mnt_id
 
 
-def hold(at: OwnedFd | None, name: str) -> OwnedFd:
+def hold(at: int, name: str) -> OwnedFd:
     """Hold one component, a link itself and not what it leads to. Raises NotThere, SyscallError."""
     try:
-        return OwnedFd(os.open(name, COMPONENT, dir_fd=None if at is None else at.fileno()))
+        return OwnedFd(os.open(name, COMPONENT, dir_fd=None if at == AT_FDCWD else at))
     except (FileNotFoundError, NotADirectoryError):
         raise NotThere(MISSING) from None
     except OSError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from mountd.errors import DeniedByPolicy
+from mountd.evidence.location import Walker
 from mountd.trust.decide import decide
 
 if TYPE_CHECKING:
@@ -66,9 +67,9 @@ class PolicyInForce:
 class RequestContext:
     """One request. `peer` is who made it, borrowed; `enter` is called at the border of each phase.
 
-    `notes` is what the journal says about the request, `writable` whether a
-    mount was made that can be written to. `store` is None where there is no directory for one, and
-    `pull_socket` is where the instance that may use the network listens, if there is one.
+    `notes` is what the journal says about the request, `writable` whether a mount was made that can be
+    written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
+    that may use the network listens, if there is one. `walker` is for paths, and borrowed.
     """
 
     peer: Peer
@@ -79,6 +80,7 @@ class RequestContext:
     writable: bool = False
     store: Store | None = None
     pull_socket: Path | None = None
+    walker: Walker = field(default_factory=Walker)
     _caller: Caller | None = None
     _decision: Decision | None = None
     _file_system: str = ""

@@ -93,7 +93,10 @@ def backing(images: dict[str, Path]) -> BackingFile:
 
 
 def problem(backing: BackingFile, *, name_paths: bool = True) -> str | None:
-    found = location.locate(backing, name_paths=name_paths)
+    with location.Walker() as walker:
+        found = location.locate(backing, walker, name_paths=name_paths)
+        # What is held from the first walk changes nothing.
+        assert location.locate(backing, walker, name_paths=name_paths) == found
     assert (found.location_problem is None) == (found.root_owned_path is not None)
     return found.location_problem
 

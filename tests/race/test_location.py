@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mountd.evidence.location import locate
+from mountd.evidence.location import Walker, locate
 from mountd.fds import OwnedFd
 from mountd.source.descriptor import inspect_descriptor
 from tests.race.swapping import Ground, Seen, loses, never_wins
@@ -82,17 +82,23 @@ def naive(path: Path, fd: int) -> bool:
 
 @pytest.mark.parametrize("make", SCENES)
 @pytest.mark.parametrize("hinted", [True, False], ids=["hinted", "as /proc says"])
-def test_locate(ground: Ground, make: MakeScene, hinted: bool) -> None:
-    """With what /proc says the path is, and with a hint that always names the trusted place."""
+@pytest.mark.parametrize("held", [True, False], ids=["held", "anew"])
+def test_locate(ground: Ground, make: MakeScene, hinted: bool, held: bool) -> None:
+    """With what /proc says the path is, and with a hint that always names the trusted place.
+
+    The directories of the walk before are held, or opened each time.
+    """
     scene = make(ground)
 
     def found(fd: int) -> str | None:
         backing = inspect_descriptor(fd, "image")
         if hinted:
             backing = replace(backing, path_hint=str(scene.checked))
-        return locate(backing, name_paths=True).root_owned_path
+        if not held:
+            walker.close()
+        return locate(backing, walker, name_paths=True).root_owned_path
 
-    with opened(scene) as (good, evil):
+    with opened(scene) as (good, evil), Walker() as walker:
 
         def check() -> Seen:
             if found(evil) is not None:
