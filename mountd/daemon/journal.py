@@ -63,7 +63,7 @@ def log(priority: Priority, text: str, *, message_id: str | None = None, **field
 
     Never raises: a daemon that cannot log still serves.
     """
-    line = "".join(c if c.isprintable() else "?" for c in text)
+    line = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
     try:
         if in_service():
             from systemd import journal  # type: ignore[import-untyped]
