@@ -9,8 +9,7 @@ and this very root hash.
 What has to be shown here is only that such a device can be meant by it: the root hash is one of the
 superblock's algorithm, and the superblock fits both files, as `source.verity_superblock.read` has
 checked. What the root hash is worth is another question: it is the caller's own claim until a signature
-over it, or a rule that names it, makes it more than that. The proof carries it as its digest for exactly
-that purpose.
+over it makes it more than that. The proof carries it as its digest for exactly that purpose.
 
 A root hash covers neither the superblock nor the file system's type. What was recognised in the image
 before may not be what is there later; it is only ever a choice of which file system to try.
