@@ -190,7 +190,11 @@ def test_everything_but_what_is_kept_is_closed(kept: int) -> None:
         assert heard(work) == (b"yes", False)
 
 
-@pytest.mark.parametrize("answer", [b"", b"{", b"[1]", b"7", b"null", b"[" * 16384, b'{"found":', b"\xff"])
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"{", b"[1]", b"7", b"null", b"[" * 16384, b'{"found":', b"\xff"],
+    ids=["nothing", "cut off", "a list", "a number", "null", "nested", "without an end", "no text"],
+)
 def test_an_answer_that_is_none(answer: bytes) -> None:
     """As it may be from somebody who has taken the child over."""
     assert sandbox.understand(answer) is None
