@@ -1,7 +1,7 @@
 """What `mount -t mountd` takes, from exec to attached, next to `mount -o loop` of the same squashfs image.
 
-Both by root and by mount(8), in turns of one run, in a mount namespace of their own where the installed helper
-is in the place that mount(8) looks at. Unmounting is not measured.
+Both by root and by mount(8), in turns of one run, in a mount namespace of their own where the installed
+helper is in the place that mount(8) looks at. Unmounting is not measured.
 """
 
 from __future__ import annotations
