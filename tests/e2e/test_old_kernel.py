@@ -31,7 +31,7 @@ def test_a_mount_needs_it(
     assert error(ask(daemon, GET_INFO)) == ""
 
 
-@pytest.mark.parametrize("name", ["openat2", "statmount"])
+@pytest.mark.parametrize("name", ["statmount"])
 def test_trust_in_a_location_needs_it(
     start: Callable[..., Daemon], images: dict[str, Path], containers: None, name: str
 ) -> None:
