@@ -29,7 +29,6 @@ REQUESTS_PER_WORKER = 1024  # then it is replaced: what leaks, leaks no further
 SECONDS_OF_WORKER = 300
 # How long a worker stays with a connection that it has just answered, and for how many requests.
 LINGER_MILLISECONDS = 1
-WATCH_SECONDS = 0.0001  # of these, awake
 REQUESTS_IN_A_ROW = 64
 IDLE_WORKER_SECONDS = 30  # above the minimum
 HANGS_SECONDS = 1.0  # within a phase and asleep in the kernel: too long for a daemon that is to end

@@ -23,7 +23,6 @@ from mountd.daemon.limits import (
     REQUESTS_IN_A_ROW,
     REQUESTS_PER_WORKER,
     SECONDS_OF_WORKER,
-    WATCH_SECONDS,
 )
 from mountd.daemon.transport import DescriptorsLost, read_message
 from mountd.errors import MountdError, PeerGone, TimedOut
@@ -120,7 +119,7 @@ class Worker:
             if not self._may_linger:
                 return True
             self._enter(Phase.IDLE)
-            ready = [fd for fd, _ in watch(poller) or poller.poll(LINGER_MILLISECONDS)]
+            ready = [fd for fd, _ in poller.poll(LINGER_MILLISECONDS)]
             if ready != [peer.connection.fileno()]:
                 return True
         return True
@@ -228,14 +227,6 @@ class Worker:
             duration_usec=str(int(seconds * 1e6)),
             **notes,
         )
-
-
-def watch(poller: select.poll) -> list[tuple[int, int]]:
-    """Return what is ready within a moment, without going to sleep: waking up takes longer than asking."""
-    end = time.monotonic() + WATCH_SECONDS
-    while not (ready := poller.poll(0)) and time.monotonic() < end:
-        os.sched_yield()  # to the client, where it has the same processor
-    return ready
 
 
 def send_ahead(connection: socket.socket, reply: bytes) -> None:
