@@ -32,6 +32,15 @@ def namespace_id_of(pidfd: int) -> int | None:
         return None
 
 
+def can_change(caller: Caller) -> bool:
+    """Tell whether something else about a caller can have changed that stays in its user namespace.
+
+    The host's root may have lost capabilities, and a map that is empty may have been written.
+    """
+    namespace = caller.user_namespace
+    return caller.sys_admin or not (namespace.uid_map and namespace.gid_map)
+
+
 class Peer:
     """Owns a pidfd of the process; `connection` is borrowed. To be closed, or used in a with statement."""
 
@@ -54,8 +63,7 @@ class Peer:
             self._pidfd = pin(self.connection)
         namespace = namespace_id_of(self._pidfd.fileno())
         known = self._caller
-        # The host's root may have lost capabilities meanwhile; for all others, nothing else can change.
-        if known is None or namespace is None or namespace != self._namespace or known.sys_admin:
+        if known is None or namespace is None or namespace != self._namespace or can_change(known):
             known = identify(self.connection, self._pidfd.fileno(), self._connected_from, known)
             self._caller, self._namespace = known, namespace
         return known

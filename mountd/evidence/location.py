@@ -18,7 +18,7 @@ from mountd.errors import SyscallError
 from mountd.evidence.model import Evidence
 from mountd.fds import OwnedFd
 from mountd.kernel.abi import AT_FDCWD
-from mountd.kernel.flags import StatxMask
+from mountd.kernel.flags import MountAttr, StatxMask
 from mountd.kernel.mount_info import statmount
 from mountd.kernel.paths import statx
 
@@ -156,28 +156,35 @@ def check(at: int, name: str, shown: str, mount: int) -> statx_struct:
     if stat.S_ISLNK(status.stx_mode):
         raise NotThere("its path has a symbolic link in it")
     if status.stx_mnt_id != mount:
-        check_mount(status.stx_mnt_id, shown)
+        check_mount(status.stx_mnt_id, shown, is_root=not mount)
     if status.stx_uid != 0 or status.stx_mode & 0o022:
         refuse_owner(status, shown)
     return status
 
 
 @lru_cache(maxsize=64)
-def type_of_mount(id: int) -> str | None:
-    """Return the file system type of the mount with this id, which is never another's.
+def known_mount(id: int) -> tuple[str | None, bool]:
+    """Return the file system type of the mount with this id, and whether it shows other ids than are stored.
 
-    Raises SyscallError.
+    The id is never another's, and neither changes while the mount is there. Raises SyscallError.
     """
-    return statmount(id).fs_type
+    info = statmount(id)
+    return info.fs_type, bool(info.attributes & MountAttr.IDMAP)
 
 
-def check_mount(id: int, shown: str) -> None:
-    """Refuse a mount whose contents a server decides about."""
-    fs_type = type_of_mount(id)
+def check_mount(id: int, shown: str, *, is_root: bool) -> None:
+    """Refuse a mount whose contents a server decides about, or which shows somebody's files as root's.
+
+    `is_root` is for the file system that mountd itself runs from: that of a container is often idmapped, and
+    is its root's all the same.
+    """
+    fs_type, mapped = known_mount(id)
     if fs_type is None or fs_type.split(".")[0] in REMOTE:
         raise NotThere(
             f"{shown} is on a file system of type {fs_type}, whose contents somebody else decides"
         )
+    if mapped and not is_root:
+        raise NotThere(f"{shown} is on an idmapped mount, which shows files of others as root's")
 
 
 def refuse_owner(status: statx_struct, shown: str) -> NoReturn:

@@ -15,11 +15,12 @@ import pytest
 
 from mountd.caller.identify import given_namespace, identify, peer_namespace, pin
 from mountd.caller.model import Caller
+from mountd.caller.peer import Peer
 from mountd.errors import BadFileDescriptor, PeerGone
 from mountd.fds import OwnedFd
 from mountd.kernel import compat, namespaces
 from mountd.kernel.flags import Clone
-from tests.container import USER, user_namespace
+from tests.container import USER, set_dumpable, user_namespace
 
 WHOLE = ((0, 400000, 65536),)
 
@@ -149,6 +150,25 @@ def test_who_has_moved_or_ended_is_gone() -> None:
         for ask in (lambda: identify(connection, pidfd.fileno()), lambda: peer_namespace(connection)):
             with pytest.raises(PeerGone, match="has ended"):
                 ask()
+
+
+def test_maps_that_are_written_after_the_first_request() -> None:
+    """What is known of a peer is what holds; once both maps are there, nothing more can change."""
+
+    def leave() -> None:
+        become(USER)
+        namespaces.unshare(Clone.NEWUSER)
+        set_dumpable()
+
+    with peer(leave) as (connection, _), Peer(connection) as known:
+        first = known.identify()
+        assert (first.user_namespace.uid_map, first.user_namespace.gid_map) == ((), ())
+        for name in ("uid_map", "gid_map"):
+            Path(f"/proc/{first.pid}/{name}").write_text(f"0 {USER} 1\n")
+            space = known.identify().user_namespace
+            assert space.host_uid(0) == USER
+            assert space.host_gid(0) == (USER if name == "gid_map" else None)
+        assert known.identify() is known.identify()
 
 
 def test_a_given_descriptor_that_is_no_user_namespace() -> None:

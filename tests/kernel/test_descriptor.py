@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import pytest
 from mountd.errors import BadFileDescriptor
 from mountd.evidence import location
 from mountd.fds import OwnedFd
-from mountd.kernel import fuse, libc, paths
+from mountd.kernel import fuse, libc, mount_api, paths
+from mountd.kernel.abi import AT_FDCWD
+from mountd.kernel.flags import MountAttr, OpenTree
 from mountd.source import descriptor
 from mountd.source.descriptor import inspect_descriptor
 from mountd.source.model import BackingFile
-from tests.container import USER
+from tests.container import USER, user_namespace
 
 FIELD = "source.imageFileDescriptor"
 
@@ -84,6 +87,14 @@ def test_a_good_descriptor(images: dict[str, Path], flags: int, writable: bool) 
         found = inspect_descriptor(fd.fileno(), FIELD)
     expected = (status.st_size, status.st_dev, status.st_ino, 0, 0, status.st_mode)
     assert found == BackingFile(*expected, writable, str(images["erofs"]), status.st_ctime_ns)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known_of_mounts() -> Iterator[None]:
+    """What a test pretends about a mount is not remembered for the next one."""
+    location.known_mount.cache_clear()
+    yield
+    location.known_mount.cache_clear()
 
 
 @pytest.fixture
@@ -169,10 +180,52 @@ def test_a_server_somewhere_on_the_way(
 ) -> None:
     class Info:
         fs_type = type
+        attributes = 0
 
-    location.type_of_mount.cache_clear()
     monkeypatch.setattr(location, "statmount", lambda _id: Info)
     assert "whose contents somebody else decides" in str(problem(backing))
+
+
+@pytest.fixture
+def mapped(scratch: Path) -> Iterator[Path]:
+    """A user's directory with an image in it, and a mount of it that shows both as root's."""
+    theirs, shown = scratch / "theirs", scratch / "shown"
+    theirs.mkdir()
+    shown.mkdir()
+    (theirs / "image").write_bytes(b"x")
+    for path in (theirs, theirs / "image"):
+        os.chown(path, USER, USER)
+    with (
+        mount_api.open_tree(AT_FDCWD, str(theirs), OpenTree.CLONE) as tree,
+        user_namespace([(USER, 0, 1)]) as userns,
+    ):
+        mount_api.mount_setattr(tree.fileno(), set=MountAttr.IDMAP, userns_fd=userns.fileno())
+        mount_api.move_mount(tree.fileno(), str(shown))
+    yield shown
+    libc.call("umount2", str(shown).encode(), 0)
+    shutil.rmtree(theirs)
+    shown.rmdir()
+
+
+def test_an_idmapped_mount_makes_nothing_roots(mapped: Path) -> None:
+    assert (mapped / "image").stat().st_uid == 0
+    with OwnedFd(os.open(mapped / "image", os.O_RDONLY)) as fd:
+        backing = inspect_descriptor(fd.fileno(), FIELD)
+    assert problem(backing) == f"{mapped} is on an idmapped mount, which shows files of others as root's"
+    assert "a part of its path is on an idmapped mount" in str(problem(backing, name_paths=False))
+
+
+def test_the_root_itself_may_be_idmapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a container often is."""
+
+    class Info:
+        fs_type = "ext4"
+        attributes = MountAttr.IDMAP
+
+    monkeypatch.setattr(location, "statmount", lambda _id: Info)
+    location.check_mount(1, "/", is_root=True)
+    with pytest.raises(location.NotThere, match="on an idmapped mount"):
+        location.check_mount(1, "/srv", is_root=False)
 
 
 @pytest.mark.parametrize("name", ["statx", "statmount"])
@@ -180,7 +233,6 @@ def test_a_server_somewhere_on_the_way(
 def test_what_cannot_be_checked_is_no_proof(
     monkeypatch: pytest.MonkeyPatch, backing: BackingFile, name: str, number: int, text: str
 ) -> None:
-    location.type_of_mount.cache_clear()
     monkeypatch.setitem(libc.inject, name, number)
     found = str(problem(backing))
     assert "cannot be checked" in found
