@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import os
 import stat
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mountd.errors import SyscallError
 from mountd.evidence.model import Evidence
+from mountd.evidence.mounts import problem_of
 from mountd.fds import OwnedFd
 from mountd.kernel.abi import AT_FDCWD
-from mountd.kernel.flags import MountAttr, StatxMask
-from mountd.kernel.mount_info import statmount
+from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import statx
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ MAXIMUM_HELD = 64
 COMPONENT = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 MISSING = "its path does not exist in the mount namespace of mountd"
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
-# Whoever runs the server decides what is in the file, and when it answers.
-REMOTE = {"fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "afs"}
 
 
 class NotThere(Exception):
@@ -156,35 +153,12 @@ def check(at: int, name: str, shown: str, mount: int) -> statx_struct:
     if stat.S_ISLNK(status.stx_mode):
         raise NotThere("its path has a symbolic link in it")
     if status.stx_mnt_id != mount:
-        check_mount(status.stx_mnt_id, shown, is_root=not mount)
+        problem = problem_of(status.stx_mnt_id, is_root=not mount)
+        if problem is not None:
+            raise NotThere(f"{shown} {problem}")
     if status.stx_uid != 0 or status.stx_mode & 0o022:
         refuse_owner(status, shown)
     return status
-
-
-@lru_cache(maxsize=64)
-def known_mount(id: int) -> tuple[str | None, bool]:
-    """Return the file system type of the mount with this id, and whether it shows other ids than are stored.
-
-    The id is never another's, and neither changes while the mount is there. Raises SyscallError.
-    """
-    info = statmount(id)
-    return info.fs_type, bool(info.attributes & MountAttr.IDMAP)
-
-
-def check_mount(id: int, shown: str, *, is_root: bool) -> None:
-    """Refuse a mount whose contents a server decides about, or which shows somebody's files as root's.
-
-    `is_root` is for the file system that mountd itself runs from: that of a container is often idmapped, and
-    is its root's all the same.
-    """
-    fs_type, mapped = known_mount(id)
-    if fs_type is None or fs_type.split(".")[0] in REMOTE:
-        raise NotThere(
-            f"{shown} is on a file system of type {fs_type}, whose contents somebody else decides"
-        )
-    if mapped and not is_root:
-        raise NotThere(f"{shown} is on an idmapped mount, which shows files of others as root's")
 
 
 def refuse_owner(status: statx_struct, shown: str) -> NoReturn:

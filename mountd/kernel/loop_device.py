@@ -75,6 +75,21 @@ def attach(
     raise LimitExceeded("attempts to get a free loop device", MAXIMUM_TRIES, hint="try again later")
 
 
+def backing_inode(path: str) -> tuple[int, int]:
+    """Return device and inode of the file that the loop device at `path` shows. Raises SyscallError.
+
+    ENXIO is for a device that is not attached.
+    """
+    info = loop_info64()
+    try:
+        fd = OwnedFd(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        raise SyscallError(error.errno or 0, f"open({path})") from None
+    with fd:
+        call("ioctl", fd.fileno(), Ioctl.LOOP_GET_STATUS64, ctypes.byref(info))
+    return int(info.lo_device), int(info.lo_inode)
+
+
 def _free_number() -> int:
     try:
         control = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mountd.errors import BadFileDescriptor
-from mountd.evidence import location
+from mountd.evidence import location, mounts
 from mountd.fds import OwnedFd
 from mountd.kernel import fuse, libc, mount_api, paths
 from mountd.kernel.abi import AT_FDCWD
@@ -92,9 +92,9 @@ def test_a_good_descriptor(images: dict[str, Path], flags: int, writable: bool) 
 @pytest.fixture(autouse=True)
 def nothing_is_known_of_mounts() -> Iterator[None]:
     """What a test pretends about a mount is not remembered for the next one."""
-    location.known_mount.cache_clear()
+    mounts.problem_of.cache_clear()
     yield
-    location.known_mount.cache_clear()
+    mounts.problem_of.cache_clear()
 
 
 @pytest.fixture
@@ -180,9 +180,8 @@ def test_a_server_somewhere_on_the_way(
 ) -> None:
     class Info:
         fs_type = type
-        attributes = 0
 
-    monkeypatch.setattr(location, "statmount", lambda _id: Info)
+    monkeypatch.setattr(mounts, "statmount", lambda _id: Info)
     assert "whose contents somebody else decides" in str(problem(backing))
 
 
@@ -222,10 +221,9 @@ def test_the_root_itself_may_be_idmapped(monkeypatch: pytest.MonkeyPatch) -> Non
         fs_type = "ext4"
         attributes = MountAttr.IDMAP
 
-    monkeypatch.setattr(location, "statmount", lambda _id: Info)
-    location.check_mount(1, "/", is_root=True)
-    with pytest.raises(location.NotThere, match="on an idmapped mount"):
-        location.check_mount(1, "/srv", is_root=False)
+    monkeypatch.setattr(mounts, "statmount", lambda _id: Info)
+    assert mounts.problem_of(1, is_root=True) is None
+    assert "on an idmapped mount" in str(mounts.problem_of(1))
 
 
 @pytest.mark.parametrize("name", ["statx", "statmount"])

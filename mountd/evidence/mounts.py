@@ -1,0 +1,155 @@
+"""Whether what a mount shows is root's alone, as far as the mount and what it lies on have a say in that.
+
+A server decides what is in its file system. An idmapped mount shows other owners than those on the disk. And
+a loop device shows a file: whoever can write to that one decides what is in the file system on it, and may
+decide otherwise whenever it likes. That is what a desktop's user gets who has an image mounted by udisks,
+below a path that is root's all the way down.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mountd.errors import SyscallError
+from mountd.kernel import loop_device
+from mountd.kernel.abi import AT_FDCWD
+from mountd.kernel.flags import MountAttr, StatxMask
+from mountd.kernel.mount_info import statmount
+from mountd.kernel.paths import statx
+
+if TYPE_CHECKING:
+    from mountd.kernel.mount_info import MountInfo
+
+# Whoever runs the server decides what is in the file, and when it answers.
+REMOTE = {"fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "afs"}
+WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
+BLOCK_DEVICES = "/sys/dev/block"
+BTRFS = "/sys/fs/btrfs"
+MOUNTS = "/proc/self/mountinfo"
+MAXIMUM_DEVICES = 64
+MAXIMUM_DEPTH = 8  # of loop devices over files on loop devices
+UNKNOWN = "is on a device of which cannot be found out what it lies on"
+
+
+@lru_cache(maxsize=64)
+def problem_of(id: int, *, is_root: bool = False, depth: int = 0) -> str | None:
+    """Return why the contents of the mount `id` are not root's alone, after “it”; None if they are.
+
+    The id is never another's. `is_root` is for the file system that mountd itself runs from: that of a
+    container is often idmapped, or lies on an image, and is its root's all the same. `depth` is how many
+    loop devices led here. Raises SyscallError.
+    """
+    info = statmount(id)
+    if info.fs_type is None or info.fs_type.split(".")[0] in REMOTE:
+        return f"is on a file system of type {info.fs_type}, whose contents somebody else decides"
+    if is_root:
+        return None
+    if info.attributes & MountAttr.IDMAP:
+        return "is on an idmapped mount, which shows files of others as root's"
+    return problem_below(info, depth)
+
+
+def problem_below(info: MountInfo, depth: int) -> str | None:
+    """Return why what the file system of a mount lies on is not root's alone; None if it is, or no disk."""
+    try:
+        devices = devices_of(info)
+    except OSError:
+        devices = None
+    if devices is None or depth > MAXIMUM_DEPTH:
+        return UNKNOWN
+    seen: set[str] = set()
+    while devices:
+        device = devices.pop()
+        if device in seen:
+            continue
+        seen.add(device)
+        if len(seen) > MAXIMUM_DEVICES:
+            return UNKNOWN
+        try:
+            at, below = look_at(device)
+            devices += below
+            backing = contents_of(f"{at}/loop/backing_file")
+        except OSError:
+            return UNKNOWN
+        problem = problem_of_file(Path(at).resolve().name, backing, devices, depth) if backing else None
+        if problem is not None:
+            return problem
+    return None
+
+
+def devices_of(info: MountInfo) -> list[str] | None:
+    """Return the block devices of a file system as "MAJOR:MINOR", None if they cannot be found out.
+
+    Raises OSError.
+    """
+    name = ":".join(map(str, info.sb_dev))
+    if info.sb_dev[0]:
+        return [name]
+    if info.fs_type != "btrfs":
+        return []
+    # Its own number is nobody's device, and it may have several.
+    for each in sorted(Path(BTRFS).glob("*-*")):
+        devices = [contents_of(f"{device}/dev") for device in (each / "devices").iterdir()]
+        if source_of(name) in devices:
+            return devices
+    return None
+
+
+def source_of(name: str) -> str | None:
+    """Return the device that the mounts of a file system with this number say to be on.
+
+    None if there is none of its name. Raises OSError.
+    """
+    for line in Path(MOUNTS).read_text(errors="surrogateescape").splitlines():
+        fields, _, source = line.partition(" - ")
+        if fields.split()[2] == name:
+            try:
+                number = os.stat(source.split()[1]).st_rdev
+            except OSError:
+                return None
+            return f"{os.major(number)}:{os.minor(number)}"
+    return None
+
+
+def look_at(device: str) -> tuple[str, list[str]]:
+    """Return the directory of a device in sysfs, and the devices that it consists of. Raises OSError."""
+    at = f"{BLOCK_DEVICES}/{device}"
+    if os.path.exists(f"{at}/partition"):
+        at += "/.."
+    return at, [contents_of(f"{at}/slaves/{name}/dev") for name in os.listdir(f"{at}/slaves")]
+
+
+def contents_of(path: str) -> str:
+    """Return what a file of sysfs says, "" if there is none."""
+    try:
+        return Path(path).read_text(errors="surrogateescape").removesuffix("\n")
+    except FileNotFoundError:
+        return ""
+
+
+def problem_of_file(loop: str, path: str, devices: list[str], depth: int) -> str | None:
+    """Return why the file that the device `loop` shows is not root's alone, None if it is.
+
+    `path` only says where to look: the file there has to be the very one. A device in the place of the file
+    is added to `devices`, which are looked at next. Raises SyscallError.
+    """
+    try:
+        status = statx(AT_FDCWD, path, WANTED, sync=False)
+        found = os.makedev(status.stx_dev_major, status.stx_dev_minor), status.stx_ino
+        if found != loop_device.backing_inode(f"/dev/{loop}"):
+            return UNKNOWN
+    except SyscallError:
+        return UNKNOWN
+    if stat.S_ISBLK(status.stx_mode):
+        devices.append(f"{status.stx_rdev_major}:{status.stx_rdev_minor}")
+        return None
+    if status.stx_uid != 0:
+        return f"is on a loop device, whose file belongs to uid {status.stx_uid}, not to root"
+    if status.stx_mode & 0o022:
+        return "is on a loop device, whose file is writable by others than root"
+    root = statx(AT_FDCWD, "/", WANTED, sync=False)
+    return problem_of(status.stx_mnt_id, is_root=status.stx_mnt_id == root.stx_mnt_id, depth=depth + 1)
