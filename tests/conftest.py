@@ -40,7 +40,10 @@ def loop_devices() -> set[str]:
 
 def mounts() -> list[str]:
     """The mounts of this process's mount namespace."""
-    return [line.split(" ", 1)[1] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [
+        line.split(" ", 1)[1]
+        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    ]
 
 
 def state() -> dict[str, object]:

@@ -13,7 +13,6 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
-from mountd.caller.peer import Peer
 from mountd.daemon import channel
 from mountd.daemon.channel import Word
 from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
@@ -26,10 +25,10 @@ from mountd.daemon.limits import (
 )
 from mountd.daemon.transport import DescriptorsLost, read_message
 from mountd.errors import MountdError, PeerGone, TimedOut
-from mountd.evidence.location import Walker
 from mountd.fds import close_all
 from mountd.kernel import sockets
 from mountd.service.context import PolicyInForce, RequestContext
+from mountd.service.conversation import Conversation
 from mountd.service.phase import Phase
 from mountd.wire.framing import encode, error_body, shown
 
@@ -89,10 +88,9 @@ class Worker:
                 fd = request[0].take()
                 with (
                     socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection,
-                    Peer(connection, request[1]) as peer,
-                    Walker() as walker,
+                    Conversation(connection, request[1]) as held,
                 ):
-                    keep = self._serve_in_a_row(peer, walker)
+                    keep = self._serve_in_a_row(held)
                 self._enter(Phase.CLOSE)
                 channel.tell(self._own, Word.ANSWERED, keep)
                 self._clean_up()
@@ -103,30 +101,30 @@ class Worker:
         except ConnectionError:
             return  # the daemon has ended
 
-    def _serve_in_a_row(self, peer: Peer, walker: Walker) -> bool:
+    def _serve_in_a_row(self, held: Conversation) -> bool:
         """Serve a request and those that follow at once; return whether the connection can have another.
 
         Who asks for several mounts one after the other finds the worker still there: handing the connection
         back and forth takes as long as a mount.
         """
         poller = select.poll()
-        poller.register(peer.connection, select.POLLIN)
+        poller.register(held.peer.connection, select.POLLIN)
         # It closes when this worker is to end, such as for a new policy.
         poller.register(self._own, select.POLLIN)
         for _ in range(REQUESTS_IN_A_ROW):
-            if not self._serve(peer, walker):
+            if not self._serve(held):
                 return False
             if not self._may_linger:
                 return True
             self._enter(Phase.IDLE)
             ready = [fd for fd, _ in poller.poll(LINGER_MILLISECONDS)]
-            if ready != [peer.connection.fileno()]:
+            if ready != [held.peer.connection.fileno()]:
                 return True
         return True
 
-    def _serve(self, peer: Peer, walker: Walker) -> bool:
+    def _serve(self, held: Conversation) -> bool:
         """Serve one request; return whether the connection can have another."""
-        connection = peer.connection
+        connection = held.peer.connection
         self._served += 1
         self._enter(Phase.READ)
         try:
@@ -142,19 +140,19 @@ class Worker:
             return False
         if message is None:
             return False
-        return self._answer(peer, walker, message)
+        return self._answer(held, message)
 
-    def _answer(self, peer: Peer, walker: Walker, message: Message) -> bool:
+    def _answer(self, held: Conversation, message: Message) -> bool:
         """Dispatch and reply; return whether the peer has taken the reply."""
-        connection = peer.connection
+        connection = held.peer.connection
         context = RequestContext(
-            peer,
+            held.peer,
             self._policy,
             self._seal,
             self._enter,
             store=self._store,
             pull_socket=self._pull_socket,
-            walker=walker,
+            walker=held.walker,
         )
         begin = time.monotonic()
         try:

@@ -40,7 +40,8 @@ class Signer:
     """A signature that was verified: with the policy's key of the name `key`, over `digest`.
 
     `subject` says who that is, as the key itself has it. `covers` is what `digest` ("ALGORITHM:HEX") is of:
-    "image", "root-hash" or "fs-verity". `key_mark` tells the key from another that is given its name later.
+    "image", "root-hash" or "fs-verity". `key_mark` tells the key from another that is given its name later,
+    `valid_until` is when the signer's certificate expires, in seconds since the epoch, None for never.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Signer:
     covers: str
     digest: str
     key_mark: str | None = None
+    valid_until: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ def verify_with_certificate(
     except RefusedAlgorithm as error:
         raise SignatureInvalid(f"it uses {error}") from None
     content = _find_content(signed, signer, contents, algorithm)
-    return Signer(key, signer.name, content.covers, content.digest), signer
+    made = Signer(key, signer.name, content.covers, content.digest, valid_until=signer.not_after)
+    return made, signer
 
 
 def _find_signer(

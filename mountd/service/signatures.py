@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 MAXIMUM_KNOWN = 256
 SECONDS_KNOWN = 300
 
-_known: dict[tuple[bytes, tuple[tuple[str, str], ...], tuple[str, ...]], tuple[float, Signer]] = {}
+# By the signature, the digests, and the keys with their names -> when it was verified, and what came of it.
+_known: dict[
+    tuple[bytes, tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]], tuple[float, Signer]
+] = {}
 
 
 def prepare() -> None:
@@ -42,11 +45,13 @@ def verify(blob: bytes, digests: Digests, policy: Policy) -> Signer:
     keys = tuple(policy.keys.values())
     if not keys:
         raise no_keys()
-    marks = tuple(fingerprint(key) for key in keys)
+    marks = tuple((key.name, fingerprint(key)) for key in keys)
     case = (hashlib.sha256(blob).digest(), tuple(digests), marks)
     now = time.monotonic()
-    if case in _known and now - _known[case][0] < SECONDS_KNOWN:
-        return _known[case][1]
+    if case in _known:
+        since, known = _known[case]
+        if now - since < SECONDS_KNOWN and not has_expired(known):
+            return known
     signer = confined_signature.verify(blob, keys, digests, int(time.time()))
     signer = replace(signer, key_mark=fingerprint(policy.keys[signer.key]))
     if len(_known) >= MAXIMUM_KNOWN:
@@ -61,12 +66,19 @@ def no_keys() -> KeyUnknown:
 
 
 def still_known(signers: Sequence[Signer], policy: Policy) -> tuple[Signer, ...]:
-    """Return those of recorded signers whose key the policy still has, and has as it was."""
+    """Return those of recorded signers whose key the policy has as it was, if they have not expired."""
     return tuple(
         signer
         for signer in signers
-        if signer.key in policy.keys and fingerprint(policy.keys[signer.key]) == signer.key_mark
+        if signer.key in policy.keys
+        and fingerprint(policy.keys[signer.key]) == signer.key_mark
+        and not has_expired(signer)
     )
+
+
+def has_expired(signer: Signer) -> bool:
+    """Whether the certificate of a signer has expired since the signature was verified."""
+    return signer.valid_until is not None and time.time() > signer.valid_until
 
 
 def fingerprint(key: Key) -> str:

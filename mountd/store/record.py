@@ -227,5 +227,8 @@ def _provenance(value: object) -> Provenance:
 
 def _signer(value: object) -> Signer:
     told = _struct(value, _names(Signer), "signer")
-    texts = {name: _text(told[name], f"signer.{name}") for name in told if name != "key_mark"}
-    return Signer(**texts, key_mark=_optional_text(told["key_mark"], "signer.key_mark"))
+    until = told.pop("valid_until")
+    mark = _optional_text(told.pop("key_mark"), "signer.key_mark")
+    texts = {name: _text(text, f"signer.{name}") for name, text in told.items()}
+    until = None if until is None else _integer(until, "signer.valid_until")
+    return Signer(**texts, key_mark=mark, valid_until=until)

@@ -123,8 +123,7 @@ class Message:
 def whole_message(data: bytes, fds: list[OwnedFd]) -> Message:
     """Return the message that one recvmsg() returned all of, its NUL included, and nothing else.
 
-    That is what a `MessageReader` comes to for nearly every message there is. `fds` are taken over, and are
-    closed if that fails, as they are by the reader: with ProtocolError or LimitExceeded.
+    As nearly every message is. `fds` are taken over, and closed if that fails: ProtocolError, LimitExceeded.
     """
     try:
         if len(fds) > MAX_FDS:

@@ -28,6 +28,7 @@ from mountd.store.record import Owner
 from mountd.store.store import Known, Store
 from mountd.trust.policy import Policy
 
+LATER = int(time.time()) + 86400
 HOST = UserNamespace(0, 0, (), (), 0, is_host=True)
 KEY = Key("team", "ed25519", (b"one",), "test.toml")
 LAYERS = ("sha256:" + "1" * 64,)
@@ -62,7 +63,11 @@ def put(store: Store, path: Path, owner: Owner, *, known: bool) -> str:
     size = path.stat().st_size
 
     def judge(fd: int, digest: str) -> Known:
-        signers = (signer(digest), replace(signer(digest), key_mark="another key of this name"))
+        signers = (
+            replace(signer(digest), valid_until=LATER),
+            replace(signer(digest), key_mark="another key of this name"),
+            replace(signer(digest), valid_until=int(time.time()) - 1),
+        )
         return Known(recognise_image(fd, size, confined=True) if known else None, signers)
 
     with path.open("rb") as file:
@@ -83,7 +88,7 @@ def test_evidence_and_mount(
         assert evidence.proofs == (Proof("stored", digest),)
         assert evidence.digest == digest
         # With a key that has only its name left, nobody has signed it.
-        assert evidence.signers == (signer(digest),)
+        assert evidence.signers == (replace(signer(digest), valid_until=LATER),)
         assert evidence.provenance == PROVENANCE
         # It is not trusted for where it lies.
         assert (evidence.root_owned_path, evidence.descriptor_writable) == (None, False)
