@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 from mountd.daemon.limits import DEADLINES, MAXIMUM_STUCK_PER_OWNER, SECONDS_TO_DIE
+from mountd.daemon.throttle import LINES
 from mountd.kernel import loop_device, mount_api
 from mountd.kernel.flags import Unmount
 from mountd.kernel.libc import call
@@ -270,7 +271,9 @@ def test_a16_lease_on_the_image(ten_seconds: dict[str, object]) -> None:
 def test_a19_caller_that_does_not_read(ten_seconds: dict[str, object]) -> None:
     """The connection ends at the deadline, with all that is in its queue."""
     assert ten_seconds["received"] > 0
-    assert "the caller did not take the answer" in str(ten_seconds["log"])
+    log = str(ten_seconds["log"])
+    # So it says, unless the mounts before have used up the lines that one owner has.
+    assert "the caller did not take the answer" in log or log.count("for uid 4004 ") == LINES
     assert ten_seconds["clean"]
 
 
