@@ -182,6 +182,8 @@ def test_loop_devices_clear_themselves(
 ) -> None:
     """The file on ext4 can be read past the page cache; erofs reads it without a loop device."""
     expected = LoopFlags.AUTOCLEAR | LoopFlags.DIRECT_IO | LoopFlags.READ_ONLY
+    # What an earlier test has just closed may still be there.
+    wait_until_dropped(images[type])
     with ask(daemon, images[type]).mount, ask(daemon, images[type]).mount:
         assert loops_over(images[type]) == ([] if type == "erofs" else [expected] * 2)
     wait_until_dropped(images[type])
