@@ -59,23 +59,26 @@ class Peer:
 
     def identify(self) -> Caller:
         """Return who it is. Raises PeerGone, NotSupported, SyscallError."""
-        if self._pidfd is None:
-            self._pidfd = pin(self.connection)
-        namespace = namespace_id_of(self._pidfd.fileno())
+        pidfd = self._pin()
+        namespace = namespace_id_of(pidfd)
         known = self._caller
         if known is None or namespace is None or namespace != self._namespace or can_change(known):
-            known = identify(self.connection, self._pidfd.fileno(), self._connected_from, known)
+            known = identify(self.connection, pidfd, self._connected_from, known)
             self._caller, self._namespace = known, namespace
         return known
 
     def check(self) -> None:
         """Raise PeerGone if nobody waits for the answer any more, so that nothing is made for nobody."""
-        if self._pidfd is None:
-            self._pidfd = pin(self.connection)
         try:
-            compat.check_alive(self._pidfd.fileno())
+            compat.check_alive(self._pin())
         except SyscallError:
             raise PeerGone("it has ended") from None
+
+    def _pin(self) -> int:
+        """Return the pidfd, borrowed, from the first question on the same."""
+        if self._pidfd is None:
+            self._pidfd = pin(self.connection)
+        return self._pidfd.fileno()
 
     def close(self) -> None:
         """Let go of the process; the connection stays open."""
