@@ -28,15 +28,6 @@ SECONDS = 10.0
 MAXIMUM_REPLY = 16384  # bytes
 SCRATCH = ("/var/lib/mountd", "/var/tmp", "/tmp")  # where a file may be made that has no name
 REFUSED = (errno.EPERM, errno.EACCES)
-ABSENT = (
-    errno.ENODEV,
-    errno.ENOENT,
-    errno.ENOSYS,
-    errno.ENOTBLK,
-    errno.ENOTTY,
-    errno.EOPNOTSUPP,
-    errno.ENXIO,
-)
 
 
 class Feature:
@@ -89,9 +80,12 @@ def _outcome(check: "Callable[[], None]", bench: "_Bench") -> tuple[str, str]:
     except NotSupported as error:
         return NO, error.message
     except OSError as error:
+        text = str(error)
+        if error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
         if error.errno in REFUSED:
-            return UNKNOWN, f"{error}{bench.without}"
-        return NO, f"{error}"
+            return UNKNOWN, text + bench.without
+        return NO, text
     except Unknown as reason:
         return UNKNOWN, str(reason)
     return YES, ""
