@@ -15,12 +15,15 @@ import os
 import select
 import signal
 import socket
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mountd.daemon import channel, journal
+from mountd.daemon.around import Daemon, Facts, report
 from mountd.daemon.channel import Word
+from mountd.daemon.counters import Figure, Tally
 from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import SHARED_SECONDS, SLOTS
 from mountd.daemon.throttle import Throttle
@@ -33,21 +36,24 @@ from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
 from mountd.service import signatures
-from mountd.service.context import PolicyInForce
+from mountd.service.admin import METHODS as ADMIN_METHODS
+from mountd.service.context import PolicyInForce, PolicyOrigin
 from mountd.service.images import METHODS as IMAGE_METHODS
 from mountd.service.mount import METHODS
 from mountd.service.pulls import FOR_OTHERS
 from mountd.service.pulls import METHODS as PULL_METHODS
 from mountd.store.store import Store
 from mountd.trust.policy import Policy
-from mountd.trust.policy_file import PolicyError, load
+from mountd.trust.policy_file import Loader
 from mountd.wire.dispatch import Dispatcher, interface_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mountd.daemon.board import Board
+    from mountd.daemon.counters import Counters
     from mountd.service.phase import Phase
+    from mountd.trust.policy_file import Loaded
 
 PR_SET_CHILD_SUBREAPER = 36
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
@@ -55,7 +61,7 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where everything is; `pull_socket` need not be there.
+    """Where everything is; `pull_socket` need not be there. `listener` is the pid of the listener.
 
     `shared_seconds` is for how long a mount is kept for those who ask for the same again.
     """
@@ -64,17 +70,27 @@ class Places:
     staging: Path
     state_dir: Path
     pull_socket: Path
+    listener: int
+    sockets: tuple[str, ...]
     shared_seconds: float = SHARED_SECONDS
 
 
 NO_SEAL = NoSeal()
+# Which the varlink package answers.
+QUESTIONS = ("org.varlink.service.GetInfo", "org.varlink.service.GetInterfaceDescription")
 
 
 class ForkServer:
     """One instance for the life of the process."""
 
     def __init__(
-        self, control: socket.socket, board: Board, places: Places, *, only_pull: bool = False
+        self,
+        control: socket.socket,
+        board: Board,
+        counters: Counters,
+        places: Places,
+        *,
+        only_pull: bool = False,
     ) -> None:
         """`control` leads to the listener; `only_pull` is whether nothing but pulls is served.
 
@@ -82,9 +98,13 @@ class ForkServer:
         """
         self._control = control
         self._board = board
+        self._counters = counters
+        self._facts = Facts(places.listener, places.sockets, places.state_dir)
         self._policy_dirs = places.policy_dirs
         self._pull_socket = None if only_pull else places.pull_socket
-        methods = FOR_OTHERS if only_pull else {**METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        others = {**METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        methods = {**(FOR_OTHERS if only_pull else others), **ADMIN_METHODS}
+        counters.name_methods([*methods, *QUESTIONS])
         self._dispatcher = Dispatcher(interface_directory(), methods, report_bug)
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
@@ -135,22 +155,42 @@ class ForkServer:
                 log(Priority.ERROR, f"cannot start a worker: {error}", message_id=WORKER_ID)
                 channel.tell(self._control, Word.GONE, number)
         elif word is Word.RELOAD:
-            try:
-                self._policy = PolicyInForce(load(self._policy_dirs), None)
-                channel.tell(self._control, Word.RELOADED, len(self._policy.policy.rules))
-            except PolicyError as error:
-                channel.tell(self._control, Word.NOT_RELOADED, 0, str(error))
+            self._reload()
+
+    def _reload(self) -> None:
+        """Read the policy; one with faults leaves the old one in force."""
+        loaded = Loader().load(self._policy_dirs)
+        if not loaded.problems:
+            self._policy = PolicyInForce(loaded.policy, None, self._origin(loaded))
+            word = Word.RELOADED
+        else:
+            if self._policy.origin is not None:
+                origin = replace(self._policy.origin, faults=loaded.problems)
+                self._policy = PolicyInForce(self._policy.policy, self._policy.refusal, origin)
+            word = Word.NOT_RELOADED
+        channel.tell(self._control, word, len(loaded.policy.rules), report(loaded))
 
     def _first_policy(self) -> PolicyInForce:
         """Load the policy; a broken one denies everything, and says so to whoever asks."""
-        try:
-            return PolicyInForce(load(self._policy_dirs), None)
-        except PolicyError as error:
-            log(Priority.ERROR, f"the policy is broken, everything is denied: {error}", message_id=POLICY_ID)
-            refusal = DeniedByPolicy(
-                "the system's policy is broken", hint="an administrator finds the reason in the journal"
-            )
-            return PolicyInForce(Policy(()), refusal)
+        loaded = Loader().load(self._policy_dirs)
+        origin = self._origin(loaded)
+        if not loaded.problems:
+            return PolicyInForce(loaded.policy, None, origin)
+        log(
+            Priority.ERROR,
+            f"the policy is broken, everything is denied: {loaded.problems[0]}",
+            message_id=POLICY_ID,
+        )
+        refusal = DeniedByPolicy(
+            "the system's policy is broken", hint="an administrator finds the reason in the journal"
+        )
+        return PolicyInForce(Policy(()), refusal, origin)
+
+    def _origin(self, loaded: Loaded) -> PolicyOrigin:
+        """Take note of a policy that is in force from now on."""
+        self._counters.add(Figure.GENERATION)
+        generation, now = self._counters.get(Figure.GENERATION), int(time.time())
+        return PolicyOrigin(loaded, tuple(self._policy_dirs), generation, now, loaded.problems)
 
     def _spawn(self, slot: int) -> None:
         """Fork a worker for `slot` and tell the listener how to reach it. Raises OSError."""
@@ -180,8 +220,18 @@ class ForkServer:
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)
 
-            parts = (self._dispatcher, self._policy, seal, self._store, self._throttle, self._pull_socket)
-            Worker(own, enter, *parts).run()
+            Worker(
+                own,
+                enter,
+                self._dispatcher,
+                self._policy,
+                seal,
+                self._store,
+                self._throttle,
+                self._pull_socket,
+                Tally(self._counters, slot),
+                Daemon(self._counters, self._facts, own),
+            ).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
             if isinstance(error, Exception):
@@ -235,7 +285,9 @@ class ForkServer:
         self._cleaners.add(pid)
 
 
-def serve(control: socket.socket, board: Board, places: Places, *, only_pull: bool) -> NoReturn:
+def serve(
+    control: socket.socket, board: Board, counters: Counters, places: Places, *, only_pull: bool
+) -> NoReturn:
     """Be the fork server: for the child of a fork of the listener. Never returns."""
     code = 1
     try:
@@ -243,7 +295,7 @@ def serve(control: socket.socket, board: Board, places: Places, *, only_pull: bo
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
         close_all_but({0, 1, 2, control.fileno(), *journal.descriptors})
-        attempt(lambda: ForkServer(control, board, places, only_pull=only_pull), control).run()
+        attempt(lambda: ForkServer(control, board, counters, places, only_pull=only_pull), control).run()
         code = 0
     except ConnectionError:
         code = 0  # the listener has ended

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mountd.daemon import channel
 from mountd.daemon.activation import StartFailure, listening_socket
 from mountd.daemon.board import Board
+from mountd.daemon.counters import Counters
 from mountd.daemon.journal import WORKER_ID, Priority, log, open_journal
 from mountd.daemon.limits import (
     MAXIMUM_CONNECTIONS,
@@ -107,6 +108,7 @@ class Daemon:
         self._listening, self._bound = listening_socket(self.path)
         self._maximum_connections = raise_descriptor_limit()
         self._signals: set[int] = set()
+        self._counters = Counters(SLOTS)  # for longer than a fork server lives
         self._watchdog = watchdog_seconds()
 
     def run(self) -> int:
@@ -136,19 +138,27 @@ class Daemon:
         """Start a fork server and run the listener over it. Raises ForkServerGone."""
         ours, theirs = channel.pair()
         board = Board(SLOTS)
+        self._counters.restart()
         pid = os.fork()
         if pid == 0:
             from mountd.daemon.fork_server import Places, serve
 
             places = Places(
-                self._policy_dirs, self._staging, self._state_dir, self._pull_socket, self._shared_seconds
+                self._policy_dirs,
+                self._staging,
+                self._state_dir,
+                self._pull_socket,
+                listener=os.getppid(),
+                sockets=(self.path,),
+                shared_seconds=self._shared_seconds,
             )
-            serve(theirs, board, places, only_pull=self._only_pull)
+            serve(theirs, board, self._counters, places, only_pull=self._only_pull)
         theirs.close()
         listener = Listener(
             self._listening,
             ours,
             board,
+            self._counters,
             maximum_connections=self._maximum_connections,
             idle_exit=self._idle_exit,
             notify=notify,
