@@ -25,20 +25,22 @@ from mountd.daemon.around import Daemon, Facts, report
 from mountd.daemon.channel import Word
 from mountd.daemon.counters import Figure, Tally
 from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
-from mountd.daemon.limits import SHARED_SECONDS, SLOTS
+from mountd.daemon.limits import MAXIMUM_MOUNTS, SHARED_SECONDS, SLOTS
 from mountd.daemon.throttle import Throttle
 from mountd.daemon.worker import Worker, report_bug
-from mountd.errors import DeniedByPolicy, MountdError, SyscallError
+from mountd.errors import DeniedByPolicy, MountdError, NotSupported, SyscallError
 from mountd.execute.seal import NoSeal, Staging
 from mountd.fds import OwnedFd
 from mountd.kernel import dm_verity, namespaces
 from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
+from mountd.ledger.book import Book
 from mountd.service import signatures
 from mountd.service.admin import METHODS as ADMIN_METHODS
 from mountd.service.context import PolicyInForce, PolicyOrigin
 from mountd.service.images import METHODS as IMAGE_METHODS
+from mountd.service.listing import METHODS as LIST_METHODS
 from mountd.service.mount import METHODS
 from mountd.service.pulls import FOR_OTHERS
 from mountd.service.pulls import METHODS as PULL_METHODS
@@ -63,7 +65,8 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides
 class Places:
     """Where everything is; `pull_socket` need not be there. `listener` is the pid of the listener.
 
-    `shared_seconds` is for how long a mount is kept for those who ask for the same again.
+    `shared_seconds` is for how long a mount is kept for those who ask for the same again. `watches_fd` is
+    the inotify descriptor of the ledger, which lets an owner have `maximum_mounts`.
     """
 
     policy_dirs: list[Path]
@@ -72,7 +75,10 @@ class Places:
     pull_socket: Path
     listener: int
     sockets: tuple[str, ...]
+    ledger: Path
+    watches_fd: int
     shared_seconds: float = SHARED_SECONDS
+    maximum_mounts: int = MAXIMUM_MOUNTS
 
 
 NO_SEAL = NoSeal()
@@ -101,8 +107,9 @@ class ForkServer:
         self._counters = counters
         self._facts = Facts(places.listener, places.sockets, places.state_dir)
         self._policy_dirs = places.policy_dirs
+        self._places = places
         self._pull_socket = None if only_pull else places.pull_socket
-        others = {**METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        others = {**METHODS, **LIST_METHODS, **IMAGE_METHODS, **PULL_METHODS}
         methods = {**(FOR_OTHERS if only_pull else others), **ADMIN_METHODS}
         counters.name_methods([*methods, *QUESTIONS])
         self._dispatcher = Dispatcher(interface_directory(), methods, report_bug)
@@ -114,9 +121,11 @@ class ForkServer:
         self._groups: dict[int, int] = {}  # -> slot
         self._cleaners: set[int] = set()
         self._killed: set[int] = set()  # workers that had no time to clear their spot
+        self._hidden: frozenset[int] = frozenset()
         # What pulls makes no mounts, and need not be able to.
         self._staging = None if only_pull else Staging(str(places.staging), SLOTS, places.shared_seconds)
         if not only_pull:
+            self._hidden = self._staging_namespaces()
             signatures.prepare()
             remove_unused_devices()
             mount_fusectl()
@@ -215,7 +224,8 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             seal = NO_SEAL if self._staging is None else self._staging.seal(slot)
-            close_all_but({0, 1, 2, own.fileno(), *journal.descriptors, *seal.fds})
+            watches_fd = self._places.watches_fd
+            close_all_but({0, 1, 2, own.fileno(), watches_fd, *journal.descriptors, *seal.fds})
 
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)
@@ -231,6 +241,7 @@ class ForkServer:
                 self._pull_socket,
                 Tally(self._counters, slot),
                 Daemon(self._counters, self._facts, own),
+                self._book(),
             ).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
@@ -238,6 +249,23 @@ class ForkServer:
                 report_bug(error)
         finally:
             os._exit(code)
+
+    def _staging_namespaces(self) -> frozenset[int]:
+        """Return the ids of the mount namespaces that only mountd uses; none where they have no ids."""
+        if self._staging is None:
+            return frozenset()
+        try:
+            return self._staging.namespaces()
+        except NotSupported as error:
+            log(Priority.WARNING, f"mounts cannot be listed: {error}", message_id=WORKER_ID)
+            return frozenset()
+
+    def _book(self) -> Book | None:
+        """Return the ledger, for a worker."""
+        if self._staging is None:
+            return None
+        places = self._places
+        return Book(str(places.ledger), places.watches_fd, places.maximum_mounts, self._hidden)
 
     def _lead(self, pid: int, slot: int) -> None:
         """Make a child the leader of its process group, which `slot` belongs to."""
@@ -294,7 +322,7 @@ def serve(
         end_with_parent()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        close_all_but({0, 1, 2, control.fileno(), *journal.descriptors})
+        close_all_but({0, 1, 2, control.fileno(), places.watches_fd, *journal.descriptors})
         attempt(lambda: ForkServer(control, board, counters, places, only_pull=only_pull), control).run()
         code = 0
     except ConnectionError:

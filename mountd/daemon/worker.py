@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mountd.daemon.throttle import Throttle
     from mountd.execute.seal import NoSeal, Seal
     from mountd.fds import OwnedFd
+    from mountd.ledger.book import Book
     from mountd.service.context import Around, Enter
     from mountd.store.store import Store
     from mountd.wire.dispatch import Dispatcher
@@ -61,6 +62,7 @@ class Worker:
         pull_socket: Path | None = None,
         tally: Tally | None = None,
         around: Around | None = None,
+        ledger: Book | None = None,
     ) -> None:
         """`own` is the socket to the listener; `enter` writes this worker's row of the board.
 
@@ -76,6 +78,7 @@ class Worker:
         self._throttle = throttle
         self._tally = tally
         self._around = around
+        self._ledger = ledger
         self._healthy = True
         self._may_linger = False  # after the last request
         self._served = 0
@@ -167,6 +170,7 @@ class Worker:
             pull_socket=self._pull_socket,
             walker=held.walker,
             around=self._around,
+            ledger=self._ledger,
         )
         begin = time.monotonic()
         if self._tally is not None:
@@ -194,6 +198,8 @@ class Worker:
     def _clean_up(self) -> None:
         """Let go of everything that the last requests have left."""
         self._seal.clear()
+        if self._ledger is not None:
+            self._ledger.collect()
         close_all(self._left_over)
 
     def _send(self, connection: socket.socket, reply: bytes, fds: list[OwnedFd]) -> bool:

@@ -3,10 +3,10 @@
 import ctypes
 import os
 
-from mountd.errors import SyscallError
+from mountd.errors import NotSupported, SyscallError
+from mountd.fds import OwnedFd
 from mountd.kernel.abi import MNT_ID_REQ_SIZE_VER0, STATMOUNT_STRINGS, mnt_id_req, mnt_ns_info
 from mountd.kernel.abi import statmount as statmount_struct
-from mountd.fds import OwnedFd
 from mountd.kernel.flags import Ioctl, StatmountMask, StatxMask
 from mountd.kernel.libc import call
 from mountd.kernel.paths import statx
@@ -104,9 +104,10 @@ class MountNamespace:
 
 
 def mount_namespaces() -> list[MountNamespace]:
-    """Return all mount namespaces there are, this process's own included; their descriptors are the caller's.
+    """Return all mount namespaces, this process's own included; their descriptors are the caller's.
 
-    It takes CAP_SYS_ADMIN in the host's user namespace. Raises SyscallError, ENOTTY before Linux 6.12.
+    It takes CAP_SYS_ADMIN in the host's user namespace. Raises SyscallError, and NotSupported before
+    Linux 6.12.
     """
     found: list[MountNamespace] = []
     first = OwnedFd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
@@ -126,18 +127,27 @@ def mount_namespaces() -> list[MountNamespace]:
 
 
 def namespace_id(fd: int) -> int:
-    """Return the id of the mount namespace that `fd` refers to. Raises SyscallError."""
+    """Return the id of the mount namespace that `fd` refers to. Raises SyscallError, NotSupported."""
     info = mnt_ns_info(ctypes.sizeof(mnt_ns_info), 0, 0)
-    call("ioctl", fd, Ioctl.NS_MNT_GET_INFO, ctypes.byref(info))
+    _ask(fd, Ioctl.NS_MNT_GET_INFO, info)
     return int(info.mnt_ns_id)
 
 
 def _neighbour(fd: OwnedFd, which: Ioctl) -> MountNamespace | None:
     info = mnt_ns_info(ctypes.sizeof(mnt_ns_info), 0, 0)
     try:
-        found = OwnedFd(call("ioctl", fd.fileno(), which, ctypes.byref(info)))
+        found = OwnedFd(_ask(fd.fileno(), which, info))
     except SyscallError as error:
         if error.errno_name == "ENOENT":
             return None
         raise
     return MountNamespace(found, int(info.mnt_ns_id))
+
+
+def _ask(fd: int, which: Ioctl, info: mnt_ns_info) -> int:
+    try:
+        return call("ioctl", fd, which, ctypes.byref(info))
+    except SyscallError as error:
+        if error.errno_name == "ENOTTY":
+            raise NotSupported("listing mount namespaces (Linux 6.12)") from None
+        raise

@@ -1,8 +1,8 @@
-"""Noticing the end of a superblock, with inotify(7): a watch on its root directory lives as long as it does.
+"""Noticing the end of a superblock, with inotify(7): a watch on its root directory lives as long as that.
 
-The kernel takes the watch away when the last mount of the superblock is gone and nothing of it is in use any
-more, and lists those that are left in the fdinfo of the inotify descriptor. So the question whether something
-is still there is answered by the kernel, and by no note of ours. A watch does not keep a superblock alive.
+The kernel takes the watch away when the last mount of the superblock is gone and nothing of it is in use. It
+lists those that are left in the fdinfo of the inotify descriptor. So the question whether something is still
+there is answered by the kernel, and by no note of ours. A watch does not keep a superblock alive.
 
 The numbers of watches are not used again for as long as there are fewer than 2^31.
 """
@@ -33,7 +33,7 @@ def watch(watches_fd: int, fd: int) -> int:
 
 
 def watched(watches_fd: int) -> "dict[int, tuple[int, int]]":
-    """Return the watches that are left: number -> device of the superblock (major, minor). Raises OSError."""
+    """Return the watches that are left: number -> device of the superblock. Raises OSError."""
     drain(watches_fd)
     found = {}
     with open(f"/proc/self/fdinfo/{watches_fd}", encoding="ascii") as file:

@@ -15,7 +15,8 @@ class Record:
     `watch` is the number of the watch on the superblock, 0 where there can be none. `uid` is who asked,
     `owner` the host's uid that it counts for, `pid` the process at that time, all the host's. `source` is
     where the caller said that the image is, `id_map` says how ids are mapped, both for people; `since` is in
-    seconds since the epoch. `shared` is whether others may have been cloned from the same superblock.
+    seconds since the epoch. `superblock` is whether the superblock was made for this, so that every mount of
+    it is one that was handed out, or a copy of one; `shared`, whether there may be several of those.
     """
 
     id: int
@@ -29,6 +30,7 @@ class Record:
     read_only: bool
     id_map: str
     since: int
+    superblock: bool = True
     shared: bool = False
     unit: str | None = None
     rule: str | None = None
@@ -44,7 +46,7 @@ class Record:
 KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("id", "watch", "uid", "owner", "pid", "since"), int),
     **dict.fromkeys(("source", "file_system", "id_map"), str),
-    **dict.fromkeys(("read_only", "shared"), bool),
+    **dict.fromkeys(("read_only", "superblock", "shared"), bool),
     **dict.fromkeys(("unit", "rule", "trusted_by", "signer", "digest"), (str, type(None))),
     "device": list,
 }

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mountd.caller.peer import Peer
     from mountd.evidence.model import Evidence
     from mountd.execute.run import Sealer
+    from mountd.ledger.book import Book
     from mountd.service.phase import Phase
     from mountd.source.model import Source
     from mountd.store.store import Store
@@ -102,7 +103,7 @@ class RequestContext:
     `notes` is what the journal says about the request, `writable` whether a mount was made that can be
     written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
     that may use the network listens, if there is one. `walker` is for paths, and borrowed. `around` is the
-    daemon, for io.mountd.Admin.
+    daemon, for io.mountd.Admin; `ledger` takes down what is handed out, where there is one.
     """
 
     peer: Peer
@@ -115,6 +116,7 @@ class RequestContext:
     pull_socket: Path | None = None
     walker: Walker = field(default_factory=Walker)
     around: Around | None = None
+    ledger: Book | None = None
     _caller: Caller | None = None
     _decision: Decision | None = None
     _file_system: str = ""
