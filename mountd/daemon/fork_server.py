@@ -33,6 +33,8 @@ from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
 from mountd.service import signatures
+from mountd.service.attach import METHODS as ATTACH_METHODS
+from mountd.service.attachments import Attachments
 from mountd.service.context import PolicyInForce
 from mountd.service.images import METHODS as IMAGE_METHODS
 from mountd.service.mount import METHODS
@@ -55,12 +57,13 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where everything is; `pull_socket` need not be there."""
+    """Where everything is; `pull_socket` and `attached` need not be there."""
 
     policy_dirs: list[Path]
     staging: Path
     state_dir: Path
     pull_socket: Path
+    attached: Path
 
 
 NO_SEAL = NoSeal()
@@ -80,7 +83,8 @@ class ForkServer:
         self._board = board
         self._policy_dirs = places.policy_dirs
         self._pull_socket = None if only_pull else places.pull_socket
-        methods = FOR_OTHERS if only_pull else {**METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        self._attachments = None if only_pull else Attachments(places.attached)
+        methods = FOR_OTHERS if only_pull else {**METHODS, **ATTACH_METHODS, **IMAGE_METHODS, **PULL_METHODS}
         self._dispatcher = Dispatcher(interface_directory(), methods, report_bug)
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
@@ -176,8 +180,8 @@ class ForkServer:
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)
 
-            parts = (self._dispatcher, self._policy, seal, self._store, self._throttle, self._pull_socket)
-            Worker(own, enter, *parts).run()
+            parts = (self._dispatcher, self._policy, seal, self._store, self._throttle)
+            Worker(own, enter, *parts, self._pull_socket, self._attachments).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
             if isinstance(error, Exception):

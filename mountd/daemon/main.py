@@ -86,6 +86,7 @@ class Daemon:
         self._only_pull = options.only_pull
         self._pull_socket = options.runtime_dir / PULL_SOCKET_NAME
         self._staging = prepare_runtime_dir(options.runtime_dir)
+        self._attached = options.runtime_dir / "attached"
         self.path = options.socket or str(options.runtime_dir / SOCKET_NAME)
         self._listening, self._bound = listening_socket(self.path)
         self._maximum_connections = raise_descriptor_limit()
@@ -123,7 +124,9 @@ class Daemon:
         if pid == 0:
             from mountd.daemon.fork_server import Places, serve
 
-            places = Places(self._policy_dirs, self._staging, self._state_dir, self._pull_socket)
+            places = Places(
+                self._policy_dirs, self._staging, self._state_dir, self._pull_socket, self._attached
+            )
             serve(theirs, board, places, only_pull=self._only_pull)
         theirs.close()
         listener = Listener(

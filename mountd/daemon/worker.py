@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mountd.daemon.throttle import Throttle
     from mountd.execute.seal import NoSeal, Seal
     from mountd.fds import OwnedFd
+    from mountd.service.attachments import Attachments
     from mountd.service.context import Enter
     from mountd.store.store import Store
     from mountd.wire.dispatch import Dispatcher
@@ -57,6 +58,7 @@ class Worker:
         store: Store | None,
         throttle: Throttle,
         pull_socket: Path | None = None,
+        attachments: Attachments | None = None,
     ) -> None:
         """`own` is the socket to the listener; `enter` writes this worker's row of the board."""
         self._own = own
@@ -66,6 +68,7 @@ class Worker:
         self._seal = seal
         self._store = store
         self._pull_socket = pull_socket
+        self._attachments = attachments
         self._throttle = throttle
         self._healthy = True
         self._may_linger = False  # after the last request
@@ -153,6 +156,7 @@ class Worker:
             store=self._store,
             pull_socket=self._pull_socket,
             walker=held.walker,
+            attachments=self._attachments,
         )
         begin = time.monotonic()
         try:

@@ -12,6 +12,7 @@ from mountd.kernel.paths import statx
 LSMT_ROOT = 0xFFFFFFFFFFFFFFFF
 MAXIMUM_REPLY = 64 << 10
 BATCH = 512
+SIZE_OF_REQUEST = 24  # MNT_ID_REQ_SIZE_VER0: without another namespace
 
 
 def mount_id(fd: int) -> int:
@@ -47,10 +48,16 @@ class MountInfo:
 
 
 def statmount(
-    id: int, mask: StatmountMask = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.FS_TYPE
+    id: int,
+    mask: StatmountMask = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.FS_TYPE,
+    namespace: int = 0,
 ) -> MountInfo:
-    """Describe the mount with the unique `id`. Raises SyscallError, ENOENT if there is none."""
-    request = mnt_id_req(ctypes.sizeof(mnt_id_req), 0, id, int(mask))
+    """Describe the mount with the unique `id`. Raises SyscallError, ENOENT if there is none.
+
+    `namespace` is the id of the mount namespace to look in (Linux 6.11), 0 for that of this process.
+    """
+    size_of_request = ctypes.sizeof(mnt_id_req) if namespace else SIZE_OF_REQUEST
+    request = mnt_id_req(size_of_request, 0, id, int(mask), namespace)
     size = 4096
     while True:
         buffer = (ctypes.c_char * size)()
@@ -69,7 +76,7 @@ def listmount(parent_id: int = LSMT_ROOT) -> list[int]:
     """Return the unique ids of all mounts below the mount `parent_id` in this mount namespace."""
     found: list[int] = []
     while True:
-        request = mnt_id_req(ctypes.sizeof(mnt_id_req), 0, parent_id, found[-1] if found else 0)
+        request = mnt_id_req(SIZE_OF_REQUEST, 0, parent_id, found[-1] if found else 0)
         ids = (ctypes.c_uint64 * BATCH)()
         count = call("listmount", ctypes.byref(request), ids, BATCH, 0)
         found += ids[:count]

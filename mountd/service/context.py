@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mountd.caller.peer import Peer
     from mountd.evidence.model import Evidence
     from mountd.fds import OwnedFd
+    from mountd.service.attachments import Attachments
     from mountd.service.phase import Phase
     from mountd.source.model import Source
     from mountd.store.store import Store
@@ -69,7 +70,8 @@ class RequestContext:
 
     `notes` is what the journal says about the request, `writable` whether a mount was made that can be
     written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
-    that may use the network listens, if there is one. `walker` is for paths, and borrowed.
+    that may use the network listens, if there is one. `walker` is for paths, and borrowed. `attachments` are
+    the records of what was attached, None for an instance that attaches nothing.
     """
 
     peer: Peer
@@ -81,6 +83,7 @@ class RequestContext:
     store: Store | None = None
     pull_socket: Path | None = None
     walker: Walker = field(default_factory=Walker)
+    attachments: Attachments | None = None
     _caller: Caller | None = None
     _decision: Decision | None = None
     _file_system: str = ""
