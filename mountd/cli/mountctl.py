@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from mountd.cli import image
+from mountd.cli import attaching, image
 from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json
-from mountd.client import IDMAPS, Client, Request, attach_at, open_target
+from mountd.client import IDMAPS, Client, Request
 from mountd.errors import MountdError
 from mountd.version import VERSION
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PROGRAM = "mountctl"
 EXAMPLES = """\
 examples:
+  mountctl mount /var/lib/machines/base.raw ~/base
+  mountctl umount ~/base
   mountctl explain /var/lib/machines/base.raw
   mountctl run /var/lib/machines/base.raw -- ls -l /
   unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt
@@ -54,10 +56,14 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    mount = verbs.add_parser("mount", help="mount an image at a directory of your own mount namespace")
+    mount = verbs.add_parser("mount", help="mount an image at a directory")
     add_request(mount)
     add_namespace(mount)
     mount.add_argument("target", metavar="TARGET", help="an existing directory")
+    umount = verbs.add_parser("umount", help="detach what “mount” has mounted at a directory")
+    umount.add_argument("--json", action="store_true", help="print JSON, for errors as well")
+    umount.add_argument("-l", "--lazy", action="store_true", help="also if it is in use; it ends with that")
+    umount.add_argument("target", metavar="TARGET", help="the directory")
     run = verbs.add_parser(
         "run",
         help="run a command in an image, in new user and mount namespaces",
@@ -152,18 +158,6 @@ def request_of(options: argparse.Namespace) -> Request:
     )
 
 
-def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
-    """Mount and attach."""
-    with (
-        open_target(options.target) as target,
-        client.mount(request.source, request.fds, **request.parameters) as reply,
-    ):
-        attach_at(reply.mount.fileno(), target.fileno(), options.target)
-    if options.json:
-        show_json({"target": options.target, "mounts": reply.mounts, "decision": reply.decision})
-    return 0
-
-
 def run(options: argparse.Namespace, request: Request, client: Client) -> int:
     """Run a command in the image."""
     from mountd.cli.container import run_in_image
@@ -203,7 +197,7 @@ def explanation(reply: dict[str, object]) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-VERBS = {"mount": mount, "run": run, "explain": explain}
+VERBS = {"mount": attaching.mount, "run": run, "explain": explain}
 
 
 def act(argv: Sequence[str]) -> int:
@@ -216,6 +210,8 @@ def act(argv: Sequence[str]) -> int:
             become_policy_tool(argv[1:])
         options = parse(argv)
         as_json = options.json
+        if options.verb == "umount":
+            return attaching.umount(options)
         if options.verb == "image":
             return image.VERBS[options.image_verb](options)
         with request_of(options) as request, Client() as client:

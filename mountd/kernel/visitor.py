@@ -43,7 +43,7 @@ class Visitor:
         return os.readlink(str(fd), dir_fd=self._proc)
 
     def drop(self, mount_fd: int) -> None:
-        """Detach the attached mount `mount_fd`, and no other, in use or not. Raises SyscallError, OSError."""
+        """Detach the mount `mount_fd`, and no other, from the tree. Raises SyscallError, OSError."""
         os.fchdir(self._proc)
         umount(str(mount_fd), Unmount.DETACH)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,27 @@ class User:
             yield id
         finally:
             self.detach(id, lazy=True)
+
+
+def user_of(daemon: Daemon, grounds: Path, uid: int, mode: int = 0o700) -> User:
+    """The user `uid`, whose directory in `grounds` is made if it is not there."""
+    own = grounds / str(uid)
+    if not own.exists():
+        own.mkdir(mode=mode)
+        os.chown(own, uid, uid)
+    return User(daemon, uid, own)
+
+
+@contextmanager
+def granting(place: Path, name: str, policy: Callable[[str], str]) -> Iterator[tuple[Daemon, Path]]:
+    """A daemon whose policy lets users attach below directories of theirs, and where these are."""
+    grounds = place / name
+    grounds.mkdir(mode=0o755)
+    daemon = Daemon(place / f"{name}-daemon", policy(f'["{grounds}/$UID/**"]'))
+    yield daemon, grounds
+    assert daemon.stop() == 0, daemon.log
+    assert "internal error" not in daemon.log
+    assert records(daemon) == []
 
 
 def records(daemon: Daemon) -> list[str]:
