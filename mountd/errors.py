@@ -137,6 +137,16 @@ class OptionNotPermitted(MountdError):
         )
 
 
+class AttachNotPermitted(MountdError):
+    """Nothing is attached at this place for this caller."""
+
+    wire_name = "AttachNotPermitted"
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        """`reason` says why the place is not the caller's to have something attached at."""
+        super().__init__(f"attaching not permitted: {reason}", hint=hint, reason=reason)
+
+
 class LimitExceeded(MountdError):
     """A number that the caller controls would grow past its bound."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from mountd.cli import image
+from mountd.cli import attaching, image, listing
 from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json
-from mountd.client import IDMAPS, Client, Request, attach_at, open_target
+from mountd.client import IDMAPS, Client, Request
 from mountd.errors import MountdError
 from mountd.version import VERSION
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 PROGRAM = "mountctl"
 EXAMPLES = (
+    "mountctl mount /var/lib/machines/base.raw ~/base",
+    "mountctl list",
+    "mountctl umount ~/base",
     "mountctl explain /var/lib/machines/base.raw",
     "mountctl run /var/lib/machines/base.raw -- ls -l /",
     "unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt",
@@ -52,12 +55,17 @@ def parser() -> argparse.ArgumentParser:
     top.epilog = f"{top.epilog}{EXIT_STATUS}"
     top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    mount = add_verb(
-        verbs, "mount", "mount an image at a directory of your own mount namespace", MOUNT_EXAMPLES
-    )
+    mount = add_verb(verbs, "mount", "mount an image at a directory", MOUNT_EXAMPLES)
     add_request(mount)
     add_namespace(mount)
     mount.add_argument("target", metavar="TARGET", help="an existing directory")
+    umount = add_verb(
+        verbs, "umount", "detach what “mount” has mounted at a directory", ("mountctl umount ~/base",)
+    )
+    umount.add_argument("--json", action="store_true", help="print JSON, for errors as well")
+    umount.add_argument("-l", "--lazy", action="store_true", help="also if it is in use; it ends with that")
+    umount.add_argument("target", metavar="TARGET", help="the directory")
+    listing.add_verbs(verbs)
     run = add_verb(
         verbs,
         "run",
@@ -82,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 MOUNT_EXAMPLES = (
+    "mountctl mount /var/lib/machines/base.raw ~/base",
     "unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt",
     "mountctl mount -o noexec tmpfs:64M /mnt",
     "mountctl mount --verity base.verity --root-hash 0123… base.raw /mnt",
@@ -173,18 +182,6 @@ def request_of(options: argparse.Namespace) -> Request:
     )
 
 
-def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
-    """Mount and attach."""
-    with (
-        open_target(options.target) as target,
-        client.mount(request.source, request.fds, **request.parameters) as reply,
-    ):
-        attach_at(reply.mount.fileno(), target.fileno(), options.target)
-    if options.json:
-        show_json({"target": options.target, "mounts": reply.mounts, "decision": reply.decision})
-    return 0
-
-
 def run(options: argparse.Namespace, request: Request, client: Client) -> int:
     """Run a command in the image."""
     from mountd.cli.container import run_in_image
@@ -230,13 +227,15 @@ def own_verb(options: argparse.Namespace) -> int:
         from mountd.cli.doctor import doctor
 
         return doctor(options)
+    if options.verb in listing.VERBS:
+        return listing.VERBS[options.verb](options)
     from mountd.cli import admin
 
     return admin.reload(options) if options.verb == "policy" else admin.VERBS[options.verb](options)
 
 
-VERBS = {"mount": mount, "run": run, "explain": explain}
-OWN_VERBS = ("status", "metrics", "doctor", "policy")
+VERBS = {"mount": attaching.mount, "run": run, "explain": explain}
+OWN_VERBS = ("status", "metrics", "doctor", "policy", *listing.VERBS)
 
 
 def act(argv: Sequence[str]) -> int:
@@ -251,6 +250,8 @@ def act(argv: Sequence[str]) -> int:
         as_json = options.json
         if options.verb in OWN_VERBS:
             return own_verb(options)
+        if options.verb == "umount":
+            return attaching.umount(options)
         if options.verb == "image":
             return image.VERBS[options.image_verb](options)
         with request_of(options) as request, Client() as client:

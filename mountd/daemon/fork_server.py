@@ -38,12 +38,15 @@ from mountd.kernel.libc import call
 from mountd.ledger.book import Book
 from mountd.service import signatures
 from mountd.service.admin import METHODS as ADMIN_METHODS
+from mountd.service.attach import METHODS as ATTACH_METHODS
+from mountd.service.attachments import Attachments
 from mountd.service.context import PolicyInForce, PolicyOrigin
 from mountd.service.images import METHODS as IMAGE_METHODS
 from mountd.service.listing import METHODS as LIST_METHODS
 from mountd.service.mount import METHODS
 from mountd.service.pulls import FOR_OTHERS
 from mountd.service.pulls import METHODS as PULL_METHODS
+from mountd.service.revoke import METHODS as REVOKE_METHODS
 from mountd.store.store import Store
 from mountd.trust.policy import Policy
 from mountd.trust.policy_file import Loader
@@ -63,7 +66,7 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where everything is; `pull_socket` need not be there. `listener` is the pid of the listener.
+    """Where everything is; `pull_socket` and `attached` need not be there. `listener` is its pid.
 
     `shared_seconds` is for how long a mount is kept for those who ask for the same again. `watches_fd` is
     the inotify descriptor of the ledger, which lets an owner have `maximum_mounts`.
@@ -73,6 +76,7 @@ class Places:
     staging: Path
     state_dir: Path
     pull_socket: Path
+    attached: Path
     listener: int
     sockets: tuple[str, ...]
     ledger: Path
@@ -109,8 +113,9 @@ class ForkServer:
         self._policy_dirs = places.policy_dirs
         self._places = places
         self._pull_socket = None if only_pull else places.pull_socket
-        others = {**METHODS, **LIST_METHODS, **IMAGE_METHODS, **PULL_METHODS}
-        methods = {**(FOR_OTHERS if only_pull else others), **ADMIN_METHODS}
+        self._attachments = None if only_pull else Attachments(places.attached)
+        others = {**METHODS, **LIST_METHODS, **ATTACH_METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        methods = {**(FOR_OTHERS if only_pull else others), **ADMIN_METHODS, **REVOKE_METHODS}
         counters.name_methods([*methods, *QUESTIONS])
         self._dispatcher = Dispatcher(interface_directory(), methods, report_bug)
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
@@ -239,6 +244,7 @@ class ForkServer:
                 self._store,
                 self._throttle,
                 self._pull_socket,
+                self._attachments,
                 Tally(self._counters, slot),
                 Daemon(self._counters, self._facts, own),
                 self._book(),

@@ -120,6 +120,7 @@ class Daemon:
         self._only_pull = options.only_pull
         self._pull_socket = options.runtime_dir / PULL_SOCKET_NAME
         self._staging = prepare_runtime_dir(options.runtime_dir)
+        self._attached = options.runtime_dir / "attached"
         self.path = options.socket or str(options.runtime_dir / SOCKET_NAME)
         self._maximum_mounts = options.max_mounts
         self._listening, self._bound, kept = listening_socket(self.path)
@@ -166,6 +167,7 @@ class Daemon:
                 self._staging,
                 self._state_dir,
                 self._pull_socket,
+                self._attached,
                 listener=os.getppid(),
                 sockets=(self.path,),
                 ledger=self._ledger,

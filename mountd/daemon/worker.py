@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from mountd.execute.seal import NoSeal, Seal
     from mountd.fds import OwnedFd
     from mountd.ledger.book import Book
+    from mountd.service.attachments import Attachments
     from mountd.service.context import Around, Enter
     from mountd.store.store import Store
     from mountd.wire.dispatch import Dispatcher
@@ -60,6 +61,7 @@ class Worker:
         store: Store | None,
         throttle: Throttle,
         pull_socket: Path | None = None,
+        attachments: Attachments | None = None,
         tally: Tally | None = None,
         around: Around | None = None,
         ledger: Book | None = None,
@@ -75,6 +77,7 @@ class Worker:
         self._seal = seal
         self._store = store
         self._pull_socket = pull_socket
+        self._attachments = attachments
         self._throttle = throttle
         self._tally = tally
         self._around = around
@@ -169,6 +172,7 @@ class Worker:
             store=self._store,
             pull_socket=self._pull_socket,
             walker=held.walker,
+            attachments=self._attachments,
             around=self._around,
             ledger=self._ledger,
         )

@@ -55,7 +55,7 @@ class open_how(Structure):  # noqa: N801
 
 
 class mnt_id_req(Structure):  # noqa: N801
-    """struct mnt_id_req, MNT_ID_REQ_SIZE_VER1; before Linux 6.11 it ends before the last field."""
+    """struct mnt_id_req, MNT_ID_REQ_SIZE_VER1; without its last field it is what Linux 6.8 knows."""
 
     _fields_ = (
         ("size", c_uint32),

@@ -30,11 +30,16 @@ def pidfd_of_peer(connection: "socket.socket") -> OwnedFd:
 
 
 def user_namespace_of(pidfd: int, pid: int) -> OwnedFd:
+    """As `namespace_of_peer`."""
+    return namespace_of_peer(pidfd, pid, "user")
+
+
+def namespace_of_peer(pidfd: int, pid: int, kind: str) -> OwnedFd:
     """Linux 6.11 has an ioctl; before, /proc names the namespace, and the pidfd says it was still `pid`."""
     try:
-        return namespace_of(pidfd, "user")
+        return namespace_of(pidfd, kind)
     except NotSupported:
-        fd = OwnedFd(os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC))
+        fd = OwnedFd(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC))
         try:
             check_alive(pidfd)
         except BaseException:

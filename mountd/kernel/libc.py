@@ -45,6 +45,8 @@ _FUNCTIONS = {
     "mount": "sssns",
     "pivot_root": "ss",
     "prctl": "nnnnn",
+    "setfsgid": "n",
+    "setfsuid": "n",
     "setns": "nn",
     "statx": "nsnnp",
     "umount2": "sn",

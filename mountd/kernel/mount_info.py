@@ -51,13 +51,13 @@ class MountInfo:
 def statmount(
     id: int,
     mask: StatmountMask = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.FS_TYPE,
-    namespace_id: int = 0,
+    namespace: int = 0,
 ) -> MountInfo:
-    """Describe the mount with the unique `id`, in another mount namespace if its id is given (Linux 6.11).
+    """Describe the mount with the unique `id`. Raises SyscallError, ENOENT if there is none.
 
-    Raises SyscallError, ENOENT if there is none.
+    `namespace` is the id of the mount namespace to look in (Linux 6.11), 0 for that of this process.
     """
-    request = _request(id, int(mask), namespace_id)
+    request = _request(id, int(mask), namespace)
     size = 4096
     while True:
         buffer = (ctypes.c_char * size)()
@@ -72,14 +72,14 @@ def statmount(
         return MountInfo(struct, ctypes.string_at(ctypes.addressof(buffer), struct.size)[STATMOUNT_STRINGS:])
 
 
-def listmount(parent_id: int = LSMT_ROOT, namespace_id: int = 0) -> list[int]:
+def listmount(parent_id: int = LSMT_ROOT, namespace: int = 0) -> list[int]:
     """Return the unique ids of all mounts below the mount `parent_id`, in this mount namespace or that one.
 
     Raises SyscallError.
     """
     found: list[int] = []
     while True:
-        request = _request(parent_id, found[-1] if found else 0, namespace_id)
+        request = _request(parent_id, found[-1] if found else 0, namespace)
         ids = (ctypes.c_uint64 * BATCH)()
         count = call("listmount", ctypes.byref(request), ids, BATCH, 0)
         found += ids[:count]
@@ -87,9 +87,9 @@ def listmount(parent_id: int = LSMT_ROOT, namespace_id: int = 0) -> list[int]:
             return found
 
 
-def _request(id: int, param: int, namespace_id: int) -> mnt_id_req:
-    size = ctypes.sizeof(mnt_id_req) if namespace_id else MNT_ID_REQ_SIZE_VER0
-    return mnt_id_req(size, 0, id, param, namespace_id)
+def _request(id: int, param: int, namespace: int) -> mnt_id_req:
+    size = ctypes.sizeof(mnt_id_req) if namespace else MNT_ID_REQ_SIZE_VER0
+    return mnt_id_req(size, 0, id, param, namespace)
 
 
 class MountNamespace:

@@ -93,7 +93,7 @@ def attached_in(namespace: int) -> list[Attachment]:
 def ended_is_empty(namespace: int) -> list[int]:
     """Return the ids of all mounts in a mount namespace, none if it has ended meanwhile."""
     try:
-        return mount_info.listmount(namespace_id=namespace)
+        return mount_info.listmount(namespace=namespace)
     except SyscallError as error:
         if error.errno_name in GONE:
             return []

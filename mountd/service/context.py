@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mountd.evidence.model import Evidence
     from mountd.execute.run import Sealer
     from mountd.ledger.book import Book
+    from mountd.service.attachments import Attachments
     from mountd.service.phase import Phase
     from mountd.source.model import Source
     from mountd.store.store import Store
@@ -102,8 +103,9 @@ class RequestContext:
 
     `notes` is what the journal says about the request, `writable` whether a mount was made that can be
     written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
-    that may use the network listens, if there is one. `walker` is for paths, and borrowed. `around` is the
-    daemon, for io.mountd.Admin; `ledger` takes down what is handed out, where there is one.
+    that may use the network listens, if there is one. `walker` is for paths, and borrowed. `attachments` are
+    the records of what was attached, None for an instance that attaches nothing. `around` is the daemon, for
+    io.mountd.Admin; `ledger` takes down what is handed out, where there is one.
     """
 
     peer: Peer
@@ -115,6 +117,7 @@ class RequestContext:
     store: Store | None = None
     pull_socket: Path | None = None
     walker: Walker = field(default_factory=Walker)
+    attachments: Attachments | None = None
     around: Around | None = None
     ledger: Book | None = None
     _caller: Caller | None = None

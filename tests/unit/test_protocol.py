@@ -25,6 +25,7 @@ EXAMPLES = [
     errors.BadFileDescriptor("source.imageFileDescriptor", "reason"),
     errors.UserNamespaceNotPermitted("reason", hint="hint"),
     errors.OptionNotPermitted("suid", "reason", hint="hint"),
+    errors.AttachNotPermitted("reason", hint="hint"),
     errors.LimitExceeded("descriptors in a message", 16, hint="hint"),
     errors.MountFailed("fsmount(3, 0)", "EINVAL", ["e xfs: no"]),
     errors.TimedOut(10),
