@@ -80,6 +80,7 @@ class TestWhoMayAsk:
         assert daemon.log == before
         ask(daemon, "Reload")
         assert "the policy was reloaded: 0 rules" in daemon.log
+        assert eventually(lambda: f"Reload for uid 0 (pid {os.getpid()}): done" in daemon.log)
         as_user(lambda: self.refused(daemon), 4710)
         # The line is written after the answer.
         assert eventually(lambda: daemon.log.count("refused with DeniedByPolicy") == len(METHODS))

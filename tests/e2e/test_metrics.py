@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mountd.daemon.limits import DEADLINES, MAXIMUM_WORKERS
+from mountd.daemon.limits import DEADLINES, MAXIMUM_STUCK_PER_OWNER, MAXIMUM_WORKERS
 from mountd.service.phase import Phase
 from tests.daemon import Daemon
 from tests.e2e.admin import ask, counted
@@ -149,6 +149,26 @@ def test_it_answers_while_all_workers_hang(
     # What they were refused with was counted before they hung, and once.
     refusals = [each for each in ask(daemon, "Metrics")["requests"] if each["method"].endswith(".Mount")]
     assert sum(each["count"] for each in refusals) == MAXIMUM_WORKERS
+
+
+def test_who_has_as_many_that_hang_as_may_is_told(
+    start: Callable[..., Daemon], images: dict[str, Path], place: Path
+) -> None:
+    """Also root: what is asked nobody knows before it is read, and reading is what workers are for."""
+    daemon = start(trusting(images["erofs"].parent), start_new_session=True)
+    with Fuse(place / "metrics fuse of root", b"no image") as fuse, opened(fuse.path) as fds:
+        fuse.silence(Op.FLUSH, session=daemon.process.pid)
+        with contextlib.ExitStack() as stack:
+            for _ in range(MAXIMUM_STUCK_PER_OWNER):
+                stack.enter_context(Raw(daemon)).send(mount_call(), fds)
+            assert eventually(
+                lambda: outcome(lambda: ask(daemon, "Metrics"))[0] == "LimitExceeded",
+                3 * DEADLINES[Phase.CLOSE],
+            )
+            fuse.abort()
+        assert eventually(lambda: outcome(lambda: ask(daemon, "Metrics")) == ("", ""))
+    assert counted(daemon, "", "LimitExceeded") >= 1
+    assert ask(daemon, "Metrics")["pool"]["killed"] == MAXIMUM_STUCK_PER_OWNER
 
 
 class TestProgram:
