@@ -212,6 +212,8 @@ class ForkServer:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             seal = NO_SEAL if self._staging is None else self._staging.seal(slot)
             close_all_but({0, 1, 2, own.fileno(), *journal.descriptors, *seal.fds})
+            self._board.hide_from_children()
+            self._counters.hide_from_children()
 
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)

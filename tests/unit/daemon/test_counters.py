@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import resource
 import signal
 import timeit
 
 import pytest
 
+from mountd.daemon.board import Board
 from mountd.daemon.counters import (
     BOUNDS,
     DONE,
@@ -123,6 +126,38 @@ def test_there_is_room_for_all_methods() -> None:
 
     declared = "".join(file.read_text() for file in interface_directory().glob("*.varlink"))
     assert declared.count("\nmethod ") + 3 <= MAXIMUM_METHODS
+
+
+@pytest.mark.parametrize("kind", ["board", "counters"])
+def test_what_a_worker_forks_has_none_of_it(counters: Counters, kind: str) -> None:
+    """A child that parses images, and was taken over, can neither write there nor look."""
+    board = Board(3)
+
+    def touch() -> int:
+        return len(counters.requests()) if kind == "counters" else board.read(0)[2]
+
+    def child(hidden: bool) -> int:
+        pid = os.fork()
+        if pid == 0:
+            if hidden:
+                (counters if kind == "counters" else board).hide_from_children()
+            touch()  # the worker itself still can
+            inner = os.fork()
+            if inner == 0:
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                touch()
+                os._exit(0)
+            os._exit(0 if os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]) == 0 else 7)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    faulthandler_was_on = faulthandler.is_enabled()
+    faulthandler.disable()  # its report would look like a failure
+    try:
+        assert child(hidden=False) == 0
+        assert child(hidden=True) == 7
+    finally:
+        if faulthandler_was_on:
+            faulthandler.enable()
 
 
 def test_counting_costs_little(counters: Counters) -> None:
