@@ -100,7 +100,7 @@ REFUSALS = {
     "pipe": (["explain", "FIFO"], 1, "BadFileDescriptor", "source.imageFileDescriptor: "),
     "writable pipe": (["explain", "-w", "FIFO"], 1, "BadFileDescriptor", "source.imageFileDescriptor: "),
     "no size": (["run", "tmpfs:", "true"], 1, "InvalidParameter", "“tmpfs:” has no size such as 64M"),
-    "idmap": (["explain", "--idmap", "x", "IMAGE"], 1, "UsageError", "invalid choice: 'x'"),
+    "idmap": (["explain", "--idmap", "x", "IMAGE"], 1, "UsageError", "“x” is none of its values"),
     "unreadable": (["explain", "SECRET"], 1, "PermissionError", "secret: Permission denied$"),
     "writable": (
         ["run", "-w", "IMAGE", "true"],
