@@ -30,7 +30,8 @@ class Daemon:
         self._command = [
             *(sys.executable, "-m", "mountd.daemon.main"),
             *("--runtime-dir", directory / "run", "--state-dir", directory / "state"),
-            *("--policy-dir", self.policy_dir, *arguments),
+            # Soon, as every test ends with nothing left.
+            *("--shared-seconds", "0.2", "--policy-dir", self.policy_dir, *arguments),
         ]
         self._run = run
         self.launch()

@@ -8,6 +8,7 @@ worker → listener: ANSWERED, and whether the connection can go on; FREE, and w
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from enum import IntEnum
@@ -46,6 +47,11 @@ def tell(
     """Send a command or a report, with descriptors that stay the caller's. Raises OSError."""
     data = COMMAND.pack(word, number) + text.encode("utf-8", "replace")[:MAXIMUM_TEXT]
     sockets.send(channel, data, fds or [])
+
+
+def wait(channel: socket.socket, seconds: float | None) -> bool:
+    """Return whether there is something to receive within `seconds`, None for however long it takes."""
+    return seconds is None or bool(select.select([channel], [], [], seconds)[0])
 
 
 def next_request(channel: socket.socket) -> tuple[OwnedFd, tuple[int, int]] | None:

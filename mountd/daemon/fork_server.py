@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mountd.daemon import channel, journal
 from mountd.daemon.channel import Word
 from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
-from mountd.daemon.limits import SLOTS
+from mountd.daemon.limits import SHARED_SECONDS, SLOTS
 from mountd.daemon.throttle import Throttle
 from mountd.daemon.worker import Worker, report_bug
 from mountd.errors import DeniedByPolicy, MountdError, SyscallError
@@ -57,13 +57,17 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where everything is; `pull_socket` and `attached` need not be there."""
+    """Where everything is; `pull_socket` and `attached` need not be there.
+
+    `shared_seconds` is for how long a mount is kept for those who ask for the same again.
+    """
 
     policy_dirs: list[Path]
     staging: Path
     state_dir: Path
     pull_socket: Path
     attached: Path
+    shared_seconds: float = SHARED_SECONDS
 
 
 NO_SEAL = NoSeal()
@@ -95,7 +99,7 @@ class ForkServer:
         self._cleaners: set[int] = set()
         self._killed: set[int] = set()  # workers that had no time to clear their spot
         # What pulls makes no mounts, and need not be able to.
-        self._staging = None if only_pull else Staging(str(places.staging), SLOTS)
+        self._staging = None if only_pull else Staging(str(places.staging), SLOTS, places.shared_seconds)
         if not only_pull:
             signatures.prepare()
             remove_unused_devices()

@@ -30,6 +30,8 @@ SECONDS_OF_WORKER = 300
 # How long a worker stays with a connection that it has just answered, and for how many requests.
 LINGER_MILLISECONDS = 1
 REQUESTS_IN_A_ROW = 64
+MAXIMUM_SHARED_SECONDS = 3600
+SHARED_SECONDS = 5  # that a mount is kept for whoever asks for the same again
 IDLE_WORKER_SECONDS = 30  # above the minimum
 HANGS_SECONDS = 1.0  # within a phase and asleep in the kernel: too long for a daemon that is to end
 PAUSE_SECONDS = 0.1  # without what it takes for another connection or another worker

@@ -17,7 +17,13 @@ from mountd.daemon import channel
 from mountd.daemon.activation import StartFailure, listening_socket
 from mountd.daemon.board import Board
 from mountd.daemon.journal import WORKER_ID, Priority, log, open_journal
-from mountd.daemon.limits import MAXIMUM_CONNECTIONS, SLOTS, SPARE_DESCRIPTORS
+from mountd.daemon.limits import (
+    MAXIMUM_CONNECTIONS,
+    MAXIMUM_SHARED_SECONDS,
+    SHARED_SECONDS,
+    SLOTS,
+    SPARE_DESCRIPTORS,
+)
 from mountd.daemon.listener import ForkServerGone, Listener
 from mountd.kernel.libc import call
 from mountd.kernel.namespaces import PR_SET_DUMPABLE
@@ -61,6 +67,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--idle-exit", metavar="SECONDS", type=float, help="end when nobody was there for so long"
     )
     parser.add_argument(
+        "--shared-seconds",
+        metavar="SECONDS",
+        type=float,
+        default=SHARED_SECONDS,
+        help="for how long a mount is kept for whoever asks for the same again, 0 for not at all; "
+        f"default: {SHARED_SECONDS}",
+    )
+    parser.add_argument(
         "--only-pull",
         action="store_true",
         help="serve nothing but pulls from registries, for another instance that may not use the network",
@@ -68,6 +82,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.idle_exit is not None and options.idle_exit <= 0:
         parser.error("--idle-exit: it has to be more than 0 seconds")
+    if not 0 <= options.shared_seconds <= MAXIMUM_SHARED_SECONDS:
+        parser.error(f"--shared-seconds: it has to be 0 to {MAXIMUM_SHARED_SECONDS} seconds")
     # The working directory is not the same for ever.
     options.runtime_dir, options.state_dir = options.runtime_dir.absolute(), options.state_dir.absolute()
     options.policy_dir = [each.absolute() for each in options.policy_dir or POLICY_DIRS]
@@ -83,6 +99,7 @@ class Daemon:
         self._policy_dirs = options.policy_dir
         self._idle_exit = options.idle_exit
         self._state_dir = options.state_dir
+        self._shared_seconds = options.shared_seconds
         self._only_pull = options.only_pull
         self._pull_socket = options.runtime_dir / PULL_SOCKET_NAME
         self._staging = prepare_runtime_dir(options.runtime_dir)
@@ -125,7 +142,12 @@ class Daemon:
             from mountd.daemon.fork_server import Places, serve
 
             places = Places(
-                self._policy_dirs, self._staging, self._state_dir, self._pull_socket, self._attached
+                self._policy_dirs,
+                self._staging,
+                self._state_dir,
+                self._pull_socket,
+                self._attached,
+                self._shared_seconds,
             )
             serve(theirs, board, places, only_pull=self._only_pull)
         theirs.close()

@@ -85,6 +85,8 @@ class Worker:
         going_on = True
         try:
             while going_on:
+                while not channel.wait(self._own, self._seal.seconds_left()):
+                    self._seal.expire()
                 request = channel.next_request(self._own)
                 if request is None:
                     return
@@ -103,6 +105,8 @@ class Worker:
                 channel.tell(self._own, Word.FREE, going_on)
         except ConnectionError:
             return  # the daemon has ended
+        finally:
+            self._seal.expire(0)
 
     def _serve_in_a_row(self, held: Conversation) -> bool:
         """Serve a request and those that follow at once; return whether the connection can have another.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mountd.errors import SyscallError
 from mountd.execute import verity
@@ -28,14 +28,25 @@ from mountd.plan.operations import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from mountd.fds import OwnedFd
-    from mountd.plan.operations import Plan
+    from mountd.plan.operations import Operation, Plan
 
     Rows = Sequence[tuple[int, int, int]]
 
 T = TypeVar("T")
+SEAL = Seal()
+
+
+class Sealer(Protocol):
+    """Locks the attributes of mounts, and may keep some for whoever asks for the same again."""
+
+    def __call__(self, mount: OwnedFd, name: str | None = None) -> OwnedFd:
+        """Take `mount` over and return one whose attributes are locked; keep it under `name`, if given."""
+
+    def again(self, name: str) -> OwnedFd | None:
+        """Return another such mount as was kept under `name`, if it is still there."""
 
 
 class Inputs:
@@ -48,13 +59,10 @@ class Inputs:
         *,
         image_fd: int | None,
         userns_fd: int | None,
-        seal: Callable[[OwnedFd], OwnedFd],
+        seal: Sealer,
         hash_fd: int | None = None,
     ) -> None:
-        """`seal` takes a detached mount over and returns one whose attributes are locked.
-
-        `hash_fd` is the hash data of dm-verity, where the plan has it.
-        """
+        """`hash_fd` is the hash data of dm-verity, where the plan has it."""
         self.image_fd = image_fd
         self.hash_fd = hash_fd
         self.userns_fd = userns_fd
@@ -68,8 +76,13 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
     """
     context: FsContext | None = None
     mount: OwnedFd | None = None
+    operations: Sequence[Operation] = plan.operations
+    if plan.shared is not None:
+        mount = inputs.seal.again(plan.shared)
+        if mount is not None:
+            operations = plan.operations[plan.operations.index(SEAL) + 1 :]
     try:
-        for operation in plan.operations:
+        for operation in operations:
             if isinstance(operation, CreateSuperblock):
                 context = create(operation, inputs)
             elif isinstance(operation, MakeMount):
@@ -77,7 +90,7 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
             elif isinstance(operation, Seal):
                 # The old descriptor is the sealer's now, whether it succeeds or not.
                 unsealed, mount = _needed(mount), None
-                mount = inputs.seal(unsealed)
+                mount = inputs.seal(unsealed, plan.shared)
             else:
                 map_ids(operation, _needed(mount).fileno(), inputs)
         done, mount = _needed(mount), None

@@ -16,6 +16,8 @@ To detach something, the kernel waits until nobody looks at the tree of mounts a
 than all the rest of a request. So there is a stand at the spot, a mount with a directory for each of several
 mounts, and it is detached together with all of them.
 
+What others may want, too, is not attached at the spot but kept for a while (`execute.shared`).
+
 Between entering and coming back nothing happens but one system call. The sealer shows the same files as the
 daemon's own namespace, and nobody else can get into it.
 """
@@ -26,6 +28,8 @@ import os
 from typing import TYPE_CHECKING
 
 from mountd.errors import NotSupported, SyscallError
+from mountd.execute import shared
+from mountd.execute.shared import SharedMounts
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
@@ -35,18 +39,21 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 MAXIMUM_STAGED = 16
-NOT_A_MOUNT = 22  # EINVAL of umount2(2)
+SHARED = "shared"
 LOST = 70  # exit status of a worker that cannot come back
 
 
 class Seal:
     """A worker's way to a locked mount: its spot, and both mount namespaces, borrowed from the `Staging`."""
 
-    __slots__ = ("_own_fd", "_sealer_fd", "_staged", "_standing", "spot")
+    __slots__ = ("_own_fd", "_sealer_fd", "_shared", "_staged", "_standing", "spot")
 
-    def __init__(self, spot: str, own_fd: int, sealer_fd: int) -> None:
-        """`own_fd` is the mount namespace of this process."""
-        self.spot = spot
+    def __init__(
+        self, directory: str, number: int, own_fd: int, sealer_fd: int, shared_seconds: float
+    ) -> None:
+        """`own_fd` is the mount namespace of this process. Raises OSError."""
+        self.spot = f"{directory}/{number}"
+        self._shared = SharedMounts(f"{directory}/{SHARED}", number, shared_seconds, self._clone)
         self._own_fd = own_fd
         self._sealer_fd = sealer_fd
         self._standing = False  # whether there is a stand
@@ -57,13 +64,17 @@ class Seal:
         """The descriptors that the worker has to keep open."""
         return {self._own_fd, self._sealer_fd}
 
-    def __call__(self, mount: OwnedFd) -> OwnedFd:
+    def __call__(self, mount: OwnedFd, name: str | None = None) -> OwnedFd:
         """Take `mount` over and return a mount of the same with its attributes locked, private, detached.
 
-        `clear` has to follow, and does by itself after MAXIMUM_STAGED calls; it is apart as it takes time
-        that nobody need wait for. Raises SyscallError.
+        With a `name`, it is kept for those who ask for that again. `clear` has to follow, and does by itself
+        after MAXIMUM_STAGED calls; it is apart as it takes time that nobody need wait for. Raises
+        SyscallError.
         """
         try:
+            kept = None if name is None else self._shared.keep(name, mount)
+            if kept is not None:
+                return self._private(kept)
             if self._staged == MAXIMUM_STAGED:
                 self.clear()
             if not self._standing:
@@ -73,9 +84,16 @@ class Seal:
             self._staged += 1
         finally:
             mount.close()
-        sealed = self._clone(place)
+        return self._private(self._clone(place))
+
+    def again(self, name: str) -> OwnedFd | None:
+        """Return another such mount as was kept under this name, None for none. Raises SyscallError."""
+        found = self._shared.find(name)
+        return None if found is None else self._private(found)
+
+    def _private(self, sealed: OwnedFd) -> OwnedFd:
+        """Return `sealed` without a master: until the other is detached, it would have that for one."""
         try:
-            # Until the spot is cleared, it would have what is there for its master.
             mount_api.mount_setattr(sealed.fileno(), propagation=Propagation.PRIVATE)
         except BaseException:
             sealed.close()
@@ -110,30 +128,49 @@ class Seal:
             self._standing, self._staged = False, 0
             mount_api.umount(self.spot)
 
+    def seconds_left(self) -> float | None:
+        """Return in how many seconds `expire` has something to do, None if it has not."""
+        return self._shared.seconds_left()
+
+    def expire(self, seconds: float | None = None) -> None:
+        """Give up what nobody has asked for in `seconds`, or as usual. Raises SyscallError, OSError."""
+        self._shared.expire(seconds)
+
 
 class NoSeal:
     """The seal of a worker that makes no mounts."""
 
     fds: frozenset[int] = frozenset()
 
-    def __call__(self, mount: OwnedFd) -> OwnedFd:
+    def __call__(self, mount: OwnedFd, name: str | None = None) -> OwnedFd:
         """Refuse, and close `mount`. Raises NotSupported."""
         mount.close()
         raise NotSupported("mounting by what only pulls")
 
+    def again(self, name: str) -> OwnedFd | None:
+        """Return None: there is none."""
+
     def clear(self) -> None:
         """There is nothing to clear."""
+
+    def seconds_left(self) -> float | None:
+        """Return None: there is nothing to expire."""
+
+    def expire(self, seconds: float | None = None) -> None:
+        """There is nothing to expire."""
 
 
 class Staging:
     """The staging directory in a mount namespace that is nobody else's, and the sealer."""
 
-    def __init__(self, directory: str, spots: int) -> None:
+    def __init__(self, directory: str, spots: int, shared_seconds: float) -> None:
         """Leave the mount namespace for a private one, stage at `directory`, and make the sealer.
 
-        Raises SyscallError, OSError, and NotSupported without user namespaces or in a chroot.
+        `shared_seconds` is for how long a mount is kept for those who ask for the same again. Raises
+        SyscallError, OSError, and NotSupported without user namespaces or in a chroot.
         """
         self.directory = directory
+        self._shared_seconds = shared_seconds
         namespaces.unshare(Clone.NEWNS)
         # What happens outside still arrives; what is mounted here never leaves.
         mount_api.set_propagation("/", Propagation.SLAVE, recursive=True)
@@ -144,19 +181,17 @@ class Staging:
         for number in range(spots):
             for place in range(MAXIMUM_STAGED):
                 os.makedirs(f"{directory}/{number}/{place}", 0o700)
+        shared.prepare(f"{directory}/{SHARED}", spots)
         self._sealer = self._make_sealer()
 
     def seal(self, number: int) -> Seal:
-        """Return the way to the sealer for the worker with this number."""
-        return Seal(f"{self.directory}/{number}", self._own.fileno(), self._sealer.fileno())
+        """Return the way to the sealer for the worker with this number. Raises OSError."""
+        return Seal(self.directory, number, self._own.fileno(), self._sealer.fileno(), self._shared_seconds)
 
     def clean(self, number: int) -> None:
-        """Detach what a worker that was killed has left at its spot. Raises SyscallError."""
-        try:
-            mount_api.umount(f"{self.directory}/{number}")
-        except SyscallError as error:
-            if error.errno != NOT_A_MOUNT:
-                raise
+        """Detach what a worker that was killed has left, and has kept. Raises SyscallError."""
+        shared.take_away(f"{self.directory}/{number}")
+        shared.clean(f"{self.directory}/{SHARED}", number)
 
     def close(self) -> None:
         """Give up the sealer; the staging directory goes with the last process in this mount namespace."""

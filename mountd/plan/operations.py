@@ -145,9 +145,13 @@ Operation = CreateSuperblock | MakeMount | MapToNamespace | MapRanges | MapRootO
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The operations for one mount, in the order in which they are carried out."""
+    """The operations for one mount, in the order in which they are carried out.
+
+    `shared` names what is the same for other requests once it is sealed; None for what is for nobody else.
+    """
 
     operations: tuple[Operation, ...]
+    shared: str | None = None
 
     def describe(self) -> tuple[str, ...]:
         """Return one line for each step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -63,17 +64,38 @@ def plan_mount(
     With `verity`, the image is read through dm-verity: that is what the verdict was about.
     """
     attributes = attributes_of(decision.attributes, decision.read_only)
-    operations: list[Operation] = [superblock(source, decision, verity), MakeMount(attributes)]
+    made = superblock(source, decision, verity)
+    operations: list[Operation] = [made, MakeMount(attributes)]
+    shared = None
+    # What is asked of the host's root is nothing: it may clear whatever it likes.
+    if attributes and not caller.is_host_root:
+        operations.append(Seal())
+        shared = shared_name(source, decision, made, caller.owner_uid)
     if idmap is IdMapKind.NAMESPACE:
         operations.append(MapToNamespace())
     elif idmap is IdMapKind.RANGES:
         operations.append(MapRanges(uids, gids))
     elif idmap is IdMapKind.CALLER:
         operations.append(MapRootOwner(caller.uid, caller.gid))
-    # What is asked of the host's root is nothing: it may clear whatever it likes.
-    if attributes and not caller.is_host_root:
-        operations.append(Seal())
-    return Plan(tuple(operations))
+    return Plan(tuple(operations), shared)
+
+
+@lru_cache(maxsize=64)
+def shared_name(source: Source, decision: Decision, made: CreateSuperblock, owner_uid: int) -> str | None:
+    """Return a name that two requests have in common only if the one may have a clone of the other's mount.
+
+    The image is the same, in the same state, and cannot change: that is known by its inode and the time of
+    its last change, as it cannot be replaced while it is mounted. It is read in the same way, has the same
+    attributes, is trusted for the same reason, and belongs to the same owner, so that what is taken from
+    the one is not taken from another as well.
+    """
+    backing = source.backing
+    if backing is None or not backing.changed or not made.read_only:
+        return None
+    image = (backing.dev, backing.ino, backing.changed, backing.size)
+    trust = (decision.rule, decision.trusted_by, decision.signer, decision.digest)
+    facts = (image, made, sorted(decision.attributes), trust, owner_uid)
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 @lru_cache(maxsize=64)

@@ -10,13 +10,12 @@ from mountd.evidence.location import Walker
 from mountd.trust.decide import decide
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from mountd.caller.model import Caller
     from mountd.caller.peer import Peer
     from mountd.evidence.model import Evidence
-    from mountd.fds import OwnedFd
+    from mountd.execute.run import Sealer
     from mountd.service.attachments import Attachments
     from mountd.service.phase import Phase
     from mountd.source.model import Source
@@ -76,7 +75,7 @@ class RequestContext:
 
     peer: Peer
     policy: PolicyInForce
-    seal: Callable[[OwnedFd], OwnedFd]
+    seal: Sealer
     enter: Enter
     notes: dict[str, str] = field(default_factory=dict)
     writable: bool = False

@@ -217,6 +217,7 @@ def test_erofs_on_a_tmpfs_falls_back_to_a_loop_device(
                     return text_of(reply), os.fstat(reply.mount.fileno()).st_uid
 
             assert in_container(work) == ("hello from the image\n", 0)
+            wait_until_dropped(fd.fileno())
             with ask(daemon, fd.fileno()).mount:
                 (flags,) = loops_over(fd.fileno())
                 assert flags & ~LoopFlags.DIRECT_IO == LoopFlags.AUTOCLEAR | LoopFlags.READ_ONLY

@@ -27,6 +27,7 @@ from mountd.source.confined import recognise_image
 from mountd.store.record import Owner
 from mountd.store.store import Known, Store
 from mountd.trust.policy import Policy
+from tests.sealing import Unsealed
 
 LATER = int(time.time()) + 86400
 HOST = UserNamespace(0, 0, (), (), 0, is_host=True)
@@ -54,7 +55,7 @@ def store(scratch: Path, request: pytest.FixtureRequest) -> Store:
 def context(store: Store) -> Iterator[RequestContext]:
     with socket.socket(socket.AF_UNIX) as unconnected:
         yield RequestContext(
-            Peer(unconnected), PolicyInForce(Policy((), {"team": KEY}), None), lambda fd: fd,
+            Peer(unconnected), PolicyInForce(Policy((), {"team": KEY}), None), Unsealed(),
             lambda phase, seconds=0: None, store=store,
         )  # fmt: skip
 

@@ -31,7 +31,7 @@ def test_varlinkctl_introspects(machine: Machine) -> None:
     assert (info["vendor"], info["product"]) == ("mountd", "mountd")
     assert sorted(info["interfaces"]) == ["io.mountd.Images", INTERFACE, "org.varlink.service"]
     methods = machine.run(["varlinkctl", "list-methods", ADDRESS, INTERFACE]).stdout.split()
-    assert methods == [f"{INTERFACE}.Explain", f"{INTERFACE}.Mount"]
+    assert methods == [f"{INTERFACE}.{name}" for name in ("Attach", "Detach", "Explain", "Mount")]
     # systemd parses the description and prints it in a form of its own.
     described = machine.run(["varlinkctl", "introspect", ADDRESS, INTERFACE]).stdout
     assert sorted(members(described)) == sorted(members(DESCRIPTION))

@@ -68,7 +68,7 @@ def test_superblock(
 def test_attributes_are_there_from_the_first_moment_and_are_locked_last() -> None:
     plan = plan_mount(image("erofs"), allowed(attributes=LOCKED), USER, IdMapKind.NAMESPACE)
     attributes = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV
-    assert plan.operations[1:] == (MakeMount(attributes), MapToNamespace(), Seal())
+    assert plan.operations[1:] == (MakeMount(attributes), Seal(), MapToNamespace())
 
 
 def test_root_of_the_host_gets_it_unsealed() -> None:
@@ -107,8 +107,8 @@ def test_a_plan_can_be_read() -> None:
     assert plan.describe() == (
         "make a read-only superblock of ext4 from loop (errors=remount-ro,noload)",
         "make a detached mount with attributes <MountAttr.RDONLY|NOSUID|NODEV: 7>",
-        "map uids 0→100000 (1000), 1000→500000 (10) and gids 0→100000 (1000), 1000→500000 (10)",
         "lock the attributes",
+        "map uids 0→100000 (1000), 1000→500000 (10) and gids 0→100000 (1000), 1000→500000 (10)",
     )
 
 

@@ -25,6 +25,7 @@ from mountd.kernel.flags import Ioctl, MountAttr
 from mountd.plan.operations import Backing, CreateSuperblock, MakeMount, Plan, Verity
 from mountd.source import verity_superblock
 from tests.process import in_child
+from tests.sealing import Unsealed
 from tests.verity import Verified, build_verity, flip
 from tests.vm.inside.conftest import BIG, dm_devices
 
@@ -50,7 +51,7 @@ def mount(source: Verified, type: str = "erofs", told: Verity | None = None) -> 
     superblock = CreateSuperblock(type, Backing.VERITY, True, FORCED.get(type, ()), told or source.verity())
     plan = Plan((superblock, MakeMount(LOCKED)))
     with opened(source, os.O_RDWR) as (data, tree):
-        inputs = Inputs(image_fd=data, hash_fd=tree, userns_fd=None, seal=lambda mount: mount)
+        inputs = Inputs(image_fd=data, hash_fd=tree, userns_fd=None, seal=Unsealed())
         return run(plan, inputs)
 
 
@@ -387,7 +388,7 @@ def test_lease_on_the_hash_data_is_refused_at_once(broken: Verified) -> None:
     try:
         with opened(broken, os.O_RDWR) as (data, tree):
             fcntl.fcntl(tree, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            inputs = Inputs(image_fd=data, hash_fd=tree, userns_fd=None, seal=lambda mount: mount)
+            inputs = Inputs(image_fd=data, hash_fd=tree, userns_fd=None, seal=Unsealed())
             with pytest.raises(SyscallError, match="somebody has a lease"):
                 run(plan, inputs)
     finally:

@@ -20,6 +20,7 @@ from mountd.fds import OwnedFd
 from mountd.kernel import fs_verity
 from mountd.kernel.flags import MountAttr, VerityAlgorithm, VerityMetadata
 from mountd.plan.operations import Backing, CreateSuperblock, MakeMount, Plan
+from tests.sealing import Unsealed
 from tests.verity import Verified, flip
 
 MIB = 1 << 20
@@ -212,7 +213,7 @@ def mounted(type: str, image: Path) -> OwnedFd:
     attributes = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV
     plan = Plan((CreateSuperblock(type, backing, True, ()), MakeMount(attributes)))
     with OwnedFd(os.open(image, os.O_RDONLY)) as fd:
-        return run(plan, Inputs(image_fd=fd.fileno(), userns_fd=None, seal=lambda mount: mount))
+        return run(plan, Inputs(image_fd=fd.fileno(), userns_fd=None, seal=Unsealed()))
 
 
 @pytest.mark.parametrize("type", ["erofs", "squashfs"])

@@ -1,0 +1,233 @@
+"""The same again: clones of a mount that is kept for a while, and what is never the same."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api
+from mountd.kernel.flags import MountAttr
+from tests.container import USER, as_user, in_container
+from tests.daemon import Daemon
+from tests.e2e.calls import errno_of, mount, mounted, text_of
+from tests.e2e.conftest import TYPES, trusting
+from tests.e2e.test_sources import loops_over, wait_until_dropped
+from tests.images import build_image, build_tree
+
+OTHER = 4001
+LONG = ("--shared-seconds", "60")
+
+
+def superblock(daemon: Daemon, image: Path, uid: int = USER, **wishes: object) -> tuple[int, OwnedFd]:
+    """The device number of a mount's superblock as `uid` gets it, and the mount, to keep it alive."""
+    reply = ask_as(daemon, image, uid, **wishes)
+    return os.fstat(reply.fileno()).st_dev, reply
+
+
+def names(mount: OwnedFd) -> list[str]:
+    """What is in the root directory of a mount that need not be attached."""
+    return sorted(os.listdir(f"/proc/self/fd/{mount.fileno()}"))
+
+
+def ask_as(daemon: Daemon, image: Path, uid: int, **wishes: object) -> OwnedFd:
+    os.seteuid(uid)
+    try:
+        return mount(daemon.socket, image, **wishes).mount
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_the_same_again_has_the_superblock_of_the_first(
+    start: Callable[..., Daemon], images: dict[str, Path], type: str
+) -> None:
+    """For one owner, from whatever connection and worker; with one loop device for all."""
+    daemon = start(trusting(images[type].parent), *LONG)
+    found = [superblock(daemon, images[type]) for _ in range(20)]
+    try:
+        assert len({dev for dev, _ in found}) == 1
+        assert len(loops_over(images[type])) == (0 if type == "erofs" else 1)
+        for _, each in found:
+            with open(os.open("hello", os.O_RDONLY, dir_fd=each.fileno()), encoding="utf-8") as file:
+                assert file.read() == "hello from the image\n"
+    finally:
+        for _, each in found:
+            each.close()
+    daemon.stop()
+    wait_until_dropped(images[type])
+
+
+def test_clones_are_locked_and_mapped_each_for_its_caller(
+    start: Callable[..., Daemon], images: dict[str, Path], containers: None
+) -> None:
+    daemon = start(trusting(images["erofs"].parent), *LONG)
+
+    def work() -> tuple[int, str, list[str]]:
+        with mounted(daemon.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
+            fd = reply.mount.fileno()
+            mount_api.move_mount(fd, "/mnt")
+            attributes = (MountAttr.NOSUID, MountAttr.NODEV, MountAttr.RDONLY)
+            cleared = [errno_of(lambda a=a: mount_api.mount_setattr(fd, clear=a)) for a in attributes]  # type: ignore[misc]
+            return os.stat("/mnt/hello").st_uid, text_of(reply), cleared
+
+    for base in (100000, 300000):
+        found = in_container(work, uids=((0, base, 65536),))
+        assert found == (0, "hello from the image\n", ["EPERM"] * 3)
+
+
+def test_what_is_not_the_same(start: Callable[..., Daemon], images: dict[str, Path], place: Path) -> None:
+    """Other options, another owner, another reason, another state of the image: another superblock."""
+    directory = place / "not-the-same"
+    directory.mkdir(mode=0o755)
+    image = directory / "image.raw"
+    image.write_bytes(images["ext4"].read_bytes())
+    policy = trusting(directory)
+    daemon = start(policy, *LONG)
+    held: list[OwnedFd] = []
+
+    def dev(uid: int = USER, **wishes: object) -> int:
+        number, mount_fd = superblock(daemon, image, uid, **wishes)
+        held.append(mount_fd)
+        return number
+
+    try:
+        first = dev()
+        assert dev() == first
+        found = [first, dev(OTHER), dev(options=["noexec"]), dev(0)]
+        os.utime(image)
+        found.append(dev())
+        daemon.set_policy(policy.replace("trusted in the test", "trusted for another reason"))
+        daemon.signal(signal.SIGHUP)
+        deadline = time.monotonic() + 10
+        while (again := dev()) in found and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found.append(again)
+        assert len(set(found)) == len(found), found
+        # Root's own is not locked, and nobody else's.
+        assert dev(0) not in found
+    finally:
+        for each in held:
+            each.close()
+    daemon.stop()
+    wait_until_dropped(image)
+
+
+def test_what_can_be_written_to_is_never_shared(
+    start: Callable[..., Daemon], images: dict[str, Path]
+) -> None:
+    daemon = start('[[rule]]\nname = "t"\nimage = { kind = "tmpfs" }\ncaller = { any = true }\n'
+                   'grant = { max-size = "1M" }\nverdict = "allow"\n', *LONG)  # fmt: skip
+
+    def work() -> tuple[bool, list[str]]:
+        with (
+            mounted(daemon.socket, "tmpfs:1M", read_only=False) as one,
+            mounted(daemon.socket, "tmpfs:1M", read_only=False) as two,
+        ):
+            same = os.fstat(one.mount.fileno()).st_dev == os.fstat(two.mount.fileno()).st_dev
+            return same, names(two.mount)
+
+    assert as_user(work) == (False, [])
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.3"])
+def test_nothing_is_kept_for_long(
+    start: Callable[..., Daemon], images: dict[str, Path], seconds: str
+) -> None:
+    """The worker that has it gives it up while nobody asks for anything."""
+    daemon = start(trusting(images["squashfs"].parent), "--shared-seconds", seconds)
+    mounts = daemon.held()["mounts"]
+    with ask_as(daemon, images["squashfs"], USER) as one, ask_as(daemon, images["squashfs"], USER) as two:
+        same = os.fstat(one.fileno()).st_dev == os.fstat(two.fileno()).st_dev
+        assert same is (seconds != "0")
+        deadline = time.monotonic() + 10
+        while daemon.held()["mounts"] != mounts and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert daemon.held()["mounts"] == mounts
+        # What was handed out stays.
+        assert names(one) == names(two)
+        assert len(loops_over(images["squashfs"])) == (1 if same else 2)
+    wait_until_dropped(images["squashfs"])
+
+
+@pytest.mark.parametrize("how", ["killed", "replaced"])
+def test_a_worker_that_ends_takes_what_it_keeps_along(
+    start: Callable[..., Daemon], images: dict[str, Path], how: str
+) -> None:
+    daemon = start(trusting(images["squashfs"].parent), *LONG)
+    mounts = daemon.held()["mounts"]
+    for _ in range(3):
+        with ask_as(daemon, images["squashfs"], USER) as one:
+            if how == "replaced":
+                daemon.signal(signal.SIGHUP)
+            for pid in daemon.workers if how == "killed" else ():
+                os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10
+            while daemon.held()["mounts"] != mounts and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert daemon.held()["mounts"] == mounts
+            # The names that it has left lead nowhere.
+            with ask_as(daemon, images["squashfs"], USER) as two:
+                assert os.fstat(one.fileno()).st_dev != os.fstat(two.fileno()).st_dev
+                assert names(one) == names(two)
+    daemon.stop()
+    wait_until_dropped(images["squashfs"])
+
+
+def test_more_than_there_is_room_for(start: Callable[..., Daemon], place: Path) -> None:
+    """What is not kept is mounted all the same."""
+    directory = place / "many"
+    directory.mkdir(mode=0o755)
+    tree = build_tree(place / "tree-many")
+    first = build_image("erofs", tree, directory / "0.raw").read_bytes()
+    for number in range(1, 60):
+        (directory / f"{number}.raw").write_bytes(first)
+    daemon = start(trusting(directory), *LONG)
+    for _ in range(2):
+        for number in range(60):
+            with ask_as(daemon, directory / f"{number}.raw", USER) as one:
+                assert "hello" in names(one)
+
+
+def test_a_hundred_containers_have_the_page_cache_once(
+    start: Callable[..., Daemon], place: Path, containers: None
+) -> None:
+    """What one of them has read, the others find in memory."""
+    tree = build_tree(place / "tree-large")
+    (tree / "large").write_bytes(os.urandom(8 << 20))
+    directory = place / "large"
+    directory.mkdir(mode=0o755)
+    image = build_image("erofs", tree, directory / "large.raw")
+    daemon = start(trusting(directory), *LONG)
+
+    def work() -> tuple[int, int]:
+        with (
+            mounted(daemon.socket, image, userns="/proc/self/ns/user") as reply,
+            open(os.open("large", os.O_RDONLY, dir_fd=reply.mount.fileno()), "rb") as file,
+        ):
+            before = resident(file.fileno())
+            file.read()
+            return before, resident(file.fileno())
+
+    found = [in_container(work, uids=((0, 100000 + 65536 * each, 65536),)) for each in range(100)]
+    pages = (8 << 20) // mmap.PAGESIZE
+    assert found[0][0] < pages / 2
+    # Some may have been reclaimed meanwhile.
+    assert sum(before for before, _ in found[1:]) > 0.9 * pages * 99
+
+
+def resident(fd: int) -> int:
+    """How many pages of a file are in memory (mincore(2))."""
+    size = os.fstat(fd).st_size
+    with mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapping:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        found = (ctypes.c_ubyte * (-(-size // mmap.PAGESIZE)))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), found) == 0
+    return sum(each & 1 for each in found)
