@@ -18,7 +18,7 @@ from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone
 from mountd.kernel.mount_info import mount_id
-from tests.container import USER, as_user, in_container, make_container
+from tests.container import USER, as_user, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mount, mounted, outcome
 from tests.e2e.conftest import trusting
