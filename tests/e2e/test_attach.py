@@ -16,7 +16,7 @@ from mountd.client import Client
 from mountd.errors import MountdError
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces, sockets
-from mountd.kernel.flags import Clone, MountAttr, OpenTree, Propagation
+from mountd.kernel.flags import Clone, MountAttr, Propagation
 from mountd.kernel.mount_info import mount_id, statmount
 from mountd.wire.framing import encode
 from tests.container import as_user, forked, in_container
@@ -24,6 +24,7 @@ from tests.daemon import Daemon
 from tests.e2e.attaching import Answer, User, asked, detached, granting, id_at, records, user_of
 from tests.e2e.calls import mounted
 from tests.e2e.conftest import TMPFS_RULE, trusting
+from tests.rogue import eventually
 
 ALICE, BOB, CAROL = 4210, 4211, 4212
 BY_ITSELF = ("AttachNotPermitted", "attaching not permitted: the caller can attach a mount by itself")
@@ -187,8 +188,9 @@ def test_no_more_than_the_rule_grants(alice: User, bob: User) -> None:
         with bob.attached("tmpfs:64K", bob.directory("limit")):
             pass
         subprocess.run(["umount", paths[0]], check=True)
-        with alice.attached("tmpfs:64K", paths[0]):
-            pass
+        # Once the last that mountd had of it is gone, too.
+        assert eventually(lambda: alice.attach("tmpfs:64K", paths[0])[0] == "")
+        assert alice.detach(id_at(paths[0]))[0] == ""
 
 
 def test_a_shared_parent(place: Path, scene: Scene, images: dict[str, Path]) -> None:
@@ -330,9 +332,8 @@ class TestMadeBefore:
 
     def test_no_copy_of_it(self, alice: User, images: dict[str, Path]) -> None:
         """Such as somebody else has made, whose flags may be others: it has another id."""
-        target = alice.directory("copies")
-        flags = OpenTree.CLONE | OpenTree.EMPTY_PATH
-        with as_owner(alice, images["erofs"]) as made, mount_api.open_tree(made, "", flags) as copy:
+        target, first = alice.directory("copies"), alice.directory("copied-from")
+        with alice.attached(images["erofs"], first), mount_api.clone_mount(str(first)) as copy:
             answer = as_user(lambda: self.attach(alice, copy.fileno(), target), ALICE)
         assert answer[0] == "AttachNotPermitted"
         assert "no mount that mountd has made for the caller" in answer[1]
