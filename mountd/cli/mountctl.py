@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from mountd.cli import image
+from mountd.cli.agent import with_consent
 from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json
 from mountd.client import IDMAPS, Client, Request, attach_at, open_target
 from mountd.errors import MountdError
@@ -88,6 +89,12 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--root-hash", metavar="HEX", help="the root hash of the hash data")
     verb.add_argument("--root-hash-signature", metavar="FILE", help="a detached signature of the root hash")
     verb.add_argument(
+        "--interactive",
+        action="store_true",
+        default=None,
+        help="have an administrator asked if need be; the default on a terminal",
+    )
+    verb.add_argument(
         "source",
         metavar="SOURCE",
         help="an image, stored:sha256:…, oci:HOST/REPO@sha256:…, or tmpfs:SIZE, such as tmpfs:64M",
@@ -145,6 +152,7 @@ def request_of(options: argparse.Namespace) -> Request:
         userns="none" if options.verb == "run" else options.userns,
         idmap=options.idmap,
         image_policy=options.image_policy,
+        interactive=options.interactive,
         signature=options.signature,
         verity=None
         if options.verity is None
@@ -156,7 +164,7 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
     """Mount and attach."""
     with (
         open_target(options.target) as target,
-        client.mount(request.source, request.fds, **request.parameters) as reply,
+        with_consent(client.mount, request) as reply,
     ):
         attach_at(reply.mount.fileno(), target.fileno(), options.target)
     if options.json:

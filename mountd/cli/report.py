@@ -10,6 +10,7 @@ import sys
 from mountd.errors import (
     BadFileDescriptor,
     DeniedByPolicy,
+    InteractiveAuthenticationRequired,
     InvalidParameter,
     KeyUnknown,
     LimitExceeded,
@@ -43,6 +44,7 @@ EXIT_FAILURE = 32  # mount failure
 PERMISSION = (
     BadFileDescriptor,
     DeniedByPolicy,
+    InteractiveAuthenticationRequired,
     InvalidParameter,
     KeyUnknown,
     NotFound,

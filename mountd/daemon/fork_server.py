@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from mountd.service.phase import Phase
 
 PR_SET_CHILD_SUBREAPER = 36
+QUESTIONS = "questions"  # a file in the runtime directory (service/consent)
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
 
 
@@ -84,6 +85,7 @@ class ForkServer:
         self._board = board
         self._policy_dirs = places.policy_dirs
         self._pull_socket = None if only_pull else places.pull_socket
+        self._questions = None if only_pull else places.staging.with_name(QUESTIONS)
         methods = FOR_OTHERS if only_pull else {**METHODS, **IMAGE_METHODS, **PULL_METHODS}
         self._dispatcher = Dispatcher(interface_directory(), methods, report_bug)
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
@@ -180,8 +182,8 @@ class ForkServer:
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)
 
-            parts = (self._dispatcher, self._policy, seal, self._store, self._throttle, self._pull_socket)
-            Worker(own, enter, *parts).run()
+            parts = (self._dispatcher, self._policy, seal, self._store, self._throttle)
+            Worker(own, enter, *parts, self._pull_socket, self._questions).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
             if isinstance(error, Exception):

@@ -57,6 +57,7 @@ class Worker:
         store: Store | None,
         throttle: Throttle,
         pull_socket: Path | None = None,
+        questions: Path | None = None,
     ) -> None:
         """`own` is the socket to the listener; `enter` writes this worker's row of the board."""
         self._own = own
@@ -66,6 +67,7 @@ class Worker:
         self._seal = seal
         self._store = store
         self._pull_socket = pull_socket
+        self._questions = questions
         self._throttle = throttle
         self._healthy = True
         self._may_linger = False  # after the last request
@@ -157,6 +159,8 @@ class Worker:
             store=self._store,
             pull_socket=self._pull_socket,
             walker=held.walker,
+            questions=self._questions,
+            called_off=self._own.fileno(),
         )
         begin = time.monotonic()
         try:

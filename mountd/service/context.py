@@ -68,7 +68,10 @@ class RequestContext:
 
     `notes` is what the journal says about the request, `writable` whether a mount was made that can be
     written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
-    that may use the network listens, if there is one. `walker` is for paths, and borrowed.
+    that may use the network listens, if there is one. `walker` is for paths, and borrowed. `questions` is
+    the file that bounds how many people are asked at a time, None where nobody can be; `called_off` is a
+    descriptor, borrowed, that can be read once the policy has changed or the daemon is to end. `put_in` is
+    what this request has put into the store, and `asked_for` how many seconds it has waited for people.
     """
 
     peer: Peer
@@ -80,6 +83,10 @@ class RequestContext:
     store: Store | None = None
     pull_socket: Path | None = None
     walker: Walker = field(default_factory=Walker)
+    questions: Path | None = None
+    called_off: int = -1
+    put_in: str | None = None
+    asked_for: float = 0.0
     _caller: Caller | None = None
     _decision: Decision | None = None
     _file_system: str = ""

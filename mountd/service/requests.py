@@ -56,6 +56,7 @@ class MountRequest:
 
     Of `image_fd`, `stored` (the digest of an image of the store, or a name in a registry with the digest of
     a manifest) and `tmpfs`, one is not None. `verity` and the bytes of `signature` may go with `image_fd`.
+    `interactive` is whether a person may be asked.
     """
 
     kind: SourceKind
@@ -67,6 +68,7 @@ class MountRequest:
     wishes: MountWishes
     signature: bytes | None = None
     verity: VerityRequest | None = None
+    interactive: bool = False
 
     @classmethod
     def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
@@ -94,7 +96,8 @@ class MountRequest:
             namespace_given=userns_fd is not None,
             image_policy=None if demanded is None else image_policy.parse(demanded),
         )
-        return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes, signature, verity)
+        interactive = parameters.get("interactive") is True
+        return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes, signature, verity, interactive)
 
 
 @dataclass(frozen=True, slots=True)
