@@ -1,8 +1,8 @@
 """Running a program that puts a question to somebody else, until it is answered or nobody needs the answer.
 
-The program is trusted, and so is what it talks to: it keeps root's uid, as whoever it asks wants to know that
-it is root who asks. It has nothing else: no capabilities, which it cannot get back (PR_SET_NO_NEW_PRIVS), no
-environment, no descriptors but its output, no file that it could write to, and no life after its parent's.
+The program is trusted, and so is what it talks to: it keeps root's uid, as whoever it asks wants to know who
+asks. It has nothing else: no capabilities and no way to get them back (PR_SET_NO_NEW_PRIVS), no environment,
+no descriptors but its output, no file that it could write to, and no life after its parent's.
 """
 
 import ctypes
