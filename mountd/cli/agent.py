@@ -79,8 +79,10 @@ class Agent:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         try:
             os.set_inheritable(writer, True)
-            # An agent of the desktop's comes first.
-            words = [PROGRAM, "--process", str(os.getpid()), "--notify-fd", str(writer), "--fallback"]
+            words = [PROGRAM, "--process", str(os.getpid()), "--notify-fd", str(writer)]
+            if "XDG_SESSION_ID" in os.environ:
+                # The agent of a desktop comes first. Outside of a session polkit does not look for a second.
+                words.append("--fallback")
             environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
             with contextlib.suppress(OSError):
                 self._pid = os.posix_spawn(PROGRAM, words, environment)
