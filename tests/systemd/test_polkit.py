@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 
@@ -197,57 +198,68 @@ class Terminal:
             assert chunk, self.text
             self.text += chunk.decode("utf-8", "replace")
 
+    def type_password(self, text: str) -> None:
+        """Type once nothing that is typed is shown: what was typed before is thrown away."""
+        eventually(lambda: not termios.tcgetattr(self._ours)[3] & termios.ECHO)
+        self.type(text + "\n")
+
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
     def end(self) -> int:
-        status = self.process.wait(SECONDS)
+        return self.process.wait(SECONDS)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
         os.close(self._ours)
-        return status
 
 
 class TestInATerminal:
     def test_an_administrator_consents(self, polkit: Polkit, images: dict[str, str]) -> None:
         polkit.rules("return polkit.Result.NOT_HANDLED;")
-        terminal = Terminal(polkit.machine, images["erofs"])
-        terminal.wait_for("Password:")
-        assert f"Authentication is required to mount the image {images['erofs']}" in terminal.text
-        assert "rule “polkit decides”" in terminal.text
-        assert ADMINISTRATOR in terminal.text
-        terminal.type(PASSWORD + "\n")
-        terminal.wait_for(HELLO.strip())
-        assert terminal.end() == 0
-        assert PASSWORD not in terminal.text
-        assert fields(polkit.machine)["MOUNTD_CONSENT"] == "given"
-        assert not agents(polkit.machine)
+        with Terminal(polkit.machine, images["erofs"]) as terminal:
+            terminal.wait_for("Password:")
+            assert f"Authentication is required to mount the image {images['erofs']}" in terminal.text
+            assert "rule “polkit decides”" in terminal.text
+            assert ADMINISTRATOR in terminal.text
+            terminal.type_password(PASSWORD)
+            terminal.wait_for(HELLO.strip())
+            assert terminal.end() == 0
+            assert PASSWORD not in terminal.text
+            assert fields(polkit.machine)["MOUNTD_CONSENT"] == "given"
+            assert not agents(polkit.machine)
 
     def test_each_consent_is_about_one_mount(self, polkit: Polkit, images: dict[str, str]) -> None:
         polkit.rules("return polkit.Result.NOT_HANDLED;")
-        terminal = Terminal(polkit.machine, images["squashfs"])
-        terminal.wait_for("Password:")
-        terminal.type(PASSWORD + "\n")
-        terminal.wait_for(HELLO.strip())
-        assert terminal.end() == 0
-        assert polkit.run(images["squashfs"]).returncode == 1
+        with Terminal(polkit.machine, images["squashfs"]) as terminal:
+            terminal.wait_for("Password:")
+            terminal.type_password(PASSWORD)
+            terminal.wait_for(HELLO.strip())
+            assert terminal.end() == 0
+            assert polkit.run(images["squashfs"]).returncode == 1
 
     def test_a_wrong_password(self, polkit: Polkit, images: dict[str, str]) -> None:
         polkit.rules("return polkit.Result.NOT_HANDLED;")
-        terminal = Terminal(polkit.machine, images["erofs"])
-        terminal.wait_for("Password:")
-        terminal.type("wrong\n")
-        terminal.wait_for("mountctl:")
-        assert terminal.end() == 1
-        assert HELLO.strip() not in terminal.text
-        assert not agents(polkit.machine)
+        with Terminal(polkit.machine, images["erofs"]) as terminal:
+            terminal.wait_for("Password:")
+            terminal.type_password("wrong")
+            terminal.wait_for("mountctl:")
+            assert terminal.end() == 1
+            assert HELLO.strip() not in terminal.text
+            assert not agents(polkit.machine)
 
     def test_control_c(self, polkit: Polkit, images: dict[str, str]) -> None:
         polkit.rules("return polkit.Result.NOT_HANDLED;")
-        terminal = Terminal(polkit.machine, images["erofs"])
-        terminal.wait_for("Password:")
-        terminal.type("\x03")
-        assert terminal.end() != 0
-        eventually(lambda: not agents(polkit.machine))
-        eventually(lambda: not questions(polkit.machine))
+        with Terminal(polkit.machine, images["erofs"]) as terminal:
+            terminal.wait_for("Password:")
+            terminal.type("\x03")
+            assert terminal.end() != 0
+            eventually(lambda: not agents(polkit.machine))
+            eventually(lambda: not questions(polkit.machine))
 
 
 def agents(machine: Machine) -> list[str]:

@@ -25,6 +25,7 @@ EXAMPLES = [
     errors.LimitExceeded("descriptors in a message", 16, hint="hint"),
     errors.MountFailed("fsmount(3, 0)", "EINVAL", ["e xfs: no"]),
     errors.TimedOut(10),
+    errors.InteractiveAuthenticationRequired(hint="hint"),
     errors.NotFound("it", hint="hint"),
     errors.InUse("it", hint="hint"),
     errors.NotSupported("statmount", hint="hint"),
