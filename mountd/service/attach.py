@@ -33,7 +33,7 @@ from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
 from mountd.service.attachments import Attachment, Attachments
 from mountd.service.handing_out import handing_out
-from mountd.service.mount import decision_reply, judge, make
+from mountd.service.mount import allowed, decision_reply, judge, make
 from mountd.service.phase import Phase
 from mountd.service.requests import TARGET_FIELD, Descriptors
 from mountd.trust import attach as places
@@ -75,10 +75,8 @@ def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         return attach_made(parameters, fds, records, context)
     if parameters.get("source") is None:
         raise InvalidParameter("source", f"one of source and {MOUNT_FIELD} has to be given")
-    judged = judge(parameters, fds, context, may_change=True)
+    judged = allowed(judge(parameters, fds, context, may_change=True), fds, context)
     decision = judged.decision
-    if decision.error is not None:
-        raise decision.error
     target_fd = judged.request.target_fd
     if target_fd is None:
         raise InvalidParameter(TARGET_FIELD)
