@@ -160,6 +160,7 @@ class Worker:
             store=self._store,
             pull_socket=self._pull_socket,
             walker=held.walker,
+            naming=self._seal.naming,
             attachments=self._attachments,
         )
         begin = time.monotonic()

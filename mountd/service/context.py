@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mountd.caller.model import Caller
     from mountd.caller.peer import Peer
     from mountd.evidence.model import Evidence
+    from mountd.execute.naming import Naming
     from mountd.execute.run import Sealer
     from mountd.service.attachments import Attachments
     from mountd.service.phase import Phase
@@ -69,8 +70,9 @@ class RequestContext:
 
     `notes` is what the journal says about the request, `writable` whether a mount was made that can be
     written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
-    that may use the network listens, if there is one. `walker` is for paths, and borrowed. `attachments` are
-    the records of what was attached, None for an instance that attaches nothing.
+    that may use the network listens, if there is one. `walker` is for paths, and borrowed; `naming` is how
+    sources get names. `attachments` are the records of what was attached, None for an instance that attaches
+    nothing.
     """
 
     peer: Peer
@@ -82,6 +84,7 @@ class RequestContext:
     store: Store | None = None
     pull_socket: Path | None = None
     walker: Walker = field(default_factory=Walker)
+    naming: Naming | None = None
     attachments: Attachments | None = None
     _caller: Caller | None = None
     _decision: Decision | None = None
