@@ -24,7 +24,7 @@ from mountd.errors import (
     SyscallError,
 )
 from mountd.evidence.target import Who, find
-from mountd.execute import attachment
+from mountd.execute import attachment, mount_table
 from mountd.execute.attachment import Outcome
 from mountd.fds import close_all
 from mountd.kernel import namespaces
@@ -183,6 +183,8 @@ def made_and_attached(judged: Judged, site: Site, records: Attachments, context:
         except BaseException:
             records.remove(id)
             raise
+        in_mountinfo = statx(made.fileno(), "", StatxMask.MNT_ID, sync=False).stx_mnt_id
+        mount_table.note_attached(site.namespace_fd, int(in_mountinfo))
     return id
 
 
@@ -228,6 +230,8 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         ids = (record.uid, record.gid, groups)
         outcome = attachment.detach(id, namespace.fileno(), ids, lazy=bool(parameters.get("lazy")))
         here = namespaces.namespace_id(namespace.fileno())
+        if outcome is Outcome.DONE:
+            mount_table.note_detached(namespace.fileno(), record.path)
     if outcome is Outcome.DONE or (outcome is Outcome.ABSENT and record.namespace == here):
         records.remove(id)
     if outcome is Outcome.ABSENT:
