@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 INTERFACE = "io.mountd.Mount"
 IMAGES_INTERFACE = "io.mountd.Images"
+ADMIN_INTERFACE = "io.mountd.Admin"
 
 
 class MountdError(Exception):

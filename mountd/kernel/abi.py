@@ -66,6 +66,15 @@ class mnt_id_req(Structure):  # noqa: N801
     )
 
 
+MNT_ID_REQ_SIZE_VER0 = 24
+
+
+class mnt_ns_info(Structure):  # noqa: N801
+    """struct mnt_ns_info of linux/nsfs.h."""
+
+    _fields_ = (("size", c_uint32), ("nr_mounts", c_uint32), ("mnt_ns_id", c_uint64))
+
+
 class statmount(Structure):  # noqa: N801
     """struct statmount up to what STATMOUNT_FS_TYPE needs; the strings follow at offset 512."""
 

@@ -58,7 +58,12 @@ def check_alive(pidfd: int) -> None:
 
 def any_mount_id(fd: int) -> int:
     """Linux 6.8 has ids that are never reused; before, the id is unique among the living mounts only."""
+    return mount_id_and_device(fd)[0]
+
+
+def mount_id_and_device(fd: int) -> tuple[int, tuple[int, int]]:
+    """As `any_mount_id`, with the device (major, minor) of what `fd` is."""
     status = statx(fd, "", StatxMask.MNT_ID_UNIQUE)
     if not status.stx_mask & MNT_ID_UNIQUE:
         status = statx(fd, "", StatxMask.MNT_ID)
-    return int(status.stx_mnt_id)
+    return int(status.stx_mnt_id), (int(status.stx_dev_major), int(status.stx_dev_minor))

@@ -39,6 +39,8 @@ _SYSCALLS = {
 _FUNCTIONS = {
     "fstatfs": "np",
     "getsockopt": "nnnpp",
+    "inotify_add_watch": "nsn",
+    "inotify_init1": "n",
     "ioctl": "nnp",
     "mount": "sssns",
     "pivot_root": "ss",
