@@ -54,8 +54,9 @@ install:
 	done
 	units/program mountd.daemon.main $(PREFIX)/lib/mountd/python > $(SBIN)/mountd
 	units/program mountd.cli.mount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/mount.mountd
+	units/program mountd.cli.umount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/umount.mountd
 	units/program mountd.cli.mountctl $(PREFIX)/lib/mountd/python > $(BIN)/mountctl
-	chmod 0755 $(SBIN)/mountd $(SBIN)/mount.mountd $(BIN)/mountctl
+	chmod 0755 $(SBIN)/mountd $(SBIN)/mount.mountd $(SBIN)/umount.mountd $(BIN)/mountctl
 # Who runs the programs may not write here, so that it is now or at every start; a package does it when it is installed.
 	[ -n "$(DESTDIR)" ] || /usr/bin/python3 -I -m compileall -q $(LIB)/mountd/python
 

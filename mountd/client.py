@@ -215,7 +215,7 @@ class Client:
         return reply
 
     def attach(
-        self, source: Mapping[str, object], fds: list[OwnedFd], **fields: object
+        self, source: Mapping[str, object] | None, fds: list[OwnedFd], **fields: object
     ) -> dict[str, object]:
         """Call Attach, with the parameters of `mount` and targetFileDescriptor (`Request.add_target`).
 
@@ -230,6 +230,15 @@ class Client:
     def detach(self, id: int, *, lazy: bool = False) -> None:
         """Call Detach for the mount with the unique `id`. Raises NotFound, InUse, and as `mount` does."""
         close_all(self.call("Detach", {"id": id, "lazy": lazy or None}, [])[1])
+
+    def late_reply(self, seconds: float) -> dict[str, object] | None:
+        """Return the reply to a call that was interrupted; None for an error, or none within `seconds`."""
+        try:
+            message = self._receive(time.monotonic() + seconds)
+            message.close()
+            return parse_reply(message.body)[0]
+        except MountdError:
+            return None
 
     def mount_image(self, source: str | os.PathLike[str], **wishes: Any) -> MountReply:
         """Mount the image at path `source`; `wishes` are the arguments of `Request`.

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from mountd.kernel.libc import call
-from tests.container import RANGE, USER, IdMap, in_container
+from tests.container import RANGE, USER, IdMap, forked, in_container
 
 COMMANDS = ("sh", "cat", "echo", "env", "id", "kill", "ls", "sleep", "stat", "touch", "true", "yes")
+T = TypeVar("T")
 Done = subprocess.CompletedProcess[str]
 
 
@@ -56,6 +58,40 @@ def helped(
         return done, look()
 
     return in_container(work, uids=uids)
+
+
+def in_private(
+    installed: Path,
+    work: Callable[[], T],
+    files: Mapping[str, str] | None = None,
+    place: Path | None = None,
+) -> T:
+    """Run `work` as root in a mount namespace of its own, with the helpers and an empty utab.
+
+    `files` are what /etc has there instead, and are written to `place`.
+    """
+
+    def enter() -> T:
+        from mountd.kernel import mount_api, namespaces
+        from mountd.kernel.flags import Clone, Propagation
+
+        if files is not None and place is not None:
+            etc_files(place, files)()
+        else:
+            namespaces.unshare(Clone.NEWNS)
+            mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
+        with_mount_helper(installed)
+        os.makedirs("/run/mount", exist_ok=True)
+        call("mount", b"none", b"/run/mount", b"tmpfs", 0, b"mode=0755")
+        return work()
+
+    return forked(enter)
+
+
+def findmnt(target: Path, column: str = "SOURCE") -> str:
+    """What findmnt(8) says about the topmost mount at `target`, with what utab has; "" if there is none."""
+    words = ["findmnt", "--mtab", "--noheadings", "--first-only", "--output", column, "--mountpoint", target]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def mounted(target: Path) -> tuple[str, set[str]] | None:

@@ -10,23 +10,30 @@ from mountd.cli.report import printable, say, show_json
 from mountd.client import Client, attach_at, open_target
 from mountd.errors import NotFound, SyscallError
 from mountd.fds import OwnedFd
-from mountd.kernel import mount_api, namespaces
+from mountd.kernel import mount_api
 from mountd.kernel.flags import StatxMask, Unmount
-from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from typing import TypeVar
+
+    Reply = TypeVar("Reply")
 
     from mountd.client import Request
 
 CAP_SYS_ADMIN = 21  # linux/capability.h
+# How long one who has interrupted a call waits to hear whether it was carried out all the same.
+SECONDS_OF_REGRET = 1.0
 
 
 def can_attach() -> bool:
     """Tell whether this process may attach mounts itself, as far as its capabilities say."""
-    return bool(namespaces.effective_capabilities(os.getpid()) >> CAP_SYS_ADMIN & 1)
+    # Without the module that knows about namespaces: mount.mountd has no other use for it.
+    with open("/proc/self/status", encoding="utf-8") as file:
+        effective = next((line.split()[1] for line in file if line.startswith("CapEff:")), "0")
+    return bool(int(effective, 16) >> CAP_SYS_ADMIN & 1)
 
 
 def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
@@ -39,13 +46,28 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
             by = "this process"
         else:
             request.add_target(OwnedFd(os.dup(target.fileno())))
-            reply = with_consent(client.attach, request)
+            reply = regretting(client, lambda: with_consent(client.attach, request))
             by = "mountd"
     if options.json:
         show_json({"target": options.target, "attachedBy": by, **reply})
     else:
         say(printable(f"{options.source}: attached at {options.target}{judged(reply)}"))
     return 0
+
+
+def regretting(client: Client, call: Callable[[], Reply]) -> Reply:
+    """Do `call`, which attaches something; if it is interrupted, what was attached is detached again.
+
+    Raises KeyboardInterrupt, and what `call` raises.
+    """
+    try:
+        return call()
+    except KeyboardInterrupt:
+        # mountd attaches nothing for a process that has ended; what it did before that, it says.
+        reply = client.late_reply(SECONDS_OF_REGRET)
+        if reply is not None and isinstance(reply.get("id"), int):
+            client.detach(int(str(reply["id"])), lazy=True)
+        raise
 
 
 def judged(reply: Mapping[str, object]) -> str:
@@ -72,6 +94,8 @@ def umount(options: argparse.Namespace) -> int:
 
 def mount_at(path: str) -> int:
     """Return the unique id of what is mounted at `path`. Raises NotFound, OSError."""
+    from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
+
     with open_target(path) as root:
         # Not asking its file system: who mounted it may not answer any more.
         status = statx(root.fileno(), "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)

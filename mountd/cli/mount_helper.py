@@ -5,17 +5,28 @@
 It starts in milliseconds, and so imports little. Its arguments and exit status are those that mount(8)
 documents for helpers (EXTERNAL HELPERS, EXIT STATUS). What mount(8) never says is --json: that is for
 who calls it directly, and prints what “mountctl mount --json” does.
+
+Who may attach mounts gets the mount from mountd and attaches it; for everybody else mountd does so, as far
+as its policy lets it. mount(8) calls this program as the user who called it. If somebody else calls it with
+more rights than the user has, it gives them up first: what mountd judges is the user.
 """
 
 from __future__ import annotations
 
+import errno
 import getopt
+import os
 import sys
 
 from mountd.cli.agent import with_consent
-from mountd.cli.report import UsageError, end, fail, printable, say, show_json
+from mountd.cli.attaching import can_attach, regretting
+from mountd.cli.helper import Place, become_caller, failed, tell
+from mountd.cli.report import UsageError, end, say, show_json
 from mountd.client import IDMAPS, Client, Request, attach_at, open_target
-from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted
+from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api
+from mountd.kernel.flags import Unmount
 from mountd.version import VERSION
 
 TYPE_CHECKING = False
@@ -24,9 +35,10 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     Reply = TypeVar("Reply")
+    Made = Mapping[str, object]
 
 PROGRAM = "mount.mountd"
-USAGE = f"usage: {PROGRAM} SPEC DIR [-sfnvrw] [-o OPTIONS] [-t TYPE] [--json]"
+USAGE = f"usage: {PROGRAM} SPEC DIR [-sfnvrw] [-o OPTIONS] [-t TYPE] [-N NAMESPACE] [--json]"
 ACCESS = {"read-only": True, "read-write": False}
 YES_OR_NO = {"yes": True, "no": False}
 # What options of our own may say; None for anything.
@@ -37,24 +49,37 @@ OWN: Mapping[str, tuple[str, ...] | None] = {
     "mountd.signature": None,
     "mountd.policy": None,
     "mountd.interactive": tuple(YES_OR_NO),
+    "mountd.digest": None,
 }
 FREE = {
     "mountd.userns": "the path of a user namespace, or none",
     "mountd.signature": "the path of a detached signature",
     "mountd.policy": "a policy as in systemd.image-policy(7)",
+    "mountd.digest": "sha256: and 64 hexadecimal digits",
 }
+DIGEST = "sha256:"
+DIGEST_DIGITS = 64
+HASHED_AT_ONCE = 1 << 20  # bytes
 # For mount(8), for the init system, or the default anyway.
 IGNORED = {
-    *("defaults", "auto", "noauto", "async", "exec", "loud", "nomand", "_netdev", "nofail"),
-    *("user", "nouser", "users", "owner", "group"),
+    *("defaults", "auto", "noauto", "async", "loud", "silent", "nomand", "noiversion", "nolazytime"),
+    *("norelatime", "nostrictatime", "_netdev", "nofail", "loop"),
+    *("user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup"),
 }
 IGNORED_NAMES = {"user", "uhelper", "helper", "comment"}
+IGNORED_PREFIXES = ("x-", "X-")
+# They take back what was said before, and say what holds anyway.
+TAKES_BACK = {"exec": "noexec", "atime": "noatime", "diratime": "nodiratime"}
 RECURSIVE = "=recursive"  # a mount that is only just made has nothing below it
 NOT_DONE = {
     "remount": "mount it again instead",
     "bind": "mount it without -t mountd",
     "rbind": "mount it without -t mountd",
     "move": "use “mount --move”",
+    **dict.fromkeys(
+        [r + kind for r in ("", "r") for kind in ("shared", "slave", "private", "unbindable")],
+        "mount(8) does that; by hand, use “mount --make-private DIR” and its like afterwards",
+    ),
 }
 
 
@@ -72,6 +97,8 @@ class Wishes:
         self.signature: str | None = None
         self.image_policy: str | None = None
         self.interactive: bool | None = None
+        self.digest: str | None = None
+        self.namespace: str | None = None
 
     def read_option(self, option: str) -> None:
         """Take one entry of -o. Raises OptionNotPermitted."""
@@ -81,8 +108,10 @@ class Wishes:
             self.read_only = True
         elif option == "rw":
             return  # mount(8) says so whenever nobody asked for ro
-        elif option in IGNORED or name in IGNORED_NAMES:
+        elif option in IGNORED or name in IGNORED_NAMES or name.startswith(IGNORED_PREFIXES):
             return
+        elif option in TAKES_BACK:
+            self.options = [each for each in self.options if each != TAKES_BACK[option]]
         elif option in NOT_DONE:
             raise OptionNotPermitted(option, f"{PROGRAM} does not do that", hint=NOT_DONE[option])
         elif name.startswith("mountd."):
@@ -97,7 +126,8 @@ class Wishes:
                 raise OptionNotPermitted(option, "there is no such option", hint=f"there are {known}=")
             return
         allowed = OWN[name]
-        if not value or (allowed is not None and value not in allowed):
+        wrong = name == "mountd.digest" and not is_digest(value)
+        if not value or wrong or (allowed is not None and value not in allowed):
             words = ", ".join(allowed) if allowed is not None else FREE[name]
             raise OptionNotPermitted(option, "it does not have such a value", hint=f"give {words}")
         if name == "mountd.userns":
@@ -110,8 +140,29 @@ class Wishes:
             self.image_policy = value
         elif name == "mountd.interactive":
             self.interactive = YES_OR_NO[value]
+        elif name == "mountd.digest":
+            self.digest = value
         else:
             self.read_only = ACCESS[value]
+
+
+class OtherImage(MountdError):
+    """The image is not the one that was asked for; not an error of the daemon's."""
+
+    def __init__(self, wanted: str, found: str) -> None:
+        """Both are digests."""
+        super().__init__(
+            f"this is another image: its digest is {found}, not {wanted}",
+            hint="see that SPEC is the right image, or correct mountd.digest=",
+        )
+
+
+def is_digest(text: str) -> bool:
+    """Tell whether `text` is a digest as mountd writes them."""
+    digits = text.removeprefix(DIGEST)
+    return (
+        len(digits) == DIGEST_DIGITS and text == DIGEST + digits and set(digits) <= set("0123456789abcdef")
+    )
 
 
 def parse(argv: list[str]) -> tuple[Wishes, list[str]]:
@@ -121,8 +172,8 @@ def parse(argv: list[str]) -> tuple[Wishes, list[str]]:
     wishes.sloppy = any(flag == "-s" for flag, _ in flags)
     for flag, value in flags:
         if flag == "-N":
-            raise getopt.GetoptError("-N is not supported, run it within the mount namespace instead")
-        if flag in ("-r", "-w"):
+            wishes.namespace = value
+        elif flag in ("-r", "-w"):
             wishes.read_only = flag == "-r"
         elif flag == "-f":
             wishes.fake = True
@@ -161,9 +212,9 @@ def run(argv: list[str]) -> int:
         as_json = wishes.json
         return mount(wishes, spec, directory)
     except getopt.GetoptError as error:
-        return fail(PROGRAM, UsageError(str(error), hint=USAGE), as_json=as_json)
+        return failed(PROGRAM, UsageError(str(error), hint=USAGE), as_json=as_json)
     except (MountdError, OSError) as error:
-        return fail(PROGRAM, error, where=directory, as_json=as_json)
+        return failed(PROGRAM, error, where=directory, as_json=as_json)
 
 
 def asks_for_json(argv: list[str]) -> bool:
@@ -174,7 +225,8 @@ def asks_for_json(argv: list[str]) -> bool:
 def mount(wishes: Wishes, spec: str, directory: str) -> int:
     """Mount and attach, or with -f only ask whether that would be allowed. Raises MountdError, OSError."""
     with (
-        open_target(directory) as target,
+        Place(wishes.namespace) as place,
+        open_within(place, directory) as target,
         Request(
             spec,
             read_only=wishes.read_only,
@@ -191,17 +243,103 @@ def mount(wishes: Wishes, spec: str, directory: str) -> int:
         if wishes.fake:
             explained = ask(client.explain, request, wishes.sloppy)
             return judge(explained["decision"], directory, wishes)
-        with ask(client.mount, request, wishes.sloppy) as reply:
-            attach_at(reply.mount.fileno(), target.fileno(), directory)
+        if place.path is None and not can_attach():
+            reply = have_attached(client, request, target, wishes)
+        else:
+            reply = attach_ourselves(client, request, target, wishes, (place, directory))
     if wishes.verbose and not wishes.json:
-        made = reply.mounts[0]
-        how = "read-only" if made.get("readOnly") else "read-write"
-        rule = reply.decision.get("rule")
-        kind = made.get("fileSystemType")
-        say(printable(f"{PROGRAM}: {kind} mounted {how} on {directory} (rule “{rule}”)"))
+        tell(PROGRAM, success(reply, directory))
     if wishes.json:
-        show_json({"target": directory, "mounts": reply.mounts, "decision": reply.decision})
+        show_json({"target": directory, **reply})
     return 0
+
+
+def open_within(place: Place, directory: str) -> OwnedFd:
+    """Open the directory to mount at, where that is. Raises NotFound, OSError, UsageError."""
+    with place.inside():
+        return open_target(directory)
+
+
+def success(reply: Mapping[str, object], directory: str) -> str:
+    """Return what -v says."""
+    decision, mounts = reply["decision"], reply.get("mounts")
+    by = f"(rule “{decision.get('rule') if isinstance(decision, dict) else None}”)"
+    if not isinstance(mounts, list):
+        return f"mounted on {directory} {by}"
+    made = mounts[0]
+    how = "read-only" if made.get("readOnly") else "read-write"
+    return f"{made['fileSystemType']} mounted {how} on {directory} {by}"
+
+
+def attach_ourselves(
+    client: Client, request: Request, target: OwnedFd, wishes: Wishes, where: tuple[Place, str]
+) -> Made:
+    """Get the mount and attach it, or have that done if it turns out that this process may not.
+
+    Raises MountdError, OSError.
+    """
+    place, directory = where
+    with ask(client.mount, request, wishes.sloppy) as reply:
+        if wishes.digest is not None:
+            check_digest(wishes.digest, reply.decision, request)
+        try:
+            with place.inside():
+                attach_at(reply.mount.fileno(), target.fileno(), directory)
+        except KeyboardInterrupt:
+            drop(reply.mount)
+            raise
+        except SyscallError as error:
+            if error.errno != errno.EPERM or place.path is not None:
+                raise
+        else:
+            made = {"id": reply.mounts[0].get("id"), "mounts": reply.mounts, "decision": reply.decision}
+            return {"attachedBy": "this process", **made}
+    return have_attached(client, request, target, wishes)
+
+
+def drop(mount: OwnedFd) -> None:
+    """Detach a mount that may have been attached already. Its descriptor leads to it, wherever that is."""
+    try:
+        mount_api.umount(f"/proc/self/fd/{mount.fileno()}", Unmount.DETACH)
+    except OSError:
+        return  # it was not
+
+
+def have_attached(client: Client, request: Request, target: OwnedFd, wishes: Wishes) -> Made:
+    """Have mountd mount and attach. Raises MountdError, OSError."""
+    if wishes.digest is not None:
+        explained = ask(client.explain, request, wishes.sloppy)["decision"]
+        check_digest(wishes.digest, explained if isinstance(explained, dict) else {}, request)
+    request.add_target(OwnedFd(os.dup(target.fileno())))
+    reply = regretting(client, lambda: ask(client.attach, request, wishes.sloppy))
+    return {"attachedBy": "mountd", **reply}
+
+
+def check_digest(wanted: str, decision: Mapping[str, object], request: Request) -> None:
+    """Raise OtherImage unless the image that was mounted has this digest, whatever else speaks for it.
+
+    mountd does not read the whole of an image whose place is enough to trust it. Nobody but those who are
+    trusted can have changed that since. Raises OSError.
+    """
+    found = decision.get("digest")
+    image = request.source.get("imageFileDescriptor")
+    if found != wanted and isinstance(image, int):
+        if request.parameters.get("readOnly") is False:
+            raise OptionNotPermitted(f"mountd.digest={wanted}", "a writable image has none that stays")
+        found = digest_of(request.fds[image].fileno())
+    if found != wanted:
+        raise OtherImage(wanted, str(found or "not known"))
+
+
+def digest_of(fd: int) -> str:
+    """Return the digest of an open file. Raises OSError."""
+    import hashlib
+
+    digest, offset = hashlib.sha256(), 0
+    while data := os.pread(fd, HASHED_AT_ONCE, offset):
+        digest.update(data)
+        offset += len(data)
+    return DIGEST + digest.hexdigest()
 
 
 def ask(method: Callable[..., Reply], request: Request, sloppy: bool) -> Reply:
@@ -225,11 +363,12 @@ def judge(decision: object, directory: str, wishes: Wishes) -> int:
             show_json({"target": directory, "mounts": [], "decision": fields})
         return 0
     error = DeniedByPolicy(str(fields.get("reason")), rule=fields.get("rule"), hint=fields.get("hint"))
-    return fail(PROGRAM, error, where=directory, as_json=wishes.json)
+    return failed(PROGRAM, error, where=directory, as_json=wishes.json)
 
 
 def main() -> None:
     """Entry point of the console script."""
+    become_caller()
     end(PROGRAM, lambda: run(sys.argv[1:]))
 
 

@@ -114,14 +114,20 @@ def explain_error(error: BaseException) -> tuple[str, str | None]:
 def fail(program: str, error: BaseException, *, where: str = "", as_json: bool = False) -> int:
     """Report `error`, which happened to the target `where`, and return the exit status."""
     text, hint = explain_error(error)
-    named = not where or text.startswith(f"{where}: ") or text.endswith(f": {where}")
-    about = "" if named else f"{where}: "
-    complain(f"{program}: {about}{text}" + (f" (hint: {hint})" if hint else ""))
+    complain(line_about(program, error, where))
     if as_json:
         name = getattr(error, "name", None) or getattr(error, "wire_name", "") or type(error).__name__
         parameters = error.parameters if isinstance(error, MountdError) else {}
         show_json({"error": name, "message": text, "hint": hint, "parameters": parameters})
     return exit_status(error)
+
+
+def line_about(program: str, error: BaseException, where: str = "") -> str:
+    """Return what is said about `error`, which happened to the target `where`."""
+    text, hint = explain_error(error)
+    named = not where or text.startswith(f"{where}: ") or text.endswith(f": {where}")
+    about = "" if named else f"{where}: "
+    return f"{program}: {about}{text}" + (f" (hint: {hint})" if hint else "")
 
 
 def complain(line: str) -> None:

@@ -174,6 +174,7 @@ class Worker:
             store=self._store,
             pull_socket=self._pull_socket,
             walker=held.walker,
+            naming=self._seal.naming,
             attachments=self._attachments,
             around=self._around,
             ledger=self._ledger,

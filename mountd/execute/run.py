@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mountd.errors import SyscallError
@@ -29,13 +30,18 @@ from mountd.plan.operations import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
+    from mountd.execute.naming import Naming
     from mountd.fds import OwnedFd
     from mountd.plan.operations import Operation, Plan
 
     Rows = Sequence[tuple[int, int, int]]
 
 T = TypeVar("T")
+HERE = nullcontext()
+# File systems whose drivers remember the name of their device, and follow it again later.
+OPENED_AGAIN = frozenset({"btrfs"})
 SEAL = Seal()
 
 
@@ -52,7 +58,7 @@ class Sealer(Protocol):
 class Inputs:
     """What the operations refer to, all borrowed: image, hash data, user namespace, and who seals."""
 
-    __slots__ = ("hash_fd", "image_fd", "note", "seal", "userns_fd")
+    __slots__ = ("hash_fd", "image_fd", "naming", "note", "seal", "userns_fd")
 
     def __init__(
         self,
@@ -62,11 +68,13 @@ class Inputs:
         seal: Sealer,
         hash_fd: int | None = None,
         note: Callable[[OwnedFd], None] | None = None,
+        naming: Naming | None = None,
     ) -> None:
-        """`hash_fd` is the hash data of dm-verity, where the plan has it.
+        """`hash_fd` is the hash data of dm-verity, where the plan has it; `naming` names sources.
 
         `note` is shown the mount, borrowed, while its ids are those of the file system.
         """
+        self.naming = naming
         self.image_fd = image_fd
         self.hash_fd = hash_fd
         self.userns_fd = userns_fd
@@ -131,8 +139,7 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
             device.close()
     if operation.backing is Backing.FILE:
         try:
-            # This process has no other way to name an open file to erofs (before Linux 7.2).
-            return _create_from(operation, f"/proc/self/fd/{image_fd}")
+            return _create_named(operation, inputs, image_fd)
         except SyscallError as error:
             # The file system that the image lies on cannot serve reads of the kernel (tmpfs), or erofs was
             # built without: then it takes a block device.
@@ -140,7 +147,9 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
                 raise
     loop = loop_device.attach(image_fd, read_only=operation.read_only)
     try:
-        return _create_from(operation, loop.path)
+        if operation.type in OPENED_AGAIN:
+            return _create_from(operation, loop.path)
+        return _create_named(operation, inputs, loop.fd.fileno())
     finally:
         loop.close()
 
@@ -158,7 +167,19 @@ def refuse_lease(image_fd: int) -> None:
         raise SyscallError(error.errno or 0, f"open({what})") from None
 
 
-def _create_from(operation: CreateSuperblock, source: str) -> FsContext:
+def _create_named(operation: CreateSuperblock, inputs: Inputs, fd: int) -> FsContext:
+    """Make it from an open file, by the name that mountinfo is to show where there is one."""
+    name, naming = operation.name, inputs.naming
+    if name is not None and naming is not None and naming.lead(name, fd):
+        return _create_from(operation, name, naming.inside())
+    # A process has no other way to name an open file to a file system (before Linux 7.2).
+    return _create_from(operation, f"/proc/self/fd/{fd}")
+
+
+def _create_from(
+    operation: CreateSuperblock, source: str, place: AbstractContextManager[None] = HERE
+) -> FsContext:
+    """Make it from `source`, a name that the kernel follows in `place`."""
     context = FsContext.open(operation.type)
     try:
         context.set_string("source", source)
@@ -169,7 +190,8 @@ def _create_from(operation: CreateSuperblock, source: str) -> FsContext:
                 context.set_flag(name)
             else:
                 context.set_string(name, value)
-        context.create()
+        with place:
+            context.create()
     except BaseException:
         context.close()
         raise

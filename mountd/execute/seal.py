@@ -28,7 +28,7 @@ import os
 from typing import TYPE_CHECKING
 
 from mountd.errors import NotSupported, SyscallError
-from mountd.execute import shared
+from mountd.execute import naming, shared
 from mountd.execute.shared import SharedMounts
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
@@ -41,19 +41,21 @@ if TYPE_CHECKING:
 
 MAXIMUM_STAGED = 16
 SHARED = "shared"
+NAMES = "-names"  # beside the staging directory, which is in the sealer as well
 LOST = 70  # exit status of a worker that cannot come back
 
 
 class Seal:
     """A worker's way to a locked mount: its spot, and both mount namespaces, borrowed from the `Staging`."""
 
-    __slots__ = ("_own_fd", "_sealer_fd", "_shared", "_staged", "_standing", "spot")
+    __slots__ = ("_own_fd", "_sealer_fd", "_shared", "_staged", "_standing", "naming", "spot")
 
     def __init__(
         self, directory: str, number: int, own_fd: int, sealer_fd: int, shared_seconds: float
     ) -> None:
         """`own_fd` is the mount namespace of this process. Raises OSError."""
         self.spot = f"{directory}/{number}"
+        self.naming = naming.Naming(f"{directory}{NAMES}/{number}")
         self._shared = SharedMounts(f"{directory}/{SHARED}", number, shared_seconds, self._clone)
         self._own_fd = own_fd
         self._sealer_fd = sealer_fd
@@ -142,6 +144,7 @@ class NoSeal:
     """The seal of a worker that makes no mounts."""
 
     fds: frozenset[int] = frozenset()
+    naming = None
 
     def __call__(self, mount: OwnedFd, name: str | None = None) -> OwnedFd:
         """Refuse, and close `mount`. Raises NotSupported."""
@@ -184,6 +187,9 @@ class Staging:
                 os.makedirs(f"{directory}/{number}/{place}", 0o700)
         shared.prepare(f"{directory}/{SHARED}", spots)
         self._sealer = self._make_sealer()
+        # After the sealer, which has no use for them.
+        os.makedirs(f"{directory}{NAMES}", 0o700, exist_ok=True)
+        naming.prepare(f"{directory}{NAMES}", spots)
 
     def seal(self, number: int) -> Seal:
         """Return the way to the sealer for the worker with this number. Raises OSError."""

@@ -62,8 +62,8 @@ class Verity:
 class CreateSuperblock:
     """Make the file system instance. `options` are names with their value, None for a flag.
 
-    `verity` is there for Backing.VERITY and for nothing else. Raises ValueError if it is not so, or if that
-    is to be writable.
+    `name` is what the mount table is to call the source, where that is possible. `verity` is there for
+    Backing.VERITY and for nothing else. Raises ValueError if it is not so, or if that is to be writable.
     """
 
     type: str
@@ -71,6 +71,7 @@ class CreateSuperblock:
     read_only: bool
     options: tuple[tuple[str, str | None], ...]
     verity: Verity | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if (self.verity is None) is (self.backing is Backing.VERITY):

@@ -58,13 +58,15 @@ def plan_mount(
     uids: tuple[IdExtent, ...] = (),
     gids: tuple[IdExtent, ...] = (),
     verity: Verity | None = None,
+    name: str | None = None,
 ) -> Plan:
     """Return the operations for a request that was allowed; `uids` and `gids` are for IdMapKind.RANGES.
 
-    With `verity`, the image is read through dm-verity: that is what the verdict was about.
+    With `verity`, the image is read through dm-verity: that is what the verdict was about. `name` is what
+    the mount table is to call the image.
     """
     attributes = attributes_of(decision.attributes, decision.read_only)
-    made = superblock(source, decision, verity)
+    made = superblock(source, decision, verity, name)
     operations: list[Operation] = [made, MakeMount(attributes)]
     shared = None
     # What is asked of the host's root is nothing: it may clear whatever it likes.
@@ -107,7 +109,9 @@ def attributes_of(names: frozenset[str], read_only: bool) -> MountAttr:
     return attributes
 
 
-def superblock(source: Source, decision: Decision, verity: Verity | None = None) -> CreateSuperblock:
+def superblock(
+    source: Source, decision: Decision, verity: Verity | None = None, name: str | None = None
+) -> CreateSuperblock:
     """Return how the file system is made."""
     granted = tuple(split(option) for option in decision.options)
     if source.kind is SourceKind.TMPFS and source.tmpfs is not None:
@@ -123,7 +127,7 @@ def superblock(source: Source, decision: Decision, verity: Verity | None = None)
     backing = Backing.FILE if type == "erofs" else Backing.LOOP
     if verity is not None:
         backing = Backing.VERITY
-    return CreateSuperblock(type, backing, decision.read_only, (*forced, *granted), verity)
+    return CreateSuperblock(type, backing, decision.read_only, (*forced, *granted), verity, name)
 
 
 def split(option: str) -> tuple[str, str | None]:

@@ -25,7 +25,7 @@ from mountd.errors import (
     SyscallError,
 )
 from mountd.evidence.target import Who, find
-from mountd.execute import attachment
+from mountd.execute import attachment, mount_table
 from mountd.execute.attachment import Outcome
 from mountd.fds import close_all
 from mountd.kernel import namespaces
@@ -253,6 +253,8 @@ def written_down_and_put(
     except BaseException:
         records.remove(id)
         raise
+    in_mountinfo = statx(mount_fd, "", StatxMask.MNT_ID, sync=False).stx_mnt_id
+    mount_table.note_attached(site.namespace_fd, int(in_mountinfo))
 
 
 def put_there(mount_fd: int, site: Site, context: RequestContext) -> None:
@@ -297,6 +299,8 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         ids = (record.uid, record.gid, groups)
         outcome = attachment.detach(id, namespace.fileno(), ids, lazy=bool(parameters.get("lazy")))
         here = namespaces.namespace_id(namespace.fileno())
+        if outcome is Outcome.DONE:
+            mount_table.note_detached(namespace.fileno(), record.path)
     if outcome is Outcome.DONE or (outcome is Outcome.ABSENT and record.namespace == here):
         records.remove(id)
     if outcome is Outcome.ABSENT:

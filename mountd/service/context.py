@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mountd.caller.model import Caller
     from mountd.caller.peer import Peer
     from mountd.evidence.model import Evidence
+    from mountd.execute.naming import Naming
     from mountd.execute.run import Sealer
     from mountd.ledger.book import Book
     from mountd.service.attachments import Attachments
@@ -103,12 +104,13 @@ class RequestContext:
 
     `notes` is what the journal says about the request, `writable` whether a mount was made that can be
     written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
-    that may use the network listens, if there is one. `walker` is for paths, and borrowed. `attachments` are
-    the records of what was attached, None for an instance that attaches nothing. `around` is the daemon, for
-    io.mountd.Admin; `ledger` takes down what is handed out, where there is one. `questions` is
-    the file that bounds how many people are asked at a time, None where nobody can be; `called_off` is a
-    descriptor, borrowed, that can be read once the policy has changed or the daemon is to end. `put_in` is
-    what this request has put into the store, and `asked_for` how many seconds it has waited for people.
+    that may use the network listens, if there is one. `walker` is for paths, and borrowed; `naming` is how
+    sources get names. `attachments` are the records of what was attached, None for an instance that attaches
+    nothing. `around` is the daemon, for io.mountd.Admin; `ledger` takes down what is handed out, where there
+    is one. `questions` is the file that bounds how many people are asked at a time, None where nobody can be;
+    `called_off` is a descriptor, borrowed, that can be read once the policy has changed or the daemon is to
+    end. `put_in` is what this request has put into the store, and `asked_for` how many seconds it has waited
+    for people.
     """
 
     peer: Peer
@@ -120,6 +122,7 @@ class RequestContext:
     store: Store | None = None
     pull_socket: Path | None = None
     walker: Walker = field(default_factory=Walker)
+    naming: Naming | None = None
     attachments: Attachments | None = None
     around: Around | None = None
     ledger: Book | None = None

@@ -20,7 +20,7 @@ from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
 from mountd.service.phase import Phase
-from mountd.service.requests import MountRequest
+from mountd.service.requests import STORED_PREFIX, MountRequest
 from mountd.source.model import Source
 from mountd.trust.ids import authorize_extents, authorize_ids
 from mountd.trust.policy import Verdict
@@ -180,15 +180,29 @@ def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None
         judged.uids,
         judged.gids,
         verity=inspected.verity,
+        name=source_name(judged),
     )
     inputs = Inputs(
         image_fd=inspected.image_fd,
         hash_fd=inspected.hash_fd,
         userns_fd=judged.request.userns_fd,
         seal=context.seal,
+        naming=context.naming,
         note=note,
     )
     return run(plan, inputs)
+
+
+def source_name(judged: Judged) -> str | None:
+    """Return what the mount table calls the source of a mount, None where no name for it is true.
+
+    The path of an image is true where it has proven to lead to it, and is root's alone; whoever is in a
+    container has no business with the host's paths. An image of the store is called as it was asked for.
+    """
+    if judged.request.stored is not None:
+        named = judged.request.stored
+        return f"{STORED_PREFIX}{named}" if isinstance(named, str) else str(named)
+    return judged.inspected.evidence.root_owned_path if judged.caller.on_host else None
 
 
 def file_system_type(source: Source) -> str:

@@ -17,7 +17,14 @@ HEAVY = {
 
 
 # What mount(8) calls, and mountctl, whose command line is read by argparse when there is one to be read.
-CLIENTS = ["mountd.client", "mountd.cli.report", "mountd.cli.mount_helper", "mountd.cli.mountctl"]
+CLIENTS = [
+    "mountd.client",
+    "mountd.cli.report",
+    "mountd.cli.helper",
+    "mountd.cli.mount_helper",
+    "mountd.cli.umount_helper",
+    "mountd.cli.mountctl",
+]
 LEAN_ROOMS = ("errors", "fds", "version", "kernel", "wire", "wire.framing", "client", "cli")
 
 
@@ -67,6 +74,12 @@ def test_lean_module_loads_nothing_heavy(module: str) -> None:
     assert module in loaded
     assert not loaded & HEAVY
     assert not foreign(loaded)
+
+
+def test_what_is_used_in_another_namespace_is_loaded_before_it_is_entered() -> None:
+    """A module that was looked for there would be whoever's that namespace is."""
+    begin = "from mountd.cli import umount_helper, mount_helper; from mountd.kernel import namespaces"
+    assert {"mountd.kernel.paths", "mountd.kernel.mount_api"} <= loaded_by(begin)
 
 
 def test_mountctl_reads_its_command_line_with_argparse_and_nothing_else() -> None:

@@ -15,6 +15,7 @@ USUAL = {
     "signature": None,
     "image_policy": None,
     "interactive": None,
+    "digest": None, "namespace": None,
 }  # fmt: skip
 
 
@@ -44,6 +45,12 @@ USUAL = {
         ("img dir -o mountd.userns=none", {"userns": "none"}),
         ("img dir -o compress=zstd:3,bogus", {"options": ["compress=zstd:3", "bogus"]}),
         ("img dir -o mountd.later=1 -s", {"sloppy": True}),
+        ("img dir -N /proc/1/ns/mnt", {"namespace": "/proc/1/ns/mnt"}),
+        ("img dir -o loop,nofail,x-systemd.automount,X-mount.mkdir,silent,nousers,nogroup", {}),
+        ("img dir -o noexec,nosuid,nodev,user,exec", {"options": ["nosuid", "nodev"]}),
+        ("img dir -o exec,noexec", {"options": ["noexec"]}),
+        ("img dir -o noatime,atime,nodiratime,diratime,nosymfollow", {"options": ["nosymfollow"]}),
+        ("img dir -o mountd.digest=sha256:" + 64 * "a", {"digest": "sha256:" + 64 * "a"}),
     ],
 )  # fmt: skip
 def test_parse(line: str, changed: dict[str, object]) -> None:
@@ -58,7 +65,6 @@ def test_parse(line: str, changed: dict[str, object]) -> None:
         ("", "SPEC and DIR are needed"),
         ("img", "SPEC and DIR are needed"),
         ("img dir more", "nothing else"),
-        ("img dir -N /proc/1/ns/mnt", "-N is not supported"),
         ("img dir -x", "option -x not recognized"),
         ("img dir -o", "option -o requires argument"),
     ],
@@ -76,6 +82,13 @@ def test_wrong_usage(line: str, text: str) -> None:
         ("rbind", "without -t mountd"),
         ("move", "mount --move"),
         ("mountd.later=1", "mountd.userns=, mountd.idmap=, mountd.access="),
+        ("shared", "mount --make-private DIR"),
+        ("rslave", "mount --make-private DIR"),
+        ("mountd.digest", "64 hexadecimal digits"),
+        ("mountd.digest=sha256:", "64 hexadecimal digits"),
+        ("mountd.digest=sha256:" + 64 * "A", "64 hexadecimal digits"),
+        ("mountd.digest=" + 64 * "a", "64 hexadecimal digits"),
+        ("mountd.digest=sha512:" + 64 * "a", "64 hexadecimal digits"),
         ("mountd.userns", "path of a user namespace"),
         ("mountd.userns=", "path of a user namespace"),
         ("mountd.idmap=ranges", "none, namespace, caller"),

@@ -61,6 +61,7 @@ STATUS: list[tuple[BaseException, int]] = [
     (errors.InvalidImage("no"), 32),
     (errors.NotSupported("x"), 32),
     (errors.InUse("x"), 32),
+    (errors.AttachNotPermitted("no"), 1),
     (errors.RemoteError("io.mountd.Mount.Later", {}), 32),
     (CannotRun("x", errno.ENOENT), 127),
     (CannotRun("x", errno.EACCES), 126),

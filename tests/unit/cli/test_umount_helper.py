@@ -1,0 +1,42 @@
+"""The command line of umount.mountd."""
+
+from __future__ import annotations
+
+import getopt
+
+import pytest
+
+from mountd.cli.umount_helper import parse
+
+USUAL = {"lazy": False, "force": False, "verbose": False, "namespace": None}
+
+
+@pytest.mark.parametrize(
+    ("line", "changed"),
+    [
+        ("dir", {}),
+        ("dir -n -l -f -v -r -t mountd.erofs -N /proc/7/fd/3", {
+            "lazy": True, "force": True, "verbose": True, "namespace": "/proc/7/fd/3",
+        }),
+        ("-lv dir", {"lazy": True, "verbose": True}),
+        ("dir -r -n -t erofs", {}),
+    ],
+)  # fmt: skip
+def test_parse(line: str, changed: dict[str, object]) -> None:
+    wishes, directory = parse(line.split())
+    assert vars(wishes) == USUAL | changed
+    assert directory == "dir"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("", "DIR is needed"),
+        ("dir more", "nothing else"),
+        ("dir -x", "option -x not recognized"),
+        ("dir -N", "option -N requires argument"),
+    ],
+)
+def test_wrong_usage(line: str, text: str) -> None:
+    with pytest.raises(getopt.GetoptError, match=text):
+        parse(line.split())
