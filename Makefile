@@ -9,8 +9,9 @@ PREFIX := /usr
 LIB := $(DESTDIR)$(PREFIX)/lib
 SBIN := $(DESTDIR)$(PREFIX)/sbin
 BIN := $(DESTDIR)$(PREFIX)/bin
+SHARE := $(DESTDIR)$(PREFIX)/share
 
-.PHONY: demo test test-vm bench setup install clean
+.PHONY: demo test test-vm bench setup install deb clean
 
 demo: $(STAMP)
 	$(PYTHON) -m tests.demo
@@ -53,8 +54,18 @@ install:
 	units/program mountd.cli.mount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/mount.mountd
 	units/program mountd.cli.mountctl $(PREFIX)/lib/mountd/python > $(BIN)/mountctl
 	chmod 0755 $(SBIN)/mountd $(SBIN)/mount.mountd $(BIN)/mountctl
+	for section in 1 5 7 8; do \
+	  install -D -m 0644 -t $(SHARE)/man/man$$section units/man/*.$$section || exit; \
+	done
+	install -D -m 0644 units/completion/mountctl.bash $(SHARE)/bash-completion/completions/mountctl
+	install -D -m 0644 units/completion/mountctl.zsh $(SHARE)/zsh/vendor-completions/_mountctl
+	install -D -m 0644 units/completion/mountctl.fish $(SHARE)/fish/vendor_completions.d/mountctl.fish
 # Who runs the programs may not write here, so that it is now or at every start; a package does it when it is installed.
 	[ -n "$(DESTDIR)" ] || /usr/bin/python3 -I -m compileall -q $(LIB)/mountd/python
 
+# A package for Debian 13 and later, into dist/.
+deb:
+	units/build_deb dist
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache
