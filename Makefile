@@ -42,6 +42,7 @@ install:
 	  $(BIN) $(SBIN)
 	cd mountd && find . -name '*.py' -exec install -D -m 0644 {} $(abspath $(LIB))/mountd/python/mountd/{} \;
 	install -D -m 0644 -t $(LIB)/mountd/python/mountd/protocol protocol/*.varlink
+	install -D -m 0644 -t $(LIB)/mountd/json protocol/json/*.schema.json
 	install -m 0644 -t $(LIB)/mountd/policy.d units/policy.d/*.toml
 	install -m 0644 -t $(LIB)/tmpfiles.d units/tmpfiles.d/mountd.conf
 	install -m 0644 -t $(LIB)/sysusers.d units/sysusers.d/mountd.conf

@@ -213,6 +213,23 @@ class Client:
             raise ProtocolError("the reply is not what Explain returns")
         return reply
 
+    def attach(
+        self, source: Mapping[str, object], fds: list[OwnedFd], **fields: object
+    ) -> dict[str, object]:
+        """Call Attach, with the parameters of `mount` and targetFileDescriptor (`Request.add_target`).
+
+        Returns `id` and `decision`. Raises the same.
+        """
+        reply, received = self.call("Attach", {"source": source, **fields}, fds)
+        close_all(received)
+        if not (isinstance(reply.get("id"), int) and isinstance(reply.get("decision"), dict)):
+            raise ProtocolError("the reply is not what Attach returns")
+        return reply
+
+    def detach(self, id: int, *, lazy: bool = False) -> None:
+        """Call Detach for the mount with the unique `id`. Raises NotFound, InUse, and as `mount` does."""
+        close_all(self.call("Detach", {"id": id, "lazy": lazy or None}, [])[1])
+
     def mount_image(self, source: str | os.PathLike[str], **wishes: Any) -> MountReply:
         """Mount the image at path `source`; `wishes` are the arguments of `Request`.
 
@@ -410,6 +427,10 @@ class Request:
     def add_namespace(self, userns: OwnedFd) -> None:
         """Have ids mapped into this user namespace, which is taken over."""
         self.parameters["userNamespaceFileDescriptor"] = self._add(userns)
+
+    def add_target(self, target: OwnedFd) -> None:
+        """Have the mount attached at this directory, which is taken over: for Attach."""
+        self.parameters["targetFileDescriptor"] = self._add(target)
 
     def _add(self, fd: OwnedFd) -> int:
         self.fds.append(fd)

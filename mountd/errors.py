@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 INTERFACE = "io.mountd.Mount"
 IMAGES_INTERFACE = "io.mountd.Images"
+ADMIN_INTERFACE = "io.mountd.Admin"
 
 
 class MountdError(Exception):
@@ -134,6 +135,16 @@ class OptionNotPermitted(MountdError):
         super().__init__(
             f"mount option “{option}” not permitted: {reason}", hint=hint, option=option, reason=reason
         )
+
+
+class AttachNotPermitted(MountdError):
+    """Nothing is attached at this place for this caller."""
+
+    wire_name = "AttachNotPermitted"
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        """`reason` says why the place is not the caller's to have something attached at."""
+        super().__init__(f"attaching not permitted: {reason}", hint=hint, reason=reason)
 
 
 class LimitExceeded(MountdError):

@@ -7,11 +7,12 @@ may have lost, is asked for each request: the user namespace that it is in, and 
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from mountd.caller.identify import identify, pin
 from mountd.errors import NotSupported, PeerGone, SyscallError
-from mountd.kernel import compat, namespaces
+from mountd.kernel import compat, namespaces, sockets
 
 if TYPE_CHECKING:
     import socket
@@ -73,6 +74,18 @@ class Peer:
             compat.check_alive(self._pin())
         except SyscallError:
             raise PeerGone("it has ended") from None
+
+    def mount_namespace(self) -> OwnedFd:
+        """Return the mount namespace that it is in now. Raises PeerGone, NotSupported, SyscallError."""
+        pidfd = self._pin()
+        try:
+            return compat.namespace_of_peer(pidfd, sockets.peer_credentials(self.connection).pid, "mnt")
+        except (FileNotFoundError, ProcessLookupError):
+            raise PeerGone("it has ended") from None
+        except SyscallError as error:
+            if error.errno in (errno.ESRCH, errno.EINVAL):
+                raise PeerGone("it has ended") from None
+            raise
 
     def _pin(self) -> int:
         """Return the pidfd, borrowed, from the first question on the same."""

@@ -7,6 +7,7 @@ import sys
 import time
 
 from mountd.cli.report import printable, say, show_json
+from mountd.cli.table import table, terminal_width, wants_colour
 from mountd.client import STORED, Client, open_image
 from mountd.errors import IMAGES_INTERFACE, InvalidParameter, ProtocolError
 from mountd.fds import close_all
@@ -26,26 +27,55 @@ MAXIMUM_SIGNATURE = 48 << 10  # bytes: a third more as base64
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 MAXIMUM_AGE = (1 << 62) - 1
+EXAMPLES = (
+    "mountctl image import --name base base.raw",
+    "mountctl image list",
+    "mountctl image gc --age 30d",
+)
+WIDEST_BAR = 30  # columns
+NARROWEST_BAR = 5
 
 
 def add_image_verbs(verbs: Any) -> None:
     """Add the verbs below “image” to their subparsers."""
-    add = verbs.add_parser("import", help="copy an image into the store, or share its blocks")
+    from mountd.cli.manners import add_verb
+
+    add = add_verb(
+        verbs,
+        "import",
+        "copy an image into the store, or share its blocks",
+        ("mountctl image import --name base /home/me/base.raw",
+         "mountctl image import --signature base.raw.p7s base.raw"),
+    )  # fmt: skip
     add.add_argument("--name", help="what to call it; names are for people, and prove nothing")
     add.add_argument("--signature", metavar="FILE", help="a detached signature over the image")
     add.add_argument("file", metavar="FILE", help="the image")
-    add = verbs.add_parser(
-        "pull", help="pull an image from a registry, as the system's policy has it verified"
+    add = add_verb(
+        verbs,
+        "pull",
+        "pull an image from a registry, as the system's policy has it verified",
+        ("mountctl image pull oci:registry.example.com/team/base:1",),
     )
     add.add_argument("reference", metavar="REFERENCE", help="oci:HOST/REPOSITORY:TAG, or …@sha256:…")
-    verbs.add_parser("list", help="list your images; as root, all")
+    add_verb(
+        verbs,
+        "list",
+        "list your images; as root, all",
+        ("mountctl image list", "mountctl image list --json"),
+    )
     for verb, help in (
         ("inspect", "show what is known about an image"),
         ("verify", "read an image anew and compare its digest"),
         ("remove", "remove an image that is not mounted"),
     ):
-        verbs.add_parser(verb, help=help).add_argument("digest", metavar="DIGEST", help="sha256:…")
-    collect = verbs.add_parser("gc", help="remove images that nobody has used for long")
+        add = add_verb(verbs, verb, help, (f"mountctl image {verb} sha256:…",))
+        add.add_argument("digest", metavar="DIGEST", help="sha256:…")
+    collect = add_verb(
+        verbs,
+        "gc",
+        "remove images that nobody has used for long",
+        ("mountctl image gc", "mountctl image gc --age 30d"),
+    )
     collect.add_argument("--age", help="for how long, such as 12h or 30d; default: remove only left-overs")
     for parser in verbs.choices.values():
         parser.add_argument("--json", action="store_true", help="print JSON, for errors as well")
@@ -97,7 +127,12 @@ def list_images(options: argparse.Namespace) -> int:
             images += page
             if after is None:
                 break
-    show(options, {"images": images}, "\n".join(line_of(image) for image in images))
+    width = terminal_width()
+    if options.json or width is None or not images:
+        show(options, {"images": images}, "\n".join(line_of(image) for image in images))
+    else:
+        head = ["DIGEST", "SIZE", "TYPE", "NAME"]
+        say(table([row_of(image) for image in images], head, width=width, colour=wants_colour()))
     return 0
 
 
@@ -175,7 +210,9 @@ class Meter:
             return
         done, total = progress.get("done"), progress.get("total")
         if type(done) is int and type(total) is int and total > 0:
-            self._write(f"\r{self._doing}: {done * 100 // total} % of {size_of(total)}\x1b[K")
+            text = f"{done * 100 // total} % of {size_of(total)}"
+            bar = bar_of(done, total, self._columns() - len(f"{self._doing}: [] {text}") - 1)
+            self._write(f"\r{self._doing}: {bar}{text}\x1b[K")
             self._shown = True
 
     def show_stage(self, reply: Mapping[str, object]) -> None:
@@ -190,6 +227,13 @@ class Meter:
             self._write(f"\r{self._doing}\x1b[K")
             self._shown = True
 
+    def _columns(self) -> int:
+        """Return how wide the terminal is by now."""
+        try:
+            return os.get_terminal_size(sys.stderr.fileno()).columns
+        except (OSError, ValueError):
+            return 0
+
     def clear(self) -> None:
         """Remove the line."""
         if self._shown:
@@ -201,6 +245,15 @@ class Meter:
             sys.stderr.flush()
         except OSError:
             self._terminal = self._shown = False
+
+
+def bar_of(done: int, total: int, columns: int) -> str:
+    """Return a bar and a blank that fit into `columns`, "" where there is no room for one."""
+    length = min(WIDEST_BAR, columns)
+    if length < NARROWEST_BAR:
+        return ""
+    full = min(length, done * length // total)
+    return f"[{'#' * full}{'-' * (length - full)}] "
 
 
 def image_of(reply: Mapping[str, object]) -> dict[str, object]:
@@ -220,12 +273,16 @@ def show(options: argparse.Namespace, reply: Mapping[str, object], text: str) ->
 
 
 def line_of(image: Mapping[str, Any]) -> str:
-    """Return one line about an image."""
+    """Return one line about an image, in which the digest is never cut."""
+    digest, size, type, name = row_of(image)
+    return f"{digest} {size:>11} {type:8} {name}".rstrip()
+
+
+def row_of(image: Mapping[str, Any]) -> list[str]:
+    """Return the cells about one image."""
     file_system = image.get("fileSystem")
     type = file_system.get("type") if isinstance(file_system, dict) else "unknown"
-    return (
-        f"{image.get('digest')} {size_of(image.get('size')):>11} {type:8} {image.get('name') or ''}".rstrip()
-    )
+    return [str(image.get("digest")), size_of(image.get("size")), str(type), str(image.get("name") or "")]
 
 
 def details(image: Mapping[str, Any]) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from mountd.cli import image
+from mountd.cli import attaching, image, listing
 from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json
-from mountd.client import IDMAPS, Client, Request, attach_at, open_target
+from mountd.client import IDMAPS, Client, Request
 from mountd.errors import MountdError
 from mountd.version import VERSION
 
@@ -14,22 +14,33 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
-    from typing import Any, NoReturn
 
 PROGRAM = "mountctl"
-EXAMPLES = """\
-examples:
-  mountctl explain /var/lib/machines/base.raw
-  mountctl run /var/lib/machines/base.raw -- ls -l /
-  unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt
-  mountctl mount -o noexec tmpfs:64M /mnt
-  mountctl policy check
-  mountctl image import --name base /home/me/base.raw
-  mountctl mount stored:sha256:… /mnt
+EXAMPLES = (
+    "mountctl mount /var/lib/machines/base.raw ~/base",
+    "mountctl list",
+    "mountctl umount ~/base",
+    "mountctl explain /var/lib/machines/base.raw",
+    "mountctl run /var/lib/machines/base.raw -- ls -l /",
+    "unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt",
+    "mountctl mount -o noexec tmpfs:64M /mnt",
+    "mountctl policy check",
+    "mountctl image import --name base /home/me/base.raw",
+    "mountctl mount stored:sha256:… /mnt",
+    "mountctl doctor",
+    "",
+    "Each verb has examples of its own: mountctl mount --help",
+)
+EXIT_STATUS = """
 
 exit status:
-  0 done, 1 wrong usage or not allowed, 2 mountd cannot be reached, 8 interrupted, 32 the mount failed.
+  0 done, 1 wrong usage or not allowed, 2 mountd cannot be reached or is too busy, 4 a bug of mountd,
+  8 interrupted, 32 the mount failed.
   “run” returns that of the command, 126 or 127 if it cannot be run, 128+N if signal N ended it.
+  “explain” returns 0 for allow and 1 for everything else; “policy check” 1 if there are errors;
+  “doctor” 0 if all is well, 1 if there are warnings, 2 if something fails.
+
+What --json prints is described by JSON Schemas in /usr/lib/mountd/json, one for each verb.
 """
 
 
@@ -37,42 +48,61 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    class Parser(argparse.ArgumentParser):
-        """One line for an error, and no options that only begin like one."""
+    from mountd.cli import admin
+    from mountd.cli.manners import Parser, add_verb
 
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(allow_abbrev=False, **settings)
-
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(message, hint=f"see “{self.prog} --help”")
-
-    top = Parser(
-        prog=PROGRAM,
-        description="Mount trusted images without being root.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    top = Parser(prog=PROGRAM, description="Mount trusted images without being root.", examples=EXAMPLES)
+    top.epilog = f"{top.epilog}{EXIT_STATUS}"
     top.add_argument("--version", action="version", version=f"{PROGRAM} {VERSION}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    mount = verbs.add_parser("mount", help="mount an image at a directory of your own mount namespace")
+    mount = add_verb(verbs, "mount", "mount an image at a directory", MOUNT_EXAMPLES)
     add_request(mount)
     add_namespace(mount)
     mount.add_argument("target", metavar="TARGET", help="an existing directory")
-    run = verbs.add_parser(
+    umount = add_verb(
+        verbs, "umount", "detach what “mount” has mounted at a directory", ("mountctl umount ~/base",)
+    )
+    umount.add_argument("--json", action="store_true", help="print JSON, for errors as well")
+    umount.add_argument("-l", "--lazy", action="store_true", help="also if it is in use; it ends with that")
+    umount.add_argument("target", metavar="TARGET", help="the directory")
+    listing.add_verbs(verbs)
+    run = add_verb(
+        verbs,
         "run",
-        help="run a command in an image, in new user and mount namespaces",
+        "run a command in an image, in new user and mount namespaces",
+        RUN_EXAMPLES,
         usage="%(prog)s [OPTION…] SOURCE [--] COMMAND [ARGUMENT…]",
     )
     add_request(run)
     run.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command, after --")
-    explain = verbs.add_parser("explain", help="say whether an image could be mounted, and why")
+    explain = add_verb(verbs, "explain", "say whether an image could be mounted, and why", EXPLAIN_EXAMPLES)
     add_request(explain)
     add_namespace(explain)
-    # Only for the list of verbs: its own command line is read by the program that it is.
-    verbs.add_parser("policy", add_help=False, help="check and show policy files")
-    images = verbs.add_parser("image", help="get images into mountd's store, and see to those in it")
+    # Only “reload” is read here, everything else by the program that it is.
+    policies = add_verb(verbs, "policy", "check, show and reload policy files", add_help=False)
+    admin.add_reload(policies.add_subparsers(dest="policy_verb", required=True, metavar="VERB"))
+    images = add_verb(
+        verbs, "image", "get images into mountd's store, and see to those in it", image.EXAMPLES
+    )
     image.add_image_verbs(images.add_subparsers(dest="image_verb", required=True, metavar="VERB"))
+    admin.add_admin_verbs(verbs)
     return top
+
+
+MOUNT_EXAMPLES = (
+    "mountctl mount /var/lib/machines/base.raw ~/base",
+    "unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt",
+    "mountctl mount -o noexec tmpfs:64M /mnt",
+    "mountctl mount --verity base.verity --root-hash 0123… base.raw /mnt",
+)
+RUN_EXAMPLES = (
+    "mountctl run /var/lib/machines/base.raw -- ls -l /",
+    "mountctl run --idmap namespace stored:sha256:… /bin/sh",
+)
+EXPLAIN_EXAMPLES = (
+    "mountctl explain /home/me/base.raw",
+    "mountctl explain --json /var/lib/machines/base.raw",
+)
 
 
 def add_request(verb: argparse.ArgumentParser) -> None:
@@ -152,18 +182,6 @@ def request_of(options: argparse.Namespace) -> Request:
     )
 
 
-def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
-    """Mount and attach."""
-    with (
-        open_target(options.target) as target,
-        client.mount(request.source, request.fds, **request.parameters) as reply,
-    ):
-        attach_at(reply.mount.fileno(), target.fileno(), options.target)
-    if options.json:
-        show_json({"target": options.target, "mounts": reply.mounts, "decision": reply.decision})
-    return 0
-
-
 def run(options: argparse.Namespace, request: Request, client: Client) -> int:
     """Run a command in the image."""
     from mountd.cli.container import run_in_image
@@ -203,19 +221,37 @@ def explanation(reply: dict[str, object]) -> str:
     return "\n".join(printable(line) for line in lines)
 
 
-VERBS = {"mount": mount, "run": run, "explain": explain}
+def own_verb(options: argparse.Namespace) -> int:
+    """Do what is not about a request."""
+    if options.verb == "doctor":
+        from mountd.cli.doctor import doctor
+
+        return doctor(options)
+    if options.verb in listing.VERBS:
+        return listing.VERBS[options.verb](options)
+    from mountd.cli import admin
+
+    return admin.reload(options) if options.verb == "policy" else admin.VERBS[options.verb](options)
+
+
+VERBS = {"mount": attaching.mount, "run": run, "explain": explain}
+OWN_VERBS = ("status", "metrics", "doctor", "policy", *listing.VERBS)
 
 
 def act(argv: Sequence[str]) -> int:
     """Do what the command line says and return the exit status. Raises KeyboardInterrupt, SystemExit."""
     as_json = "--json" in argv[: argv.index("--") if "--" in argv else None]
     try:
-        if argv[:1] == ["policy"]:
+        if argv[:1] == ["policy"] and argv[1:2] != ["reload"]:
             from mountd.cli.policy import become_policy_tool
 
             become_policy_tool(argv[1:])
         options = parse(argv)
         as_json = options.json
+        if options.verb in OWN_VERBS:
+            return own_verb(options)
+        if options.verb == "umount":
+            return attaching.umount(options)
         if options.verb == "image":
             return image.VERBS[options.image_verb](options)
         with request_of(options) as request, Client() as client:

@@ -8,6 +8,7 @@ import os
 import sys
 
 from mountd.errors import (
+    AttachNotPermitted,
     BadFileDescriptor,
     DeniedByPolicy,
     InvalidParameter,
@@ -41,6 +42,7 @@ EXIT_INTERRUPTED = 8
 EXIT_FAILURE = 32  # mount failure
 
 PERMISSION = (
+    AttachNotPermitted,
     BadFileDescriptor,
     DeniedByPolicy,
     InvalidParameter,

@@ -7,35 +7,59 @@ import os
 import socket
 import stat
 
+from mountd.fds import OwnedFd
+from mountd.kernel import watch
+
 MODE = 0o666  # decisions guard it, not file modes
 BACKLOG = 4096
+WATCHES_NAME = "watches"  # FDNAME= of the ledger's inotify descriptor
 
 
 class StartFailure(Exception):
     """Why the daemon cannot start, in one line."""
 
 
-def listening_socket(path: str) -> tuple[socket.socket, bool]:
-    """Return the socket to accept from, and whether it was bound here, at `path`. Raises StartFailure."""
+def listening_socket(path: str) -> tuple[socket.socket, bool, OwnedFd | None]:
+    """Return the socket to accept from, whether it was bound here, at `path`, and the watches of the ledger.
+
+    Those are there if a service manager has kept them, and then they are the caller's. Raises StartFailure.
+    """
     if "LISTEN_FDS" in os.environ or "LISTEN_PID" in os.environ:
-        return inherited(), False
-    return bound(path), True
+        listening, kept = inherited()
+        if listening is not None:
+            return listening, False, kept
+        return bound(path), True, kept
+    return bound(path), True, None
 
 
-def inherited() -> socket.socket:
-    """Return the one socket that systemd has passed. Raises StartFailure for anything else."""
+def inherited() -> tuple[socket.socket | None, OwnedFd | None]:
+    """Return the socket that systemd has passed, and what it has kept. Raises StartFailure for all else.
+
+    A service that was not started by its socket may have been handed what was kept only.
+    """
     from systemd import daemon  # type: ignore[import-untyped]
 
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     try:
         fds = daemon.listen_fds(unset_environment=True)
     except OSError as error:
         raise StartFailure(f"LISTEN_FDS, LISTEN_PID: no such numbers ({error.strerror})") from None
+    kept = None
+    for fd, name in zip(list(fds), names, strict=False):
+        if name == WATCHES_NAME and watch.is_inotify(fd):
+            os.set_inheritable(fd, False)
+            fds.remove(fd)
+            if kept is not None:
+                kept.close()
+            kept = OwnedFd(fd)
+    if not fds and kept is not None:
+        return None, kept
     if len(fds) != 1:
         raise StartFailure(f"LISTEN_FDS: exactly one socket is needed, {len(fds)} came for this process")
     if not daemon.is_socket_unix(fds[0], socket.SOCK_STREAM, 1):
         raise StartFailure("LISTEN_FDS: what came is no listening AF_UNIX stream socket")
     os.set_inheritable(fds[0], False)
-    return socket.socket(fileno=fds[0])
+    return socket.socket(fileno=fds[0]), kept
 
 
 def bound(path: str) -> socket.socket:

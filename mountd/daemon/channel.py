@@ -3,7 +3,8 @@
 listener → fork server: SPAWN a worker in a slot, RELOAD the policy
 fork server → listener: READY, FAILED with a text, SPAWNED with the worker's socket and pidfd, GONE, RELOADED
 listener → worker: a request, with the connection that it came on
-worker → listener: ANSWERED, and whether the connection can go on; FREE, and whether the worker does
+worker → listener: ANSWERED, and whether the connection can go on; FREE, and whether the worker does;
+  ASK_RELOAD with the end of a pipe for what comes of it
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Word(IntEnum):
     NOT_RELOADED = 8
     ANSWERED = 9
     FREE = 10
+    ASK_RELOAD = 11
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

@@ -15,39 +15,50 @@ import os
 import select
 import signal
 import socket
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mountd.daemon import channel, journal
+from mountd.daemon.around import Daemon, Facts, report
 from mountd.daemon.channel import Word
+from mountd.daemon.counters import Figure, Tally
 from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
-from mountd.daemon.limits import SHARED_SECONDS, SLOTS
+from mountd.daemon.limits import MAXIMUM_MOUNTS, SHARED_SECONDS, SLOTS
 from mountd.daemon.throttle import Throttle
 from mountd.daemon.worker import Worker, report_bug
-from mountd.errors import DeniedByPolicy, MountdError, SyscallError
+from mountd.errors import DeniedByPolicy, MountdError, NotSupported, SyscallError
 from mountd.execute.seal import NoSeal, Staging
 from mountd.fds import OwnedFd
 from mountd.kernel import dm_verity, namespaces
 from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call
+from mountd.ledger.book import Book
 from mountd.service import signatures
-from mountd.service.context import PolicyInForce
+from mountd.service.admin import METHODS as ADMIN_METHODS
+from mountd.service.attach import METHODS as ATTACH_METHODS
+from mountd.service.attachments import Attachments
+from mountd.service.context import PolicyInForce, PolicyOrigin
 from mountd.service.images import METHODS as IMAGE_METHODS
+from mountd.service.listing import METHODS as LIST_METHODS
 from mountd.service.mount import METHODS
 from mountd.service.pulls import FOR_OTHERS
 from mountd.service.pulls import METHODS as PULL_METHODS
+from mountd.service.revoke import METHODS as REVOKE_METHODS
 from mountd.store.store import Store
 from mountd.trust.policy import Policy
-from mountd.trust.policy_file import PolicyError, load
+from mountd.trust.policy_file import Loader
 from mountd.wire.dispatch import Dispatcher, interface_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mountd.daemon.board import Board
+    from mountd.daemon.counters import Counters
     from mountd.service.phase import Phase
+    from mountd.trust.policy_file import Loaded
 
 PR_SET_CHILD_SUBREAPER = 36
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
@@ -55,26 +66,41 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where everything is; `pull_socket` need not be there.
+    """Where everything is; `pull_socket` and `attached` need not be there. `listener` is its pid.
 
-    `shared_seconds` is for how long a mount is kept for those who ask for the same again.
+    `shared_seconds` is for how long a mount is kept for those who ask for the same again. `watches_fd` is
+    the inotify descriptor of the ledger, which lets an owner have `maximum_mounts`.
     """
 
     policy_dirs: list[Path]
     staging: Path
     state_dir: Path
     pull_socket: Path
+    attached: Path
+    listener: int
+    sockets: tuple[str, ...]
+    ledger: Path
+    watches_fd: int
     shared_seconds: float = SHARED_SECONDS
+    maximum_mounts: int = MAXIMUM_MOUNTS
 
 
 NO_SEAL = NoSeal()
+# Which the varlink package answers.
+QUESTIONS = ("org.varlink.service.GetInfo", "org.varlink.service.GetInterfaceDescription")
 
 
 class ForkServer:
     """One instance for the life of the process."""
 
     def __init__(
-        self, control: socket.socket, board: Board, places: Places, *, only_pull: bool = False
+        self,
+        control: socket.socket,
+        board: Board,
+        counters: Counters,
+        places: Places,
+        *,
+        only_pull: bool = False,
     ) -> None:
         """`control` leads to the listener; `only_pull` is whether nothing but pulls is served.
 
@@ -82,9 +108,15 @@ class ForkServer:
         """
         self._control = control
         self._board = board
+        self._counters = counters
+        self._facts = Facts(places.listener, places.sockets, places.state_dir)
         self._policy_dirs = places.policy_dirs
+        self._places = places
         self._pull_socket = None if only_pull else places.pull_socket
-        methods = FOR_OTHERS if only_pull else {**METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        self._attachments = None if only_pull else Attachments(places.attached)
+        others = {**METHODS, **LIST_METHODS, **ATTACH_METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        methods = {**(FOR_OTHERS if only_pull else others), **ADMIN_METHODS, **REVOKE_METHODS}
+        counters.name_methods([*methods, *QUESTIONS])
         self._dispatcher = Dispatcher(interface_directory(), methods, report_bug)
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
@@ -94,9 +126,11 @@ class ForkServer:
         self._groups: dict[int, int] = {}  # -> slot
         self._cleaners: set[int] = set()
         self._killed: set[int] = set()  # workers that had no time to clear their spot
+        self._hidden: frozenset[int] = frozenset()
         # What pulls makes no mounts, and need not be able to.
         self._staging = None if only_pull else Staging(str(places.staging), SLOTS, places.shared_seconds)
         if not only_pull:
+            self._hidden = self._staging_namespaces()
             signatures.prepare()
             remove_unused_devices()
             mount_fusectl()
@@ -135,22 +169,42 @@ class ForkServer:
                 log(Priority.ERROR, f"cannot start a worker: {error}", message_id=WORKER_ID)
                 channel.tell(self._control, Word.GONE, number)
         elif word is Word.RELOAD:
-            try:
-                self._policy = PolicyInForce(load(self._policy_dirs), None)
-                channel.tell(self._control, Word.RELOADED, len(self._policy.policy.rules))
-            except PolicyError as error:
-                channel.tell(self._control, Word.NOT_RELOADED, 0, str(error))
+            self._reload()
+
+    def _reload(self) -> None:
+        """Read the policy; one with faults leaves the old one in force."""
+        loaded = Loader().load(self._policy_dirs)
+        if not loaded.problems:
+            self._policy = PolicyInForce(loaded.policy, None, self._origin(loaded))
+            word = Word.RELOADED
+        else:
+            if self._policy.origin is not None:
+                origin = replace(self._policy.origin, faults=loaded.problems)
+                self._policy = PolicyInForce(self._policy.policy, self._policy.refusal, origin)
+            word = Word.NOT_RELOADED
+        channel.tell(self._control, word, len(loaded.policy.rules), report(loaded))
 
     def _first_policy(self) -> PolicyInForce:
         """Load the policy; a broken one denies everything, and says so to whoever asks."""
-        try:
-            return PolicyInForce(load(self._policy_dirs), None)
-        except PolicyError as error:
-            log(Priority.ERROR, f"the policy is broken, everything is denied: {error}", message_id=POLICY_ID)
-            refusal = DeniedByPolicy(
-                "the system's policy is broken", hint="an administrator finds the reason in the journal"
-            )
-            return PolicyInForce(Policy(()), refusal)
+        loaded = Loader().load(self._policy_dirs)
+        origin = self._origin(loaded)
+        if not loaded.problems:
+            return PolicyInForce(loaded.policy, None, origin)
+        log(
+            Priority.ERROR,
+            f"the policy is broken, everything is denied: {loaded.problems[0]}",
+            message_id=POLICY_ID,
+        )
+        refusal = DeniedByPolicy(
+            "the system's policy is broken", hint="an administrator finds the reason in the journal"
+        )
+        return PolicyInForce(Policy(()), refusal, origin)
+
+    def _origin(self, loaded: Loaded) -> PolicyOrigin:
+        """Take note of a policy that is in force from now on."""
+        self._counters.add(Figure.GENERATION)
+        generation, now = self._counters.get(Figure.GENERATION), int(time.time())
+        return PolicyOrigin(loaded, tuple(self._policy_dirs), generation, now, loaded.problems)
 
     def _spawn(self, slot: int) -> None:
         """Fork a worker for `slot` and tell the listener how to reach it. Raises OSError."""
@@ -175,19 +229,49 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             seal = NO_SEAL if self._staging is None else self._staging.seal(slot)
-            close_all_but({0, 1, 2, own.fileno(), *journal.descriptors, *seal.fds})
+            watches_fd = self._places.watches_fd
+            close_all_but({0, 1, 2, own.fileno(), watches_fd, *journal.descriptors, *seal.fds})
 
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)
 
-            parts = (self._dispatcher, self._policy, seal, self._store, self._throttle, self._pull_socket)
-            Worker(own, enter, *parts).run()
+            Worker(
+                own,
+                enter,
+                self._dispatcher,
+                self._policy,
+                seal,
+                self._store,
+                self._throttle,
+                self._pull_socket,
+                self._attachments,
+                Tally(self._counters, slot),
+                Daemon(self._counters, self._facts, own),
+                self._book(),
+            ).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
             if isinstance(error, Exception):
                 report_bug(error)
         finally:
             os._exit(code)
+
+    def _staging_namespaces(self) -> frozenset[int]:
+        """Return the ids of the mount namespaces that only mountd uses; none where they have no ids."""
+        if self._staging is None:
+            return frozenset()
+        try:
+            return self._staging.namespaces()
+        except NotSupported as error:
+            log(Priority.WARNING, f"mounts cannot be listed: {error}", message_id=WORKER_ID)
+            return frozenset()
+
+    def _book(self) -> Book | None:
+        """Return the ledger, for a worker."""
+        if self._staging is None:
+            return None
+        places = self._places
+        return Book(str(places.ledger), places.watches_fd, places.maximum_mounts, self._hidden)
 
     def _lead(self, pid: int, slot: int) -> None:
         """Make a child the leader of its process group, which `slot` belongs to."""
@@ -235,15 +319,17 @@ class ForkServer:
         self._cleaners.add(pid)
 
 
-def serve(control: socket.socket, board: Board, places: Places, *, only_pull: bool) -> NoReturn:
+def serve(
+    control: socket.socket, board: Board, counters: Counters, places: Places, *, only_pull: bool
+) -> NoReturn:
     """Be the fork server: for the child of a fork of the listener. Never returns."""
     code = 1
     try:
         end_with_parent()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        close_all_but({0, 1, 2, control.fileno(), *journal.descriptors})
-        attempt(lambda: ForkServer(control, board, places, only_pull=only_pull), control).run()
+        close_all_but({0, 1, 2, control.fileno(), places.watches_fd, *journal.descriptors})
+        attempt(lambda: ForkServer(control, board, counters, places, only_pull=only_pull), control).run()
         code = 0
     except ConnectionError:
         code = 0  # the listener has ended

@@ -25,6 +25,10 @@ MAXIMUM_STUCK_PER_OWNER = 4
 MAXIMUM_STUCK = 32
 SLOTS = MAXIMUM_WORKERS + MAXIMUM_STUCK
 
+# Live mounts of one owner; the rule may allow fewer.
+MAXIMUM_MOUNTS = 1024
+MOST_MOUNTS = 65536  # that can be allowed
+
 REQUESTS_PER_WORKER = 1024  # then it is replaced: what leaks, leaks no further
 SECONDS_OF_WORKER = 300
 # How long a worker stays with a connection that it has just answered, and for how many requests.

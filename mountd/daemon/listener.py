@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 
 from mountd.caller.identify import peer_namespace
 from mountd.daemon import channel
+from mountd.daemon.around import answer as answer_reloads
 from mountd.daemon.channel import Word
 from mountd.daemon.connection import Connection, answer
+from mountd.daemon.counters import Figure
 from mountd.daemon.journal import POLICY_ID, REQUEST_ID, Priority, log
 from mountd.daemon.limits import (
     DRAIN_SECONDS,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mountd.daemon.board import Board
+    from mountd.daemon.counters import Counters
     from mountd.fds import OwnedFd
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
@@ -66,6 +69,7 @@ class Listener:
         listening: socket.socket,
         control: socket.socket,
         board: Board,
+        counters: Counters,
         *,
         maximum_connections: int,
         idle_exit: float | None,
@@ -77,7 +81,8 @@ class Listener:
         self._maximum_connections = maximum_connections
         self._idle_exit = idle_exit
         self._notify = notify
-        self._pool = Pool(control, board)
+        self._counters = counters
+        self._pool = Pool(control, board, counters)
         self._seldom = Seldom()
         self._queue = FairQueue()
         # By descriptor; those that wait for a request in the order in which they began to.
@@ -89,6 +94,9 @@ class Listener:
         self._listen_again = 0.0  # when it is paused
         self._reloading = False
         self._reload_again = False
+        # Who asked for the reading that is going on, and for the one after it: pipes for what comes of it.
+        self._asked: list[OwnedFd] = []
+        self._asked_again: list[OwnedFd] = []
         self._next_house_keeping = 0.0
         self._epoll = select.epoll()
         listening.setblocking(False)
@@ -109,6 +117,8 @@ class Listener:
             self._drop(connection)
         for worker in self._pool.workers.values():
             worker.close()
+        answer_reloads(self._asked)
+        answer_reloads(self._asked_again)
         self._epoll.close()
 
     def reload(self) -> None:
@@ -129,12 +139,13 @@ class Listener:
         if self._draining_until is not None:
             return
         self._draining_until = time.monotonic() + DRAIN_SECONDS
+        answer_reloads(self._asked_again)  # by their ends: nothing is read any more
         self._notify("STOPPING=1")
         if not self._listening_paused:
             self._epoll.unregister(self._listening)
             self._listening_paused = True
         for connection in self._queue.drain():
-            self._drop(connection, ShuttingDown())
+            self._refuse(connection, ShuttingDown())
         for connection in list(self._idle.values()):
             self._drop(connection)
 
@@ -162,6 +173,7 @@ class Listener:
         if self._queue.waiting:
             self._dispatch()
         self._keep_house()
+        self._counters.set(Figure.QUEUE, self._queue.waiting)
         if self._draining_until is not None:
             return self._pool.serving > 0 and time.monotonic() < self._draining_until
         return True
@@ -226,11 +238,14 @@ class Listener:
                 error = MountFailed("taking the connection in", errno.errorcode.get(error.errno or 0, "EIO"))
             answer(accepted, error)
             accepted.close()
+            self._counters.count_for(None, error.wire_name)
             self._note_refusal(uid, error)
             return
         connection = Connection(accepted, namespace, owner)
         owner.connections += 1
         self._connections[connection.fileno()] = connection
+        self._counters.add(Figure.ACCEPTED)
+        self._counters.set(Figure.CONNECTIONS, len(self._connections))
         self._wait_for_request(connection)
 
     def _note_refusal(self, owner_uid: int | None, error: MountdError) -> None:
@@ -252,12 +267,18 @@ class Listener:
         # Explicitly: a worker that hangs may hold the same socket, which would keep it registered.
         self._epoll.unregister(fd)
         del self._connections[fd]
+        self._counters.set(Figure.CONNECTIONS, len(self._connections))
         self._idle.pop(fd, None)
         connection.close()
         connection.owner.connections -= 1
         self._queue.forget_if_idle(connection.owner)
         self._last_activity = time.monotonic()
         self._resume_listening()
+
+    def _refuse(self, connection: Connection, error: MountdError) -> None:
+        """End a connection whose request no worker gets."""
+        self._counters.count_for(None, error.wire_name)
+        self._drop(connection, error)
 
     def _expire(self) -> None:
         """End connections that have had no request for too long."""
@@ -272,7 +293,7 @@ class Listener:
         """Give queued connections to workers, in turns; refuse owners whose requests hang."""
         if self._pool.exhausted:
             for waiting in self._queue.drain():
-                self._drop(waiting, LimitExceeded("requests that hang", SLOTS, hint=STUCK_HINT))
+                self._refuse(waiting, LimitExceeded("requests that hang", SLOTS, hint=STUCK_HINT))
         # Who has nothing that hangs does not pay for those who have.
         most_stuck = 1 if self._pool.stuck >= MAXIMUM_STUCK else MAXIMUM_STUCK_PER_OWNER
         while (worker := self._pool.free()) is not None:
@@ -281,7 +302,7 @@ class Listener:
                 break
             refusal = self._too_many_stuck(connection)
             if refusal is not None:
-                self._drop(connection, refusal)
+                self._refuse(connection, refusal)
                 self._note_refusal(connection.owner.uid, refusal)
                 continue
             try:
@@ -289,7 +310,7 @@ class Listener:
             except OSError as error:
                 if error.errno in OUT_OF_DESCRIPTORS:
                     name = errno.errorcode[error.errno]
-                    self._drop(connection, MountFailed("handing the request to a worker", name))
+                    self._refuse(connection, MountFailed("handing the request to a worker", name))
                     continue
                 worker.retiring = True  # it has ended; the fork server will say so
                 self._queue.add(connection)
@@ -326,7 +347,11 @@ class Listener:
                 self._forget_channel(worker)
                 return
             word, yes, _, fds = heard
+            if word is Word.ASK_RELOAD:
+                self._reload_for(fds)
             close_all(fds)
+            if word is Word.ASK_RELOAD:
+                continue
             if word is Word.FREE:
                 self._pool.freed(worker, bool(yes))
             else:
@@ -387,11 +412,30 @@ class Listener:
         if worker.owner is not None:
             self._queue.forget_if_idle(worker.owner)
 
+    def _reload_for(self, fds: list[OwnedFd]) -> None:
+        """Have the policy read for who waits at the other end of a pipe; a reading that is going on may
+        have begun too early, so that it is the next one that counts. Moves the pipe out of `fds`.
+        """
+        if self._draining_until is not None or len(self._asked) + len(self._asked_again) >= SLOTS:
+            return
+        (self._asked_again if self._reloading else self._asked).extend(fds)
+        fds.clear()
+        self.reload()
+
     def _reloaded(self, word: Word, rules: int, text: str) -> None:
+        """Take note of what came of a reading. Workers are told to go first: who has heard of the new policy
+        is served by it.
+        """
         self._reloading = False
+        self._counters.set(Figure.RELOAD_WORKED, word is Word.RELOADED)
+        self._counters.set(Figure.RELOAD, int(time.time()))
+        # Also if it was refused, as workers say what is wrong with it.
+        self._pool.retire_all()
+        text, _, outcome = text.partition("\n")
+        answer_reloads(self._asked, outcome)
+        self._asked, self._asked_again = self._asked_again, self._asked
         if word is Word.RELOADED:
             log(Priority.INFO, f"the policy was reloaded: {rules} rules", message_id=POLICY_ID)
-            self._pool.retire_all()
             self._notify("READY=1\nSTATUS=serving")
         else:
             log(

@@ -14,24 +14,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mountd.daemon import channel
-from mountd.daemon.activation import StartFailure, listening_socket
+from mountd.daemon.activation import WATCHES_NAME, StartFailure, listening_socket
 from mountd.daemon.board import Board
+from mountd.daemon.counters import Counters
 from mountd.daemon.journal import WORKER_ID, Priority, log, open_journal
 from mountd.daemon.limits import (
     MAXIMUM_CONNECTIONS,
+    MAXIMUM_MOUNTS,
     MAXIMUM_SHARED_SECONDS,
+    MOST_MOUNTS,
     SHARED_SECONDS,
     SLOTS,
     SPARE_DESCRIPTORS,
 )
 from mountd.daemon.listener import ForkServerGone, Listener
+from mountd.errors import SyscallError
+from mountd.kernel import watch
 from mountd.kernel.libc import call
 from mountd.kernel.namespaces import PR_SET_DUMPABLE
+from mountd.ledger.book import Book
 from mountd.trust.directories import POLICY_DIRS
 from mountd.version import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from mountd.fds import OwnedFd
 
 SOCKET_NAME = "io.mountd.Mount"
 PULL_SOCKET_NAME = "pull"  # of the instance that pulls for this one
@@ -75,6 +83,13 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         f"default: {SHARED_SECONDS}",
     )
     parser.add_argument(
+        "--max-mounts",
+        metavar="NUMBER",
+        type=int,
+        default=MAXIMUM_MOUNTS,
+        help=f"how many mounts one user may have at a time; default: {MAXIMUM_MOUNTS}",
+    )
+    parser.add_argument(
         "--only-pull",
         action="store_true",
         help="serve nothing but pulls from registries, for another instance that may not use the network",
@@ -84,6 +99,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--idle-exit: it has to be more than 0 seconds")
     if not 0 <= options.shared_seconds <= MAXIMUM_SHARED_SECONDS:
         parser.error(f"--shared-seconds: it has to be 0 to {MAXIMUM_SHARED_SECONDS} seconds")
+    if not 0 < options.max_mounts <= MOST_MOUNTS:
+        parser.error(f"--max-mounts: it has to be 1 to {MOST_MOUNTS}")
     # The working directory is not the same for ever.
     options.runtime_dir, options.state_dir = options.runtime_dir.absolute(), options.state_dir.absolute()
     options.policy_dir = [each.absolute() for each in options.policy_dir or POLICY_DIRS]
@@ -103,10 +120,14 @@ class Daemon:
         self._only_pull = options.only_pull
         self._pull_socket = options.runtime_dir / PULL_SOCKET_NAME
         self._staging = prepare_runtime_dir(options.runtime_dir)
+        self._attached = options.runtime_dir / "attached"
         self.path = options.socket or str(options.runtime_dir / SOCKET_NAME)
-        self._listening, self._bound = listening_socket(self.path)
+        self._maximum_mounts = options.max_mounts
+        self._listening, self._bound, kept = listening_socket(self.path)
+        self._ledger, self._watches = open_ledger(options.runtime_dir, kept)
         self._maximum_connections = raise_descriptor_limit()
         self._signals: set[int] = set()
+        self._counters = Counters(SLOTS)  # for longer than a fork server lives
         self._watchdog = watchdog_seconds()
 
     def run(self) -> int:
@@ -136,19 +157,31 @@ class Daemon:
         """Start a fork server and run the listener over it. Raises ForkServerGone."""
         ours, theirs = channel.pair()
         board = Board(SLOTS)
+        self._counters.restart()
         pid = os.fork()
         if pid == 0:
             from mountd.daemon.fork_server import Places, serve
 
             places = Places(
-                self._policy_dirs, self._staging, self._state_dir, self._pull_socket, self._shared_seconds
+                self._policy_dirs,
+                self._staging,
+                self._state_dir,
+                self._pull_socket,
+                self._attached,
+                listener=os.getppid(),
+                sockets=(self.path,),
+                ledger=self._ledger,
+                watches_fd=self._watches.fileno(),
+                shared_seconds=self._shared_seconds,
+                maximum_mounts=self._maximum_mounts,
             )
-            serve(theirs, board, places, only_pull=self._only_pull)
+            serve(theirs, board, self._counters, places, only_pull=self._only_pull)
         theirs.close()
         listener = Listener(
             self._listening,
             ours,
             board,
+            self._counters,
             maximum_connections=self._maximum_connections,
             idle_exit=self._idle_exit,
             notify=notify,
@@ -192,6 +225,25 @@ def prepare_runtime_dir(path: Path) -> Path:
     return staging
 
 
+def open_ledger(runtime_dir: Path, kept: OwnedFd | None) -> tuple[Path, OwnedFd]:
+    """Return the directory of the ledger and its inotify descriptor: the one that was kept, or a new one.
+
+    A new one is given to the service manager to keep. Raises StartFailure.
+    """
+    directory = runtime_dir / "ledger"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if kept is not None:
+            return directory, kept
+        watches = watch.create()
+        Book(str(directory), watches.fileno(), MOST_MOUNTS, frozenset()).recover()
+    except (OSError, SyscallError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise StartFailure(f"cannot use the ledger {directory}: {reason}") from None
+    notify(f"FDSTORE=1\nFDNAME={WATCHES_NAME}", [watches.fileno()])
+    return directory, watches
+
+
 def raise_descriptor_limit() -> int:
     """Allow as many descriptors as the system lets us; return how many connections that is."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -208,13 +260,13 @@ def watchdog_seconds() -> float:
     return min(60.0, int(microseconds) / 2e6) if microseconds.isdecimal() else 60.0
 
 
-def notify(state: str) -> None:
-    """Tell the service manager, if there is one (sd_notify(3))."""
+def notify(state: str, fds: Sequence[int] = ()) -> None:
+    """Tell the service manager, if there is one (sd_notify(3)), and send it `fds`, which are borrowed."""
     if "NOTIFY_SOCKET" in os.environ:
         from systemd import daemon  # type: ignore[import-untyped]
 
         try:
-            daemon.notify(state)
+            daemon.notify(state, False, 0, list(fds) or None)
         except OSError as error:
             log(Priority.WARNING, f"cannot tell the service manager: {error.strerror}")
 

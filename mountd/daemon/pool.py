@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from mountd.daemon import channel
 from mountd.daemon.channel import Word
+from mountd.daemon.counters import Figure, Slot
 from mountd.daemon.journal import WORKER_ID, Priority, log
 from mountd.daemon.limits import (
     DEADLINES,
@@ -38,6 +39,7 @@ from mountd.service.phase import Phase
 if TYPE_CHECKING:
     from mountd.daemon.board import Board
     from mountd.daemon.connection import Connection
+    from mountd.daemon.counters import Counters
     from mountd.daemon.owners import Owner
     from mountd.errors import MountdError
 
@@ -86,10 +88,11 @@ class Worker:
 class Pool:
     """All workers, by slot, and the orders to the fork server."""
 
-    def __init__(self, control: socket.socket, board: Board) -> None:
+    def __init__(self, control: socket.socket, board: Board, counters: Counters) -> None:
         """`control` leads to the fork server."""
         self._control = control
         self._board = board
+        self._counters = counters
         self.workers: dict[int, Worker] = {}
         self._starting: set[int] = set()
         self.throttle = Throttle()  # of the lines about each owner
@@ -171,11 +174,14 @@ class Pool:
         self.changed = True
         worker = Worker(slot, fds.pop(0), fds.pop(0))
         self.workers[slot] = worker
+        self._counters.add(Figure.FORKS)
+        self._counters.set_slot(slot, Slot.IDLE)
         return worker
 
     def gone(self, worker: Worker) -> Ended | None:
         """Forget a worker whose process is no more; return the connection that it leaves unanswered."""
         del self.workers[worker.slot]
+        self._counters.set_slot(worker.slot, Slot.NONE)
         self.changed = True
         if worker.charged and worker.owner is not None:
             worker.owner.stuck -= 1
@@ -186,8 +192,11 @@ class Pool:
             return None
         # Another answer would be taken for that to the next request.
         answered = self._board.read(worker.slot)[0] in ANSWERED
+        if answered:
+            return worker.connection, None
         failure = MountFailed("serving the request: its process ended", "EIO")
-        return worker.connection, None if answered else failure
+        self._counters.count_for(worker.slot, failure.wire_name)
+        return worker.connection, failure
 
     def assign(self, worker: Worker, connection: Connection) -> None:
         """Hand a connection to a free worker. Raises OSError if the worker has ended."""
@@ -197,12 +206,14 @@ class Pool:
             sockets.send(worker.channel, channel.REQUEST.pack(*connection.namespace), [theirs])
         worker.connection, worker.owner = connection, connection.owner
         connection.owner.running += 1
+        self._counters.set_slot(worker.slot, Slot.BUSY)
 
     def freed(self, worker: Worker, goes_on: bool) -> None:
         """Take note that a worker has nothing to do any more."""
         if worker.owner is not None and worker.killed_at is None:
             worker.owner.running -= 1
             worker.owner = None
+            self._counters.set_slot(worker.slot, Slot.IDLE)
         worker.free_since = time.monotonic()
         worker.retiring = worker.retiring or not goes_on
         self.changed = self.changed or worker.retiring
@@ -265,6 +276,8 @@ class Pool:
     def _give_up(self, worker: Worker, phase: Phase, seconds: int) -> list[Ended]:
         connection, worker.connection = worker.connection, None
         worker.killed_at = time.monotonic()
+        self._counters.add(Figure.KILLED)
+        self._counters.set_slot(worker.slot, Slot.KILLED)
         self.changed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker.pidfd.fileno(), signal.SIGKILL)
@@ -279,10 +292,14 @@ class Pool:
             )
         if connection is None:
             return []
-        return [(connection, None if phase in ANSWERED else TimedOut(seconds))]
+        if phase in ANSWERED:
+            return [(connection, None)]
+        self._counters.count_for(worker.slot, TimedOut.wire_name)
+        return [(connection, TimedOut(seconds))]
 
     def _charge(self, worker: Worker) -> None:
         worker.charged = True
+        self._counters.set_slot(worker.slot, Slot.STUCK)
         if worker.owner is not None:
             worker.owner.running -= 1
             worker.owner.stuck += 1

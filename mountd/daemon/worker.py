@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mountd.daemon import channel
 from mountd.daemon.channel import Word
+from mountd.daemon.counters import DONE
 from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import (
     DEADLINES,
@@ -35,10 +36,13 @@ from mountd.wire.framing import encode, error_body, shown
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mountd.daemon.counters import Tally
     from mountd.daemon.throttle import Throttle
     from mountd.execute.seal import NoSeal, Seal
     from mountd.fds import OwnedFd
-    from mountd.service.context import Enter
+    from mountd.ledger.book import Book
+    from mountd.service.attachments import Attachments
+    from mountd.service.context import Around, Enter
     from mountd.store.store import Store
     from mountd.wire.dispatch import Dispatcher
     from mountd.wire.framing import Message
@@ -57,8 +61,15 @@ class Worker:
         store: Store | None,
         throttle: Throttle,
         pull_socket: Path | None = None,
+        attachments: Attachments | None = None,
+        tally: Tally | None = None,
+        around: Around | None = None,
+        ledger: Book | None = None,
     ) -> None:
-        """`own` is the socket to the listener; `enter` writes this worker's row of the board."""
+        """`own` is the socket to the listener; `enter` writes this worker's row of the board.
+
+        `tally` is this worker's row of the counters.
+        """
         self._own = own
         self._enter = enter
         self._dispatcher = dispatcher
@@ -66,7 +77,11 @@ class Worker:
         self._seal = seal
         self._store = store
         self._pull_socket = pull_socket
+        self._attachments = attachments
         self._throttle = throttle
+        self._tally = tally
+        self._around = around
+        self._ledger = ledger
         self._healthy = True
         self._may_linger = False  # after the last request
         self._served = 0
@@ -157,10 +172,19 @@ class Worker:
             store=self._store,
             pull_socket=self._pull_socket,
             walker=held.walker,
+            attachments=self._attachments,
+            around=self._around,
+            ledger=self._ledger,
         )
         begin = time.monotonic()
+        if self._tally is not None:
+            self._tally.begin(str(message.body.get("method")))
         try:
             reply, fds = self._dispatcher.handle(message, context, lambda data: send_ahead(connection, data))
+            if self._tally is not None:
+                # Before the answer: who asks for the counters after it finds it there.
+                result = error_name(reply) or context.verdict or DONE
+                self._tally.count(result, time.monotonic() - begin)
             try:
                 taken = self._send(connection, reply, fds)
             finally:
@@ -178,6 +202,8 @@ class Worker:
     def _clean_up(self) -> None:
         """Let go of everything that the last requests have left."""
         self._seal.clear()
+        if self._ledger is not None:
+            self._ledger.collect()
         close_all(self._left_over)
 
     def _send(self, connection: socket.socket, reply: bytes, fds: list[OwnedFd]) -> bool:
@@ -190,6 +216,9 @@ class Worker:
 
     def _refuse(self, connection: socket.socket, error: MountdError) -> None:
         """Answer what is no request; who sent it may not listen."""
+        if self._tally is not None:
+            self._tally.begin("")
+            self._tally.count(error.wire_name.rpartition(".")[2], 0.0)
         self._send(connection, encode(error_body(error)), [])
         uid = sockets.peer_credentials(connection).uid
         if not self._throttle.may_write(uid):

@@ -28,7 +28,7 @@ from mountd.plan.operations import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mountd.fds import OwnedFd
     from mountd.plan.operations import Operation, Plan
@@ -52,7 +52,7 @@ class Sealer(Protocol):
 class Inputs:
     """What the operations refer to, all borrowed: image, hash data, user namespace, and who seals."""
 
-    __slots__ = ("hash_fd", "image_fd", "seal", "userns_fd")
+    __slots__ = ("hash_fd", "image_fd", "note", "seal", "userns_fd")
 
     def __init__(
         self,
@@ -61,12 +61,17 @@ class Inputs:
         userns_fd: int | None,
         seal: Sealer,
         hash_fd: int | None = None,
+        note: Callable[[OwnedFd], None] | None = None,
     ) -> None:
-        """`hash_fd` is the hash data of dm-verity, where the plan has it."""
+        """`hash_fd` is the hash data of dm-verity, where the plan has it.
+
+        `note` is shown the mount, borrowed, while its ids are those of the file system.
+        """
         self.image_fd = image_fd
         self.hash_fd = hash_fd
         self.userns_fd = userns_fd
         self.seal = seal
+        self.note = note
 
 
 def run(plan: Plan, inputs: Inputs) -> OwnedFd:
@@ -82,11 +87,14 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
         if mount is not None:
             operations = plan.operations[plan.operations.index(SEAL) + 1 :]
     try:
+        if mount is not None:
+            _show(mount, inputs)
         for operation in operations:
             if isinstance(operation, CreateSuperblock):
                 context = create(operation, inputs)
             elif isinstance(operation, MakeMount):
                 mount = _needed(context).mount(operation.attributes)
+                _show(mount, inputs)
             elif isinstance(operation, Seal):
                 # The old descriptor is the sealer's now, whether it succeeds or not.
                 unsealed, mount = _needed(mount), None
@@ -100,6 +108,11 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
             context.close()
         if mount is not None:
             mount.close()
+
+
+def _show(mount: OwnedFd, inputs: Inputs) -> None:
+    if inputs.note is not None:
+        inputs.note(mount)
 
 
 def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:

@@ -34,6 +34,7 @@ from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
 from mountd.kernel.libc import call
+from mountd.kernel.mount_info import namespace_id
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -192,6 +193,10 @@ class Staging:
         """Detach what a worker that was killed has left, and has kept. Raises SyscallError."""
         shared.take_away(f"{self.directory}/{number}")
         shared.clean(f"{self.directory}/{SHARED}", number)
+
+    def namespaces(self) -> frozenset[int]:
+        """Return the ids of both mount namespaces. Raises SyscallError, NotSupported."""
+        return frozenset(namespace_id(each.fileno()) for each in (self._own, self._sealer))
 
     def close(self) -> None:
         """Give up the sealer; the staging directory goes with the last process in this mount namespace."""

@@ -55,9 +55,24 @@ class open_how(Structure):  # noqa: N801
 
 
 class mnt_id_req(Structure):  # noqa: N801
-    """struct mnt_id_req, MNT_ID_REQ_SIZE_VER0."""
+    """struct mnt_id_req, MNT_ID_REQ_SIZE_VER1; without its last field it is what Linux 6.8 knows."""
 
-    _fields_ = (("size", c_uint32), ("mnt_ns_fd", c_uint32), ("mnt_id", c_uint64), ("param", c_uint64))
+    _fields_ = (
+        ("size", c_uint32),
+        ("mnt_ns_fd", c_uint32),
+        ("mnt_id", c_uint64),
+        ("param", c_uint64),
+        ("mnt_ns_id", c_uint64),
+    )
+
+
+MNT_ID_REQ_SIZE_VER0 = 24
+
+
+class mnt_ns_info(Structure):  # noqa: N801
+    """struct mnt_ns_info of linux/nsfs.h."""
+
+    _fields_ = (("size", c_uint32), ("nr_mounts", c_uint32), ("mnt_ns_id", c_uint64))
 
 
 class statmount(Structure):  # noqa: N801

@@ -30,11 +30,16 @@ def pidfd_of_peer(connection: "socket.socket") -> OwnedFd:
 
 
 def user_namespace_of(pidfd: int, pid: int) -> OwnedFd:
+    """As `namespace_of_peer`."""
+    return namespace_of_peer(pidfd, pid, "user")
+
+
+def namespace_of_peer(pidfd: int, pid: int, kind: str) -> OwnedFd:
     """Linux 6.11 has an ioctl; before, /proc names the namespace, and the pidfd says it was still `pid`."""
     try:
-        return namespace_of(pidfd, "user")
+        return namespace_of(pidfd, kind)
     except NotSupported:
-        fd = OwnedFd(os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC))
+        fd = OwnedFd(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC))
         try:
             check_alive(pidfd)
         except BaseException:
@@ -53,7 +58,12 @@ def check_alive(pidfd: int) -> None:
 
 def any_mount_id(fd: int) -> int:
     """Linux 6.8 has ids that are never reused; before, the id is unique among the living mounts only."""
+    return mount_id_and_device(fd)[0]
+
+
+def mount_id_and_device(fd: int) -> tuple[int, tuple[int, int]]:
+    """As `any_mount_id`, with the device (major, minor) of what `fd` is."""
     status = statx(fd, "", StatxMask.MNT_ID_UNIQUE)
     if not status.stx_mask & MNT_ID_UNIQUE:
         status = statx(fd, "", StatxMask.MNT_ID)
-    return int(status.stx_mnt_id)
+    return int(status.stx_mnt_id), (int(status.stx_dev_major), int(status.stx_dev_minor))

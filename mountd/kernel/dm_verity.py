@@ -137,6 +137,13 @@ def remove_unused() -> int:
         control.close()
 
 
+def check_available() -> None:
+    """Raise NotSupported where there is no device-mapper or no dm-verity, SyscallError, OSError."""
+    with _open_control() as control:
+        if not _has_verity(control):
+            raise NotSupported("dm-verity")
+
+
 def _open_control() -> OwnedFd:
     try:
         return OwnedFd(os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC))

@@ -1,11 +1,13 @@
 """What is mounted: statmount(2), listmount(2) and the unique mount id of statx(2)."""
 
 import ctypes
+import os
 
-from mountd.errors import SyscallError
-from mountd.kernel.abi import STATMOUNT_STRINGS, mnt_id_req
+from mountd.errors import NotSupported, SyscallError
+from mountd.fds import OwnedFd
+from mountd.kernel.abi import MNT_ID_REQ_SIZE_VER0, STATMOUNT_STRINGS, mnt_id_req, mnt_ns_info
 from mountd.kernel.abi import statmount as statmount_struct
-from mountd.kernel.flags import StatmountMask, StatxMask
+from mountd.kernel.flags import Ioctl, StatmountMask, StatxMask
 from mountd.kernel.libc import call
 from mountd.kernel.paths import statx
 
@@ -47,10 +49,15 @@ class MountInfo:
 
 
 def statmount(
-    id: int, mask: StatmountMask = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.FS_TYPE
+    id: int,
+    mask: StatmountMask = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.FS_TYPE,
+    namespace: int = 0,
 ) -> MountInfo:
-    """Describe the mount with the unique `id`. Raises SyscallError, ENOENT if there is none."""
-    request = mnt_id_req(ctypes.sizeof(mnt_id_req), 0, id, int(mask))
+    """Describe the mount with the unique `id`. Raises SyscallError, ENOENT if there is none.
+
+    `namespace` is the id of the mount namespace to look in (Linux 6.11), 0 for that of this process.
+    """
+    request = _request(id, int(mask), namespace)
     size = 4096
     while True:
         buffer = (ctypes.c_char * size)()
@@ -65,13 +72,82 @@ def statmount(
         return MountInfo(struct, ctypes.string_at(ctypes.addressof(buffer), struct.size)[STATMOUNT_STRINGS:])
 
 
-def listmount(parent_id: int = LSMT_ROOT) -> list[int]:
-    """Return the unique ids of all mounts below the mount `parent_id` in this mount namespace."""
+def listmount(parent_id: int = LSMT_ROOT, namespace: int = 0) -> list[int]:
+    """Return the unique ids of all mounts below the mount `parent_id`, in this mount namespace or that one.
+
+    Raises SyscallError.
+    """
     found: list[int] = []
     while True:
-        request = mnt_id_req(ctypes.sizeof(mnt_id_req), 0, parent_id, found[-1] if found else 0)
+        request = _request(parent_id, found[-1] if found else 0, namespace)
         ids = (ctypes.c_uint64 * BATCH)()
         count = call("listmount", ctypes.byref(request), ids, BATCH, 0)
         found += ids[:count]
         if count < BATCH:
             return found
+
+
+def _request(id: int, param: int, namespace: int) -> mnt_id_req:
+    size = ctypes.sizeof(mnt_id_req) if namespace else MNT_ID_REQ_SIZE_VER0
+    return mnt_id_req(size, 0, id, param, namespace)
+
+
+class MountNamespace:
+    """A mount namespace: `fd` keeps it alive and belongs to whoever has this, `id` is never used twice."""
+
+    __slots__ = ("fd", "id")
+
+    def __init__(self, fd: OwnedFd, id: int) -> None:
+        """Take `fd` over."""
+        self.fd = fd
+        self.id = id
+
+
+def mount_namespaces() -> list[MountNamespace]:
+    """Return all mount namespaces, this process's own included; their descriptors are the caller's.
+
+    It takes CAP_SYS_ADMIN in the host's user namespace. Raises SyscallError, and NotSupported before
+    Linux 6.12.
+    """
+    found: list[MountNamespace] = []
+    first = OwnedFd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        while (earlier := _neighbour(first, Ioctl.NS_MNT_GET_PREV)) is not None:
+            first.close()
+            first = earlier.fd
+        found.append(MountNamespace(first, namespace_id(first.fileno())))
+        while (later := _neighbour(found[-1].fd, Ioctl.NS_MNT_GET_NEXT)) is not None:
+            found.append(later)
+    except BaseException:
+        first.close()
+        for each in found:
+            each.fd.close()
+        raise
+    return found
+
+
+def namespace_id(fd: int) -> int:
+    """Return the id of the mount namespace that `fd` refers to. Raises SyscallError, NotSupported."""
+    info = mnt_ns_info(ctypes.sizeof(mnt_ns_info), 0, 0)
+    _ask(fd, Ioctl.NS_MNT_GET_INFO, info)
+    return int(info.mnt_ns_id)
+
+
+def _neighbour(fd: OwnedFd, which: Ioctl) -> MountNamespace | None:
+    info = mnt_ns_info(ctypes.sizeof(mnt_ns_info), 0, 0)
+    try:
+        found = OwnedFd(_ask(fd.fileno(), which, info))
+    except SyscallError as error:
+        if error.errno_name == "ENOENT":
+            return None
+        raise
+    return MountNamespace(found, int(info.mnt_ns_id))
+
+
+def _ask(fd: int, which: Ioctl, info: mnt_ns_info) -> int:
+    try:
+        return call("ioctl", fd, which, ctypes.byref(info))
+    except SyscallError as error:
+        if error.errno_name == "ENOTTY":
+            raise NotSupported("listing mount namespaces (Linux 6.12)") from None
+        raise

@@ -88,6 +88,11 @@ def owner_uid(fd: int) -> int:
     return uid.value
 
 
+def owner_of(fd: int) -> OwnedFd:
+    """Return the user namespace that owns the namespace `fd`. Raises SyscallError, EPERM outside of ours."""
+    return OwnedFd(call("ioctl", fd, Ioctl.NS_GET_USERNS, None))
+
+
 def parent(fd: int) -> "OwnedFd | None":
     """Return the parent of the user namespace `fd`, None for one that lies outside this process's own."""
     try:

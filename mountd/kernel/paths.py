@@ -12,6 +12,7 @@ from mountd.kernel.flags import AtFlags, Resolve, StatxMask
 from mountd.kernel.libc import call
 from mountd.kernel.mount_api import path_bytes
 
+STATX_ATTR_MOUNT_ROOT = 0x2000  # linux/stat.h: the root of a mount, in stx_attributes
 _NO_LINKS = AtFlags.SYMLINK_NOFOLLOW | AtFlags.NO_AUTOMOUNT
 # By whether there is a path, and whether the file system is asked.
 STATX_FLAGS = {

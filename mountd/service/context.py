@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from mountd.caller.peer import Peer
     from mountd.evidence.model import Evidence
     from mountd.execute.run import Sealer
+    from mountd.ledger.book import Book
+    from mountd.service.attachments import Attachments
     from mountd.service.phase import Phase
     from mountd.source.model import Source
     from mountd.store.store import Store
     from mountd.trust.decide import Decision
     from mountd.trust.policy import Policy
+    from mountd.trust.policy_file import Loaded, PolicyError
     from mountd.trust.wishes import MountWishes
 
     Facts = tuple[Caller, Source, Evidence, MountWishes]
@@ -36,11 +39,43 @@ class Enter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyOrigin:
+    """Where the policy in force is from: as it was written, and in which directories.
+
+    `generation` counts the policies of this daemon, `since` is in seconds since the epoch, and `faults` is
+    what was wrong with the files when it was last tried to read them.
+    """
+
+    loaded: Loaded
+    directories: tuple[Path, ...]
+    generation: int
+    since: int
+    faults: tuple[PolicyError, ...] = ()
+
+
+class Around(Protocol):
+    """The daemon around a request, as it describes itself in the fields of io.mountd.Admin."""
+
+    def pool(self) -> dict[str, object]:
+        """Return a PoolState."""
+
+    def status(self) -> dict[str, object]:
+        """Return pid, started, sockets, the path of the store, and limits."""
+
+    def metrics(self) -> dict[str, object]:
+        """Return started, requests, bounds, latencies, and the last reload."""
+
+    def reload(self) -> dict[str, object]:
+        """Have the policy read again, and return the reply of Reload. Raises TimedOut, ShuttingDown."""
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyInForce:
     """The policy that requests are judged by; `refusal` is what everybody gets if it could not be read."""
 
     policy: Policy
     refusal: DeniedByPolicy | None
+    origin: PolicyOrigin | None = None
     _allowed: dict[Facts, Decision] = field(default_factory=dict, compare=False, repr=False)
 
     def decide(self, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes) -> Decision:
@@ -68,7 +103,9 @@ class RequestContext:
 
     `notes` is what the journal says about the request, `writable` whether a mount was made that can be
     written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
-    that may use the network listens, if there is one. `walker` is for paths, and borrowed.
+    that may use the network listens, if there is one. `walker` is for paths, and borrowed. `attachments` are
+    the records of what was attached, None for an instance that attaches nothing. `around` is the daemon, for
+    io.mountd.Admin; `ledger` takes down what is handed out, where there is one.
     """
 
     peer: Peer
@@ -80,6 +117,9 @@ class RequestContext:
     store: Store | None = None
     pull_socket: Path | None = None
     walker: Walker = field(default_factory=Walker)
+    attachments: Attachments | None = None
+    around: Around | None = None
+    ledger: Book | None = None
     _caller: Caller | None = None
     _decision: Decision | None = None
     _file_system: str = ""
@@ -92,6 +132,11 @@ class RequestContext:
         """Take note of what was decided."""
         self._decision = decision
         self._file_system = file_system
+
+    @property
+    def verdict(self) -> str | None:
+        """What was decided, None for what the policy has no say in."""
+        return None if self._decision is None else self._decision.verdict.value
 
     def fields(self) -> dict[str, str]:
         """Return what the journal says about the request; for after the reply, as nobody waits for it."""

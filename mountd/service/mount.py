@@ -14,10 +14,10 @@ from mountd.caller.identify import given_namespace
 from mountd.caller.model import OVERFLOW_ID, DelegatedIds
 from mountd.errors import UserNamespaceNotPermitted
 from mountd.execute.run import Inputs, run
-from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mount
 from mountd.service.context import RequestContext
+from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
 from mountd.service.phase import Phase
 from mountd.service.requests import MountRequest
@@ -60,13 +60,14 @@ def mount(
     context.peer.check()
     context.enter(Phase.MOUNT)
     context.writable = not judged.decision.read_only
-    made = make(judged, context)
-    try:
-        id = compat.any_mount_id(made.fileno())
-        context.peer.check()
-    except BaseException:
-        made.close()
-        raise
+    with handing_out(judged, context) as entry:
+        made = make(judged, context, entry.watch)
+        try:
+            id = entry.take_down(made)
+            context.peer.check()
+        except BaseException:
+            made.close()
+            raise
     described = {
         "mountFileDescriptor": 0,
         "fileSystemType": file_system_type(judged.inspected.source),
@@ -143,8 +144,8 @@ def with_delegated(caller: Caller, check: Callable[[DelegatedIds], None]) -> Non
         check(delegated_ids(caller.uid))
 
 
-def make(judged: Judged, context: RequestContext) -> OwnedFd:
-    """Carry out what was decided and return the detached mount."""
+def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None] | None = None) -> OwnedFd:
+    """Carry out what was decided and return the detached mount; `note` is shown it before ids are mapped."""
     inspected = judged.inspected
     plan = plan_mount(
         inspected.source,
@@ -160,6 +161,7 @@ def make(judged: Judged, context: RequestContext) -> OwnedFd:
         hash_fd=inspected.hash_fd,
         userns_fd=judged.request.userns_fd,
         seal=context.seal,
+        note=note,
     )
     return run(plan, inputs)
 

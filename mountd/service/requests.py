@@ -34,6 +34,7 @@ MAXIMUM_SIGNATURE = 350_000  # characters of base64: as many bytes as a signatur
 REFERENCE_FIELD = "source.reference"
 STORED_PREFIX = "stored:"
 NAMESPACE_FIELD = "userNamespaceFileDescriptor"
+TARGET_FIELD = "targetFileDescriptor"
 SOURCES = (
     "imageFileDescriptor",
     "directoryFileDescriptor",
@@ -52,10 +53,11 @@ TMPFS_MODE_BITS = 0o1777
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:
-    """A call of Mount or Explain. The descriptors are borrowed from the message.
+    """A call of Mount, Explain or Attach. The descriptors are borrowed from the message.
 
     Of `image_fd`, `stored` (the digest of an image of the store, or a name in a registry with the digest of
     a manifest) and `tmpfs`, one is not None. `verity` and the bytes of `signature` may go with `image_fd`.
+    `target_fd` is for Attach.
     """
 
     kind: SourceKind
@@ -67,6 +69,7 @@ class MountRequest:
     wishes: MountWishes
     signature: bytes | None = None
     verity: VerityRequest | None = None
+    target_fd: int | None = None
 
     @classmethod
     def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
@@ -78,6 +81,7 @@ class MountRequest:
         kind = SourceKind.TMPFS if tmpfs is not None else SourceKind.IMAGE
         userns_fd = table.optional(parameters.get(NAMESPACE_FIELD), NAMESPACE_FIELD)
         idmap = read_idmap(parameters.get("idMap"), namespace_given=userns_fd is not None)
+        target_fd = table.optional(parameters.get(TARGET_FIELD), TARGET_FIELD)
         table.check_all_named()
         demanded = parameters.get("imagePolicy")
         signature = read_signature(source.get("signature"), SIGNATURE_FIELD)
@@ -94,7 +98,7 @@ class MountRequest:
             namespace_given=userns_fd is not None,
             image_policy=None if demanded is None else image_policy.parse(demanded),
         )
-        return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes, signature, verity)
+        return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes, signature, verity, target_fd)
 
 
 @dataclass(frozen=True, slots=True)

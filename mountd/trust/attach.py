@@ -7,8 +7,13 @@ component, `$UID` and `$GID` anywhere; and `**` as the last one, for everything 
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
+from mountd.errors import AttachNotPermitted
 from mountd.trust import location
+
+if TYPE_CHECKING:
+    from mountd.trust.decide import Decision
 
 HOME = "$HOME"
 EVERYTHING_BELOW = "/**"
@@ -25,3 +30,45 @@ def check_pattern(pattern: str) -> None:
     if "$" in plain:
         raise ValueError("it has a “$” that is neither $HOME at its start nor $UID or $GID")
     location.check_pattern(plain)
+
+
+def permits(pattern: str, path: str, *, home: str | None, uid: int, gid: int) -> bool:
+    """Tell whether `pattern`, which `check_pattern` has accepted, stands for the directory `path`.
+
+    `home` is the caller's home directory, None if `path` does not lead through it; then nothing with `$HOME`
+    matches. `uid` and `gid` are what `$UID` and `$GID` are.
+    """
+    wanted = pattern.replace("$UID", str(uid)).replace("$GID", str(gid))
+    if wanted == HOME or wanted.startswith(f"{HOME}/"):
+        if home is None:
+            return False
+        wanted = literal(home) + wanted.removeprefix(HOME)
+    if not wanted.endswith(EVERYTHING_BELOW):
+        return location.matches(wanted, path)
+    wanted = wanted.removesuffix(EVERYTHING_BELOW)
+    names, depth = path.split("/"), len(wanted.split("/"))
+    return len(names) > depth and all(names[1:]) and location.matches(wanted, "/".join(names[:depth]))
+
+
+def literal(path: str) -> str:
+    """Return the pattern that stands for `path` alone."""
+    return re.sub(r"([*?[])", r"[\1]", path)
+
+
+def judge(decision: Decision, path: str, *, home: str | None, uid: int, gid: int) -> None:
+    """Refuse a directory at which the rule that allows the mount grants no attaching.
+
+    Raises AttachNotPermitted.
+    """
+    if any(permits(each, path, home=home, uid=uid, gid=gid) for each in decision.attach):
+        return
+    if not decision.attach:
+        raise AttachNotPermitted(
+            f"rule “{decision.rule}” grants no place for it",
+            hint='“mountctl run” needs none; an administrator can grant some, as attach = ["$HOME/**"]',
+        )
+    places = ", ".join(decision.attach)
+    raise AttachNotPermitted(
+        f"rule “{decision.rule}” grants {places}, and {path} is not there",
+        hint=f"use a directory of {places}",
+    )

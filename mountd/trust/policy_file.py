@@ -45,7 +45,7 @@ from mountd.trust.root_files import PLAIN, ROOT, NotUsable, check_owner, opened,
 from mountd.trust.toml_lines import line_of, line_of_syntax_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from mountd.trust.policy_tables import GrantTable, ImageTable, KeyTable, RequireTable, RuleTable
@@ -85,6 +85,15 @@ class DropIn:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyFile:
+    """A file that was found: whether it only masks others, and the file that counts in its place, if any."""
+
+    path: str
+    is_mask: bool = False
+    masked_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """A rule or a key as it was written: its table, and where it stands, `path` being what to look for."""
 
@@ -109,6 +118,7 @@ class Loaded:
     rules: dict[str, Placed]
     keys: dict[str, Placed]
     problems: tuple[PolicyError, ...]
+    files: tuple[PolicyFile, ...] = ()
 
 
 def user_id(name: str) -> int:
@@ -156,12 +166,13 @@ class Loader:
         self._places: dict[str, Placed] = {}
         self._named: set[str] = set()  # the keys that were tried, be they usable or not
         self._problems: list[PolicyError] = []
+        self._files: list[PolicyFile] = []
 
     def load(self, directories: Sequence[Path]) -> Loaded:
         """Return what the drop-ins of `directories` say."""
         found: dict[str, DropIn] = {}
         for directory in directories:
-            found |= self._drop_ins(directory, masked=found.keys())
+            found |= self._drop_ins(directory, masked_by=found)
         for _, drop_in in sorted(found.items()):
             self._take(drop_in)
         rules = []
@@ -179,6 +190,7 @@ class Loader:
             {rule.name: placed for rule, placed in self._rules},
             self._places,
             tuple(self._problems),
+            tuple(self._files),
         )
 
     def _note(self, file: str, key: str, reason: str, line: int | None = None) -> None:
@@ -189,16 +201,22 @@ class Loader:
         line = placed.drop_in.line(*placed.path, *error.key.split("."))
         self._note(placed.drop_in.file, f"rule {rule_number(placed)}: {error.key}", error.reason, line)
 
-    def _drop_ins(self, directory: Path, *, masked: Collection[str]) -> dict[str, DropIn]:
-        """Return the drop-ins of a directory but those whose names are in `masked`."""
+    def _drop_ins(self, directory: Path, *, masked_by: Mapping[str, DropIn]) -> dict[str, DropIn]:
+        """Return the drop-ins of a directory but those whose names are in `masked_by`."""
         found = {}
         try:
             with opened(str(directory), os.O_RDONLY | os.O_DIRECTORY) as directory_fd:
                 check_owner(os.fstat(directory_fd), self._owners)
                 for name in sorted(os.listdir(directory_fd)):
                     # A dot starts the names of what editors leave lying about.
-                    if name.endswith(".toml") and not name.startswith(".") and name not in masked:
-                        found[name] = self._drop_in(str(directory / name), name, directory_fd)
+                    if not name.endswith(".toml") or name.startswith("."):
+                        continue
+                    file = str(directory / name)
+                    if name in masked_by:
+                        self._files.append(PolicyFile(file, masked_by=masked_by[name].file))
+                        continue
+                    found[name] = self._drop_in(file, name, directory_fd)
+                    self._files.append(PolicyFile(file, is_mask=not found[name].text.strip()))
         except FileNotFoundError:
             return {}
         except (OSError, NotUsable) as error:

@@ -6,11 +6,12 @@ A program of its own, which mountctl becomes: it needs the packages that mountct
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mountd.trust.directories import POLICY_DIRS
 from mountd.trust.options import shown
@@ -35,6 +36,9 @@ examples:
   mountctl policy check ./policy.d
   mountctl policy show --json
   mountctl policy schema > mountd-policy.schema.json
+  mountctl policy reload
+
+“reload” has the daemon read the policy again, and says what is wrong with it.
 
 exit status: 0 if nothing is wrong, whatever the warnings; 1 if there are errors or the usage is wrong.
 """
@@ -47,6 +51,14 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong and end."""
         say(f"{PROGRAM}: {message} (hint: see “{self.prog} --help”)", 2)
         sys.exit(EXIT_ERRORS)
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [*map(str, action.choices), "reload"]
+            nearest = difflib.get_close_matches(str(value), known, 1)
+            meant = f"did you mean “{nearest[0]}”? " if nearest else ""
+            say(f"{PROGRAM}: there is no verb “{value}” (hint: {meant}see “{self.prog} --help”)", 2)
+            sys.exit(EXIT_ERRORS)
 
 
 def parser() -> Parser:
@@ -63,7 +75,7 @@ def parser() -> Parser:
         ("check", "say what is wrong with policy files, and which rules can never match"),
         ("show", "print all rules and keys in the order in which they are tried, with their origins"),
     ):
-        verb = verbs.add_parser(name, help=text, allow_abbrev=False)
+        verb = add_verb(verbs, name, text, (f"mountctl policy {name}", f"mountctl policy {name} ./policy.d"))
         verb.add_argument("--json", action="store_true", help="print JSON")
         verb.add_argument(
             "directories",
@@ -72,8 +84,22 @@ def parser() -> Parser:
             type=Path,
             help="the first has precedence; your own files are accepted there. default: the system's policy",
         )
-    verbs.add_parser("schema", help="print the JSON Schema of policy files", allow_abbrev=False)
+    examples = ("mountctl policy schema > mountd-policy.schema.json",)
+    add_verb(verbs, "schema", "print the JSON Schema of policy files", examples)
     return top
+
+
+def add_verb(verbs: Any, name: str, text: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """Add a verb whose help shows examples."""
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=text,
+        description=f"{text[:1].upper()}{text[1:]}.",
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return verb
 
 
 def say(text: str, fd: int = 1) -> None:

@@ -44,6 +44,7 @@ import json
 from mountd.errors import (
     IMAGES_INTERFACE,
     INTERFACE,
+    AttachNotPermitted,
     BadFileDescriptor,
     DeniedByPolicy,
     InUse,
@@ -448,6 +449,7 @@ _ERRORS: Sequence[tuple[type[MountdError], str]] = (
     (BadFileDescriptor, "parameter reason"),
     (UserNamespaceNotPermitted, "reason hint?"),
     (OptionNotPermitted, "option reason hint?"),
+    (AttachNotPermitted, "reason hint?"),
     (LimitExceeded, "limit maximum hint?"),
     (MountFailed, "call errnoName log"),
     (TimedOut, "seconds"),

@@ -306,7 +306,7 @@ NO_CALLS = [
     (call("DeniedByPolicy"), "MethodNotFound"),
     (call("com.example.Mount"), "InterfaceNotFound"),
     (call("..."), "InterfaceNotFound"),
-    (call("io.mountd.Admin.Reload"), "InterfaceNotFound"),
+    (call("io.mountd.Nobody.Reload"), "InterfaceNotFound"),
     (call("org.varlink.service.GetInterfaceDescription"), "InvalidParameter"),
 ]
 

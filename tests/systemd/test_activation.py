@@ -29,7 +29,12 @@ def test_the_first_connection_starts_the_service(machine: Machine) -> None:
 def test_varlinkctl_introspects(machine: Machine) -> None:
     info = json.loads(machine.run(["varlinkctl", "info", "--json=short", ADDRESS]).stdout)
     assert (info["vendor"], info["product"]) == ("mountd", "mountd")
-    assert sorted(info["interfaces"]) == ["io.mountd.Images", INTERFACE, "org.varlink.service"]
+    assert sorted(info["interfaces"]) == [
+        "io.mountd.Admin",
+        "io.mountd.Images",
+        INTERFACE,
+        "org.varlink.service",
+    ]
     methods = machine.run(["varlinkctl", "list-methods", ADDRESS, INTERFACE]).stdout.split()
     assert methods == [f"{INTERFACE}.Explain", f"{INTERFACE}.Mount"]
     # systemd parses the description and prints it in a form of its own.
@@ -59,7 +64,9 @@ def test_varlinkctl_sees_errors_by_name(machine: Machine) -> None:
 
 def test_the_client_of_the_varlink_package(machine: Machine) -> None:
     found = json.loads(machine.python("varlink_client.py", ADDRESS))
-    assert found["info"]["interfaces"] == ["org.varlink.service", INTERFACE, "io.mountd.Images"]
+    assert found["info"]["interfaces"] == [
+        "org.varlink.service", INTERFACE, "io.mountd.Images", "io.mountd.Admin",
+    ]  # fmt: skip
     assert found["descriptions"][INTERFACE] == DESCRIPTION
     assert members(found["descriptions"]["org.varlink.service"])[:2] == [
         "method GetInfo",

@@ -23,12 +23,25 @@ ALLOWED = {
     # Records hold facts of the models; what an image is, the caller of the store finds out.
     "store": LEAN | {"kernel", "source.model", "evidence.model"},
     # The flags are names for numbers, and pure.
+    "ledger": LEAN | {"kernel"},
     "plan": LEAN | {"kernel.flags", "caller.model", "source.model", "evidence.model", "trust"},
     "execute": LEAN | {"kernel", "plan"},
     "service": LEAN
     # As a client, of the instance that pulls.
-    | {"kernel", "wire", "client", "caller", "source", "evidence", "trust", "plan", "execute", "store"},
-    "daemon": LEAN | {"kernel", "wire", "caller", "trust", "execute", "service", "store"},
+    | {
+        "kernel",
+        "wire",
+        "client",
+        "caller",
+        "source",
+        "evidence",
+        "trust",
+        "plan",
+        "execute",
+        "store",
+        "ledger",
+    },
+    "daemon": LEAN | {"kernel", "wire", "caller", "trust", "execute", "service", "store", "ledger"},
     "client": LEAN | {"kernel", "wire.framing"},
     "cli": LEAN | {"kernel", "wire.framing", "client"},
     "errors": set(),

@@ -13,6 +13,7 @@ import pytest
 
 from mountd.daemon import channel
 from mountd.daemon.board import Board
+from mountd.daemon.counters import Counters
 from mountd.daemon.limits import DEADLINES, GRACE_SECONDS, MAXIMUM_STUCK, SLOTS
 from mountd.daemon.pool import Pool, Worker
 from mountd.errors import TimedOut
@@ -38,7 +39,8 @@ class Bench:
     def __init__(self) -> None:
         self.control, self.other = channel.pair()
         self.board = Board(1)
-        self.pool = Pool(self.control, self.board)
+        self.counters = Counters(1)
+        self.pool = Pool(self.control, self.board, self.counters)
         ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pid = os.fork()
         if self.pid == 0:

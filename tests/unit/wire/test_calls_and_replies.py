@@ -96,6 +96,7 @@ EXAMPLES = [
     errors.UserNamespaceNotPermitted("reason", hint="hint"),
     errors.OptionNotPermitted("suid", "reason", hint="hint"),
     errors.OptionNotPermitted("suid"),
+    errors.AttachNotPermitted("reason", hint="hint"),
     errors.LimitExceeded("descriptors in a message", 16, hint="hint"),
     errors.MountFailed("fsmount(3, 0)", "EINVAL", ["e xfs: no", "e xfs: never"]),
     errors.MountFailed("fsmount(3, 0)", "EINVAL"),

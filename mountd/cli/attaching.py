@@ -1,0 +1,90 @@
+"""“mountctl mount” and “mountctl umount”: in the own mount namespace if that is possible, else by mountd."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from mountd.cli.report import printable, say, show_json
+from mountd.client import Client, attach_at, open_target
+from mountd.errors import NotFound, SyscallError
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api, namespaces
+from mountd.kernel.flags import StatxMask, Unmount
+from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+    from mountd.client import Request
+
+CAP_SYS_ADMIN = 21  # linux/capability.h
+
+
+def can_attach() -> bool:
+    """Tell whether this process may attach mounts itself, as far as its capabilities say."""
+    return bool(namespaces.effective_capabilities(os.getpid()) >> CAP_SYS_ADMIN & 1)
+
+
+def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
+    """Mount and attach, or have mountd attach."""
+    with open_target(options.target) as target:
+        if can_attach():
+            with client.mount(request.source, request.fds, **request.parameters) as made:
+                attach_at(made.mount.fileno(), target.fileno(), options.target)
+            reply = {"id": made.mounts[0].get("id"), "mounts": made.mounts, "decision": made.decision}
+            by = "this process"
+        else:
+            request.add_target(OwnedFd(os.dup(target.fileno())))
+            reply = client.attach(request.source, request.fds, **request.parameters)
+            by = "mountd"
+    if options.json:
+        show_json({"target": options.target, "attachedBy": by, **reply})
+    else:
+        say(printable(f"{options.source}: attached at {options.target}{judged(reply)}"))
+    return 0
+
+
+def judged(reply: Mapping[str, object]) -> str:
+    """Return which rule has allowed it, for people."""
+    decision = reply.get("decision")
+    rule = decision.get("rule") if isinstance(decision, dict) else None
+    return f" (rule “{rule}”)" if rule else ""
+
+
+def umount(options: argparse.Namespace) -> int:
+    """Detach a mount, or have mountd detach it."""
+    id = mount_at(options.target)
+    by = "this process"
+    if not (can_attach() and detach_here(options.target, lazy=options.lazy)):
+        by = "mountd"
+        with Client() as client:
+            client.detach(id, lazy=options.lazy)
+    if options.json:
+        show_json({"target": options.target, "detachedBy": by, "id": id})
+    else:
+        say(printable(f"{options.target}: detached"))
+    return 0
+
+
+def mount_at(path: str) -> int:
+    """Return the unique id of what is mounted at `path`. Raises NotFound, OSError."""
+    with open_target(path) as root:
+        # Not asking its file system: who mounted it may not answer any more.
+        status = statx(root.fileno(), "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)
+    if not status.stx_attributes & STATX_ATTR_MOUNT_ROOT:
+        raise NotFound(f"a mount at {path}", hint="“findmnt” shows what is mounted")
+    return int(status.stx_mnt_id)
+
+
+def detach_here(path: str, *, lazy: bool) -> bool:
+    """Detach what is mounted at `path`, if this process may. Raises SyscallError for another reason."""
+    try:
+        mount_api.umount(path, Unmount.DETACH if lazy else Unmount(0))
+    except SyscallError as error:
+        if error.errno == errno.EPERM:
+            return False
+        raise SyscallError(error.errno or 0, f"umount2({path})") from None
+    return True

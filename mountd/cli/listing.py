@@ -1,0 +1,114 @@
+"""mountctl list and revoke: which mounts there are, and taking them back."""
+
+from __future__ import annotations
+
+import time
+
+from mountd.cli.report import EXIT_USAGE, printable, say, show_json
+from mountd.cli.table import table, terminal_width, wants_colour
+from mountd.client import Client
+from mountd.errors import ADMIN_INTERFACE, ProtocolError
+from mountd.fds import close_all
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+HEAD = ["ID", "USER", "AGE", "TYPE", "ACCESS", "RULE", "SOURCE", "ATTACHED AT"]
+LIST_EXAMPLES = ("mountctl list", "mountctl list --all", "mountctl list --json | jq '.mounts[].source'")
+REVOKE_EXAMPLES = (
+    "mountctl revoke 4711",
+    "mountctl revoke --digest sha256:…",
+    "mountctl revoke --uid 1000",
+    "",
+    "exit status: 1 if something still holds a mount",
+)
+STEPS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def add_verbs(verbs: Any) -> None:
+    """Add the verbs to those of mountctl."""
+    from mountd.cli.manners import add_verb
+
+    add = add_verb(verbs, "list", "list your live mounts, and where they are attached", LIST_EXAMPLES)
+    add.add_argument("--json", action="store_true", help="print JSON, for errors as well")
+    add.add_argument("--all", action="store_true", help="those of all users, for root")
+    add = add_verb(verbs, "revoke", "detach mounts wherever they are attached, for root", REVOKE_EXAMPLES)
+    add.add_argument("--json", action="store_true", help="print JSON, for errors as well")
+    which = add.add_mutually_exclusive_group(required=True)
+    which.add_argument("id", metavar="ID", nargs="?", type=int, help="the mount with this id")
+    which.add_argument("--digest", metavar="DIGEST", help="all mounts of the image with this digest")
+    which.add_argument("--uid", metavar="UID", type=int, help="all mounts of this user")
+
+
+def call(method: str, parameters: Mapping[str, object]) -> dict[str, Any]:
+    """Call a method. Raises what `Client` and `Client.call` raise."""
+    with Client() as client:
+        reply, fds = client.call(method, parameters, [])
+    close_all(fds)
+    return reply
+
+
+def list_mounts(options: argparse.Namespace) -> int:
+    """Print the live mounts."""
+    reply = call("List", {"all": options.all or None})
+    if options.json:
+        show_json(reply)
+        return 0
+    try:
+        rows = [row(mount, time.time()) for mount in reply["mounts"]]
+    except (KeyError, TypeError, AttributeError):
+        raise ProtocolError("the reply is not what List returns") from None
+    if rows:
+        say(table(rows, HEAD, width=terminal_width(), colour=wants_colour()))
+    return 0
+
+
+def row(mount: Mapping[str, Any], now: float) -> list[str]:
+    """Return the cells of one mount."""
+    places = ", ".join(sorted({place["mountPoint"] for place in mount["attached"]}))
+    return [
+        str(mount["id"]),
+        str(mount["uid"]),
+        age(now - mount["since"]),
+        mount["fileSystemType"],
+        "read-only" if mount["readOnly"] else "writable",
+        mount.get("rule") or "-",
+        mount["source"],
+        places or "(held by a descriptor)",
+    ]
+
+
+def age(seconds: float) -> str:
+    """Return a span of time in its largest unit."""
+    for size, unit in STEPS:
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return "0 s"
+
+
+def revoke(options: argparse.Namespace) -> int:
+    """Revoke, and say what was done and what still holds the mounts."""
+    wanted = {"id": options.id, "digest": options.digest, "uid": options.uid}
+    reply = call(f"{ADMIN_INTERFACE}.Revoke", wanted)
+    try:
+        held = list(reply["held"])
+        lines = [
+            f"detached from {place['mountPoint']} in mount namespace {place['mountNamespace']}"
+            for place in reply["detached"]
+        ]
+        for each in held:
+            who = f"process {each['pid']} ({each['command']}): " if each["pid"] else ""
+            lines.append(f"still there: {who}{each['what']}")
+    except (KeyError, TypeError):
+        raise ProtocolError("the reply is not what Revoke returns") from None
+    if options.json:
+        show_json(reply)
+    else:
+        say("\n".join(printable(line) for line in lines or ["it was attached nowhere"]))
+    return EXIT_USAGE if held else 0
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {"list": list_mounts, "revoke": revoke}

@@ -1,0 +1,261 @@
+"""The ledger: which mounts of those that were handed out are still there.
+
+It is a directory of small files, one for each mount, below a directory for each owner. A file is a place,
+and there are only as many places as the owner may have mounts: who finds none gets none, however many ask at
+the same time, and without a lock. What is in the files is never believed without asking the kernel: a record
+holds for as long as the watch on its superblock is there (`kernel.watch`). What is gone is cleared away by
+whoever comes across it.
+
+The watches belong to an inotify descriptor that a service manager keeps when mountd ends. Where it was lost,
+the records that it was for have no watch any more (`recover`), and `ledger.live` looks for their mounts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mountd.errors import LimitExceeded, NotSupported, SyscallError
+from mountd.kernel import watch
+from mountd.ledger import live
+from mountd.ledger.record import MAXIMUM_SIZE, decode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mountd.fds import OwnedFd
+    from mountd.ledger.record import Record
+
+TRIES = 4
+ROOT = "root"
+MAXIMUM_OF_ROOT = 65536
+COLLECT_EVERY = 256  # reservations
+ABANDONED = 60.0  # seconds after which a place that nobody has written to belongs to nobody
+LIMIT = "mounts of one user at a time"
+RULE_LIMIT = "mounts of one user at a time by the rule"
+HINT = "detach one, or have an administrator look at “mountctl list --all”"
+
+
+class Reservation:
+    """A place for one mount, to be either filled or given back."""
+
+    __slots__ = ("_fd", "_paths")
+
+    def __init__(self, fd: int, paths: list[str]) -> None:
+        """Take `fd` over, the open file of the place, which has these paths."""
+        self._fd = fd
+        self._paths = paths
+
+    def fill(self, record: Record) -> None:
+        """Write the record down; from now on the mount is known. Raises SyscallError, such as ENOSPC."""
+        data = record.encode()
+        try:
+            if os.write(self._fd, data) != len(data):
+                raise SyscallError(28, "write(a record)")
+        except OSError as error:
+            raise SyscallError(error.errno or 0, "write(a record)") from None
+        os.close(self._fd)
+        self._fd = -1
+
+    def give_back(self) -> None:
+        """Free the place; also what was filled, if its mount is not handed out after all."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        for path in self._paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+class Book:
+    """The ledger of one daemon, shared by its processes."""
+
+    __slots__ = ("_directory", "_maximum", "_next", "_since_collected", "hidden", "watches_fd")
+
+    def __init__(self, directory: str, watches_fd: int, maximum: int, hidden: frozenset[int]) -> None:
+        """Keep it in `directory`, for `maximum` mounts an owner. `watches_fd` is borrowed.
+
+        `hidden` are the ids of mount namespaces that are nobody's but mountd's.
+        """
+        self.hidden = hidden
+        self._directory = directory
+        self._maximum = maximum
+        self._next = int.from_bytes(os.urandom(4), "big")
+        self._since_collected = 0
+        self.watches_fd = watches_fd
+
+    def reserve(self, owner: int | None, rule: str | None, maximum: int | None) -> Reservation:
+        """Return a place for a mount of `owner`; `maximum` is how many it may have by the rule, if bounded.
+
+        None is for the host's root, who only has to leave room for others.
+
+        Raises LimitExceeded, SyscallError.
+        """
+        self._since_collected += 1
+        name = ROOT if owner is None else str(owner)
+        bound = MAXIMUM_OF_ROOT if owner is None else self._maximum
+        fd, path = self._place(f"{self._directory}/{name}", bound, LIMIT)
+        if maximum is None:
+            return Reservation(fd, [path])
+        mark = hashlib.sha256((rule or "").encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        try:
+            second = self._link(path, f"{self._directory}/{name}.{mark}", maximum)
+        except BaseException:
+            Reservation(fd, [path]).give_back()
+            raise
+        return Reservation(fd, [path, second])
+
+    def watch(self, mount: OwnedFd) -> int:
+        """Watch the superblock of a mount that has no ids mapped yet; return the watch, 0 for none."""
+        try:
+            return watch.watch(self.watches_fd, mount.fileno())
+        except SyscallError:
+            # A root directory that this process may not read, or no room for more watches: looked for where
+            # it is attached, then.
+            return 0
+
+    def records(self, owner: int | None = None) -> list[Record]:
+        """Return what is there by the kernel's word, of one owner or of all. Raises SyscallError."""
+        with named("reading the ledger"):
+            left = watch.watched(self.watches_fd)
+            found = []
+            for path in self._paths():
+                record = self._read(path)
+                if record is None or (owner is not None and record.owner != owner):
+                    continue
+                if record.watch and left.get(record.watch) != record.device:
+                    self._unlink(path)
+                    continue
+                found.append(record)
+            return sorted(found, key=lambda record: (record.since, record.id))
+
+    def forget(self, ids: set[int]) -> None:
+        """Remove the records of mounts that are gone. Raises SyscallError."""
+        with named("clearing the ledger"):
+            for path in self._paths():
+                record = self._read(path)
+                if record is not None and record.id in ids:
+                    self._unlink(path)
+
+    def recover(self) -> None:
+        """Take the watches off all records: they are of an inotify descriptor that was lost.
+
+        For the start of a daemon that has a new one. Raises SyscallError.
+        """
+        with named("reading the ledger"):
+            for path in self._paths():
+                record = self._read(path)
+                if record is not None:
+                    # In place: a file of the ledger has two names.
+                    with open(path, "r+b") as file:
+                        file.write(replace(record, watch=0).encode())
+                        file.truncate()
+
+    def collect(self) -> None:
+        """Clear away what is gone, if that is due; for when nobody waits. Raises SyscallError."""
+        if self._since_collected >= COLLECT_EVERY:
+            self._collect()
+
+    def _collect(self) -> None:
+        self._since_collected = 0
+        self.records()
+        with named("clearing the ledger"):
+            for path in self._paths(rules=True):
+                # The other name of a place that was freed.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.stat(path).st_nlink == 1:
+                        os.unlink(path)
+
+    def _place(self, directory: str, maximum: int, limit: str) -> tuple[int, str]:
+        """Return a new file in one of `maximum` places of a directory, and its path."""
+
+        def create(path: str) -> int | None:
+            try:
+                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except FileExistsError:
+                return None
+
+        return self._first_free(directory, maximum, limit, create)
+
+    def _link(self, path: str, directory: str, maximum: int) -> str:
+        """Give a file a second name in one of `maximum` places of a directory, and return it."""
+
+        def link(second: str) -> int | None:
+            try:
+                os.link(path, second)
+            except FileExistsError:
+                return None
+            return 0
+
+        return self._first_free(directory, maximum, RULE_LIMIT, link)[1]
+
+    def _first_free(
+        self, directory: str, maximum: int, limit: str, take: Callable[[str], int | None]
+    ) -> tuple[int, str]:
+        """Have `take` take one of `maximum` places; return what it returns, and the path of the place."""
+        with named("writing the ledger"):
+            for _ in range(TRIES):
+                self._next += 1
+                path = f"{directory}/{self._next % maximum}"
+                try:
+                    found = take(path)
+                except FileNotFoundError:
+                    os.makedirs(directory, mode=0o700, exist_ok=True)
+                    found = take(path)
+                if found is not None:
+                    return found, path
+            for clear in (None, self._collect, self._look_closer):
+                if clear is not None:
+                    clear()
+                for number in set(range(maximum)) - self._taken(directory):
+                    path = f"{directory}/{number}"
+                    found = take(path)
+                    if found is not None:
+                        return found, path
+        raise LimitExceeded(limit, maximum, hint=HINT)
+
+    def _look_closer(self) -> None:
+        with contextlib.suppress(NotSupported):
+            live.settled(self, self.records())
+
+    @staticmethod
+    def _taken(directory: str) -> set[int]:
+        return {int(name) for name in os.listdir(directory) if name.isdecimal()}
+
+    def _paths(self, *, rules: bool = False) -> Iterator[str]:
+        """Return the places that are taken, of all owners; or their other names."""
+        with os.scandir(self._directory) as directories:
+            owners = [each.path for each in directories if ("." in each.name) is rules]
+        for owner in owners:
+            for name in os.listdir(owner):
+                yield f"{owner}/{name}"
+
+    def _read(self, path: str) -> Record | None:
+        """Return what is written at a place; nobody's place, and what is no record, is freed."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        with open(fd, "rb") as file:
+            record = decode(file.read(MAXIMUM_SIZE))
+            if record is None and time.time() - os.fstat(fd).st_mtime > ABANDONED:
+                self._unlink(path)
+        return record
+
+    @staticmethod
+    def _unlink(path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+@contextlib.contextmanager
+def named(doing: str) -> Iterator[None]:
+    """Turn what the ledger's own directory fails with into the error that a caller gets."""
+    try:
+        yield
+    except OSError as error:
+        raise SyscallError(error.errno or 0, doing) from None

@@ -1,0 +1,141 @@
+"""Where mounts are attached, in all mount namespaces, and which processes have something of them open."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mountd.errors import SyscallError
+from mountd.kernel import mount_info
+from mountd.kernel.flags import StatmountMask, StatxMask
+from mountd.kernel.paths import statx
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mountd.kernel.mount_info import MountNamespace
+
+    Device = tuple[int, int]
+
+WANTED = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.MNT_POINT
+IDENTITY = StatxMask.MNT_ID_UNIQUE
+GONE = ("ENOENT", "ESRCH", "EINVAL")
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One mount of a superblock: `mount_point` is as seen from the root of its mount namespace.
+
+    `id` is the unique mount id, `namespace` that of the mount namespace.
+    """
+
+    id: int
+    device: Device
+    mount_point: str
+    namespace: int
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a process has open of a mount: `what` is "fd 5", "cwd", "root" or "exe"."""
+
+    pid: int
+    command: str
+    what: str
+    id: int
+    device: Device
+
+
+@contextlib.contextmanager
+def all_namespaces() -> Iterator[list[MountNamespace]]:
+    """Return all mount namespaces, whose descriptors are closed at the end.
+
+    Raises SyscallError, and NotSupported before Linux 6.12.
+    """
+    spaces = mount_info.mount_namespaces()
+    try:
+        yield spaces
+    finally:
+        for space in spaces:
+            space.fd.close()
+
+
+def attachments(devices: set[Device], ids: set[int], hidden: frozenset[int]) -> list[Attachment]:
+    """Return where mounts of these superblocks, or with these ids, are attached.
+
+    Those in the mount namespaces with the ids `hidden` are left out. Raises SyscallError, NotSupported.
+    """
+    found: list[Attachment] = []
+    with all_namespaces() as spaces:
+        for space in spaces:
+            if space.id not in hidden:
+                found += (each for each in attached_in(space.id) if each.device in devices or each.id in ids)
+    return found
+
+
+def attached_in(namespace: int) -> list[Attachment]:
+    """Return all that is attached in the mount namespace with this id. Raises SyscallError."""
+    found = []
+    for id in ended_is_empty(namespace):
+        try:
+            info = mount_info.statmount(id, WANTED, namespace)
+        except SyscallError as error:
+            if error.errno_name in GONE:
+                continue
+            raise
+        if info.mount_point is not None:
+            found.append(Attachment(id, info.sb_dev, info.mount_point, namespace))
+    return found
+
+
+def ended_is_empty(namespace: int) -> list[int]:
+    """Return the ids of all mounts in a mount namespace, none if it has ended meanwhile."""
+    try:
+        return mount_info.listmount(namespace=namespace)
+    except SyscallError as error:
+        if error.errno_name in GONE:
+            return []
+        raise
+
+
+def uses(devices: set[Device]) -> list[Use]:
+    """Return what processes have open of these superblocks, their own working directories included.
+
+    No file system is asked anything for it, so that none can hold it up. A process that this one may not
+    look into has nothing, by this.
+    """
+    found: list[Use] = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            # It may end at any moment.
+            with contextlib.suppress(OSError):
+                found += _uses_of(int(name), devices)
+    return found
+
+
+def _uses_of(pid: int, devices: set[Device]) -> Iterator[Use]:
+    directory = f"/proc/{pid}"
+    places = [("cwd", "cwd"), ("root", "root"), ("exe", "exe")]
+    places += [(f"fd/{number}", f"fd {number}") for number in os.listdir(f"{directory}/fd")]
+    for place, what in places:
+        status = _identity(f"{directory}/{place}")
+        if status is not None and status[1] in devices:
+            with open(f"{directory}/comm", encoding="utf-8", errors="replace") as file:
+                yield Use(pid, file.read().strip(), what, *status)
+
+
+def _identity(link: str) -> tuple[int, Device] | None:
+    """Return the unique id of the mount that a link of /proc leads to, and its device."""
+    try:
+        fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = statx(fd, "", IDENTITY, sync=False)
+    except SyscallError:
+        return None
+    finally:
+        os.close(fd)
+    return int(status.stx_mnt_id), (int(status.stx_dev_major), int(status.stx_dev_minor))

@@ -1,0 +1,76 @@
+"""Which records are of mounts that are still there, where a superblock alone does not tell.
+
+A superblock may have been cloned for several mounts, and is kept for a while for those to come; and what was
+not mounted by mountd, such as a directory, has a superblock that stays. Then a mount is there if it is
+attached somewhere, or something of it is open. A copy of it that the receiver has made has another id; while
+there are copies of a superblock that belong to nobody, no mount of it is taken for gone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mountd.ledger import find
+
+if TYPE_CHECKING:
+    from mountd.ledger.book import Book
+    from mountd.ledger.find import Attachment
+    from mountd.ledger.record import Record
+
+YOUNG = 5.0  # seconds in which a mount may be on its way to who asked for it
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A mount that is there, and where it, or a copy of it, is attached."""
+
+    record: Record
+    attached: tuple[Attachment, ...]
+
+
+def settled(book: Book, records: list[Record]) -> list[Live]:
+    """Find out which of `records` are there, and have the book forget the others.
+
+    Raises SyscallError, NotSupported.
+    """
+    devices = {record.device for record in records if has_device(record)}
+    ids = {record.id for record in records}
+    attached = find.attachments(devices, ids, book.hidden) if records else []
+    copies = [each for each in attached if each.id not in ids]
+    unsure = [record for record in records if not record.watch or record.shared]
+    seen = {each.id for each in attached}
+    if any(record.id not in seen for record in unsure):
+        # A descriptor of it keeps a mount that is attached nowhere.
+        seen |= {use.id for use in find.uses({record.device for record in unsure})}
+    copied = {each.device for each in copies}
+    now = time.time()
+    gone = {
+        record.id
+        for record in unsure
+        if record.id not in seen
+        and not (has_device(record) and record.device in copied)
+        and now - record.since > YOUNG
+    }
+    if gone:
+        book.forget(gone)
+    living = [record for record in records if record.id not in gone]
+    return [Live(record, tuple(belonging(record, living, attached))) for record in living]
+
+
+def belonging(record: Record, records: list[Record], attached: list[Attachment]) -> list[Attachment]:
+    """Return where a mount is attached; copies count for the oldest that they may be of."""
+    own = [each for each in attached if each.id == record.id]
+    if not has_device(record):
+        return own
+    first = next(each for each in records if each.device == record.device and has_device(each))
+    ids = {each.id for each in records}
+    if first is not record:
+        return own
+    return own + [each for each in attached if each.device == record.device and each.id not in ids]
+
+
+def has_device(record: Record) -> bool:
+    """Whether the device number tells what belongs to it: without a watch, it may be another's by now."""
+    return record.superblock and record.watch != 0

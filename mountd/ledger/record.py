@@ -1,0 +1,71 @@
+"""What the ledger knows of one mount that was handed out, and how that is written down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+MAXIMUM_SIZE = 8192  # bytes of one record
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One mount: `id` is its unique mount id, `device` (major, minor) that of its superblock.
+
+    `watch` is the number of the watch on the superblock, 0 where there can be none. `uid` is who asked,
+    `owner` the host's uid that it counts for, `pid` the process at that time, all the host's. `source` is
+    where the caller said that the image is, `id_map` says how ids are mapped, both for people; `since` is in
+    seconds since the epoch. `superblock` is whether the superblock was made for this, so that every mount of
+    it is one that was handed out, or a copy of one; `shared`, whether there may be several of those.
+    """
+
+    id: int
+    watch: int
+    device: tuple[int, int]
+    uid: int
+    owner: int
+    pid: int
+    source: str
+    file_system: str
+    read_only: bool
+    id_map: str
+    since: int
+    superblock: bool = True
+    shared: bool = False
+    unit: str | None = None
+    rule: str | None = None
+    trusted_by: str | None = None
+    signer: str | None = None
+    digest: str | None = None
+
+    def encode(self) -> bytes:
+        """Return it as JSON."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("id", "watch", "uid", "owner", "pid", "since"), int),
+    **dict.fromkeys(("source", "file_system", "id_map"), str),
+    **dict.fromkeys(("read_only", "superblock", "shared"), bool),
+    **dict.fromkeys(("unit", "rule", "trusted_by", "signer", "digest"), (str, type(None))),
+    "device": list,
+}
+
+
+def decode(data: bytes) -> Record | None:
+    """Read a record; None for what is not one, such as one that was never finished."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    names = {field.name for field in fields(Record)}
+    if not isinstance(found, dict) or found.keys() != names:
+        return None
+    for name, kind in KINDS.items():
+        value = found[name]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            return None
+    device = found["device"]
+    if len(device) != 2 or not all(type(each) is int for each in device):
+        return None
+    return Record(**{**found, "device": (device[0], device[1])})

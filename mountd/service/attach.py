@@ -1,0 +1,253 @@
+"""Attach and Detach of io.mountd.Mount: for callers that may not attach a mount by themselves.
+
+The route of Attach is that of Mount, and goes on: where the target lies is found out, the rule that allows
+the mount has to grant the place, and the mount that is made then is attached there instead of being sent.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mountd.caller.home import home_of
+from mountd.caller.model import OVERFLOW_ID
+from mountd.errors import (
+    AttachNotPermitted,
+    BadFileDescriptor,
+    InUse,
+    InvalidParameter,
+    NotFound,
+    NotSupported,
+    PeerGone,
+    SyscallError,
+)
+from mountd.evidence.target import Who, find
+from mountd.execute import attachment
+from mountd.execute.attachment import Outcome
+from mountd.fds import close_all
+from mountd.kernel import namespaces
+from mountd.kernel.flags import StatxMask
+from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
+from mountd.service.attachments import Attachment, Attachments
+from mountd.service.handing_out import handing_out
+from mountd.service.mount import decision_reply, judge, make
+from mountd.service.phase import Phase
+from mountd.service.requests import TARGET_FIELD, Descriptors
+from mountd.trust import attach as places
+
+if TYPE_CHECKING:
+    from mountd.caller.model import Caller
+    from mountd.evidence.target import Place
+    from mountd.fds import OwnedFd
+    from mountd.service.context import RequestContext
+    from mountd.service.mount import Judged
+
+    Reply = tuple[dict[str, object], list[OwnedFd]]
+
+MOUNT = "mountFileDescriptor"
+CAP_SYS_ADMIN = 21  # linux/capability.h
+ALWAYS = frozenset({"nosuid", "nodev"})
+BY_ITSELF = "call Mount, and attach what it returns with move_mount(2)"
+YOURS = "“mountctl list” shows what is attached for you"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a mount is to be attached; the descriptors are borrowed."""
+
+    target_fd: int
+    namespace_fd: int
+    who: Who
+    place: Place
+
+
+def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
+    """io.mountd.Mount.Attach: mount, and attach the mount for the caller."""
+    records = needed(context)
+    if parameters.get(MOUNT) is not None:
+        raise NotSupported("attaching a mount that was made before", hint="hand over its source instead")
+    if parameters.get("source") is None:
+        raise InvalidParameter("source", f"one of source and {MOUNT} has to be given")
+    judged = judge(parameters, fds, context, may_change=True)
+    if judged.decision.error is not None:
+        raise judged.decision.error
+    target_fd = judged.request.target_fd
+    if target_fd is None:
+        raise InvalidParameter(TARGET_FIELD)
+    caller = judged.caller
+    with context.peer.mount_namespace() as namespace:
+        refuse_capable(caller, namespace.fileno())
+        who = who_is(caller)
+        place = find(target_fd, namespace.fileno(), who, home_of(caller))
+        uid, gid = inner_ids(caller)
+        places.judge(judged.decision, place.path, home=place.home, uid=uid, gid=gid)
+        context.notes["target"] = place.path
+        context.peer.check()
+        site = Site(target_fd, namespace.fileno(), who, place)
+        id = made_and_attached(judged, site, records, context)
+    return {"id": id, "decision": decision_reply(judged.decision)}, []
+
+
+def needed(context: RequestContext) -> Attachments:
+    """Return the records of attachments. Raises NotSupported for an instance that has none."""
+    if context.attachments is None:
+        raise NotSupported("attaching by what only pulls")
+    return context.attachments
+
+
+def refuse_capable(caller: Caller, namespace_fd: int) -> None:
+    """Refuse a caller that can attach by itself: its mount namespace is its own to arrange.
+
+    Raises AttachNotPermitted, SyscallError, and OSError for a caller that has ended.
+    """
+    capable = caller.sys_admin
+    if not capable and caller.pid:
+        try:
+            with namespaces.owner_of(namespace_fd) as owner:
+                own = namespaces.identity(owner.fileno()) == identity_of(caller)
+        except SyscallError:
+            raise AttachNotPermitted(
+                "the mount namespace of the caller does not lie within mountd's"
+            ) from None
+        try:
+            effective = namespaces.effective_capabilities(caller.pid)
+        except OSError:
+            raise PeerGone("it has ended") from None
+        capable = own and bool(effective >> CAP_SYS_ADMIN & 1)
+    if capable:
+        raise AttachNotPermitted("the caller can attach a mount by itself", hint=BY_ITSELF)
+    if caller.uid == OVERFLOW_ID:
+        raise AttachNotPermitted(
+            "the caller is nobody, and what belongs to nobody may be anybody's", hint="call as another user"
+        )
+
+
+def identity_of(caller: Caller) -> tuple[int, int]:
+    """Return device and inode of the caller's user namespace."""
+    return caller.user_namespace.dev, caller.user_namespace.ino
+
+
+def who_is(caller: Caller) -> Who:
+    """Return whom a target has to belong to. Above it there may be directories of the container's root."""
+    root = caller.user_namespace.host_uid(0)
+    roots = {0} if root is None else {0, root}
+    return Who(caller.uid, caller.gid, caller.groups, frozenset(roots))
+
+
+def inner_ids(caller: Caller) -> tuple[int, int]:
+    """Return uid and gid of the caller as its own user namespace has them, and paths that it knows."""
+    found = []
+    pairs = ((caller.uid, caller.user_namespace.uid_map), (caller.gid, caller.user_namespace.gid_map))
+    for outer, id_map in pairs:
+        inner = [e.inner + outer - e.outer for e in id_map if e.outer <= outer < e.outer + e.count]
+        found.append(inner[0] if inner else OVERFLOW_ID)
+    return found[0], found[1]
+
+
+def made_and_attached(judged: Judged, site: Site, records: Attachments, context: RequestContext) -> int:
+    """Make the mount and attach it; return its id. Whatever goes wrong, nothing is left of it."""
+    context.enter(Phase.MOUNT)
+    context.writable = not judged.decision.read_only
+    # As for everybody but the host's root, who is not served here; said once more, since it is the promise.
+    decision = replace(judged.decision, attributes=judged.decision.attributes | ALWAYS)
+    judged = replace(judged, decision=decision)
+    with handing_out(judged, context) as entry, make(judged, context, entry.watch) as made:
+        id = entry.take_down(made)
+        context.notes["mount"] = str(id)
+        records.add(
+            Attachment(
+                id=id,
+                uid=site.who.uid,
+                gid=site.who.gid,
+                namespace=namespaces.namespace_id(site.namespace_fd) or 0,
+                rule=judged.decision.rule,
+                path=site.place.path,
+                since=int(time.time()),
+            )
+        )
+        try:
+            put_there(made.fileno(), site, context)
+        except BaseException:
+            records.remove(id)
+            raise
+    return id
+
+
+def put_there(mount_fd: int, site: Site, context: RequestContext) -> None:
+    """Attach the mount, unless the place or the caller is no longer what it was.
+
+    Raises AttachNotPermitted, PeerGone, SyscallError.
+    """
+
+    def problem(mounted: int | None) -> str | None:
+        return site.place.problem(site.who, mounted)
+
+    wrong = attachment.attach(mount_fd, site.target_fd, site.namespace_fd, site.who.ids, problem)
+    if wrong is not None:
+        raise AttachNotPermitted(wrong, hint="leave the directories above it alone meanwhile")
+    try:
+        context.peer.check()
+        with context.peer.mount_namespace() as namespace:
+            if namespaces.identity(namespace.fileno()) != namespaces.identity(site.namespace_fd):
+                raise PeerGone("it is no longer in the mount namespace that it asked from")
+    except BaseException:
+        attachment.drop(mount_fd, site.namespace_fd, site.who.ids)
+        raise
+
+
+def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
+    """io.mountd.Mount.Detach: detach what was attached for the caller."""
+    context.enter(Phase.VERIFY)
+    records = needed(context)
+    id = wanted_id(parameters, fds)
+    caller = context.peer.identify()
+    context.note_caller(caller)
+    context.notes["mount"] = str(id)
+    record = records.find(id)
+    if record is None or not (caller.is_host_root or (record.uid == caller.uid != OVERFLOW_ID)):
+        raise NotFound(f"a mount with the id {id} that is attached for you", hint=YOURS)
+    # Or the mount would be in use by whoever is to detach it.
+    close_all(fds)
+    groups = caller.groups if caller.uid == record.uid else frozenset()
+    context.peer.check()
+    context.enter(Phase.MOUNT)
+    with context.peer.mount_namespace() as namespace:
+        ids = (record.uid, record.gid, groups)
+        outcome = attachment.detach(id, namespace.fileno(), ids, lazy=bool(parameters.get("lazy")))
+        here = namespaces.namespace_id(namespace.fileno())
+    if outcome is Outcome.DONE or (outcome is Outcome.ABSENT and record.namespace == here):
+        records.remove(id)
+    if outcome is Outcome.ABSENT:
+        raise NotFound(f"the mount with the id {id} in your mount namespace", hint=YOURS)
+    if outcome is Outcome.BUSY:
+        raise InUse(
+            "the mount is in use", hint="close what is open in it (“fuser -vm DIR” shows it), or be lazy"
+        )
+    if outcome is Outcome.COVERED:
+        raise InUse("something else is mounted over the mount", hint="unmount that first")
+    return {}, []
+
+
+def wanted_id(parameters: dict[str, Any], fds: list[OwnedFd]) -> int:
+    """Return the id of the mount that is to be detached.
+
+    Raises InvalidParameter, BadFileDescriptor.
+    """
+    id, index = parameters.get("id"), parameters.get(TARGET_FIELD)
+    if (id is None) is (index is None):
+        raise InvalidParameter("id", f"one of id and {TARGET_FIELD} has to be given")
+    table = Descriptors(fds)
+    target_fd = table.optional(index, TARGET_FIELD)
+    table.check_all_named()
+    if id is not None:
+        if id <= 0:
+            raise InvalidParameter("id", "it is a positive number")
+        return int(id)
+    status = statx(target_fd or 0, "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)
+    if not status.stx_attributes & STATX_ATTR_MOUNT_ROOT:
+        raise BadFileDescriptor(TARGET_FIELD, "it is not the root directory of a mount")
+    return int(status.stx_mnt_id)
+
+
+METHODS = {"io.mountd.Mount.Attach": attach, "io.mountd.Mount.Detach": detach}

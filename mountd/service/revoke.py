@@ -1,0 +1,93 @@
+"""io.mountd.Admin.Revoke: taking mounts back, wherever they are attached.
+
+A mount can be detached, in any mount namespace; whoever has something of it open keeps that until it is
+closed. So the answer says who that is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
+from mountd.execute import attachment as attaching
+from mountd.execute.attachment import Outcome
+from mountd.ledger import find
+from mountd.service.admin import admit
+from mountd.service.listing import attachment, living
+from mountd.service.phase import Phase
+
+if TYPE_CHECKING:
+    from mountd.fds import OwnedFd
+    from mountd.ledger.find import Attachment
+    from mountd.ledger.live import Live
+    from mountd.ledger.record import Record
+    from mountd.service.context import RequestContext
+    from mountd.wire.dispatch import Handler, Reply
+
+FIELDS = ("id", "digest", "uid")
+ROUNDS = 3  # in which what was copied meanwhile is detached as well
+ROOT = (0, 0, ())
+
+
+def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
+    """Detach the mounts that are asked for everywhere, and return where, and what still holds them."""
+    admit(fds, context)
+    given = {name: parameters[name] for name in FIELDS if parameters.get(name) is not None}
+    if len(given) != 1:
+        raise InvalidParameter("id", f"one of {', '.join(FIELDS)} has to be given")
+    ((name, value),) = given.items()
+    chosen = [each for each in living(context) if is_meant(each.record, name, value)]
+    if not chosen:
+        raise NotFound(f"a live mount with {name} {value}", hint="“mountctl list --all” shows what there is")
+    context.notes["source"] = ", ".join(sorted({each.record.source for each in chosen}))[:1024]
+    context.enter(Phase.MOUNT)
+    detached: list[Attachment] = []
+    ids = {each.record.id for each in chosen}
+    for _ in range(ROUNDS):
+        done = [place for each in chosen for place in each.attached if detach(place)]
+        detached += done
+        chosen = [each for each in living(context) if each.record.id in ids]
+        if not done or not any(each.attached for each in chosen):
+            break
+    held = holders(chosen)
+    return {"detached": [attachment(place) for place in detached], "held": held}, []
+
+
+def is_meant(record: Record, name: str, value: object) -> bool:
+    """Tell whether a mount is one of those to be revoked: of an owner, all of its containers' as well."""
+    if name == "uid":
+        return value in (record.uid, record.owner)
+    return bool({"id": record.id, "digest": record.digest}[name] == value)
+
+
+def detach(place: Attachment) -> bool:
+    """Detach a mount where it is attached; tell whether that was done."""
+    with find.all_namespaces() as spaces:
+        for space in spaces:
+            if space.id == place.namespace:
+                try:
+                    outcome = attaching.detach(place.id, space.fd.fileno(), ROOT, lazy=True)
+                except (SyscallError, MountdError):
+                    return False
+                return outcome is Outcome.DONE
+    return False
+
+
+def holders(left: list[Live]) -> list[dict[str, object]]:
+    """Return what still holds the mounts: processes, and where they are attached all the same."""
+    sure = {each.record.device for each in left if each.record.superblock and each.record.watch}
+    ids = {each.record.id for each in left}
+    devices = {each.record.device for each in left}
+    found: list[dict[str, object]] = [
+        {"pid": use.pid, "command": use.command, "what": use.what}
+        for use in find.uses(devices)
+        if use.device in sure or use.id in ids
+    ]
+    for each in left:
+        for place in each.attached:
+            what = f"attached at {place.mount_point} in mount namespace {place.namespace}"
+            found.append({"pid": 0, "command": "", "what": what})
+    return found
+
+
+METHODS: dict[str, Handler] = {"io.mountd.Admin.Revoke": revoke}
