@@ -51,16 +51,16 @@ install:
 	  sed 's|@SBINDIR@|$(PREFIX)/sbin|' units/systemd/$$unit.service > $(LIB)/systemd/system/$$unit.service && \
 	  chmod 0644 $(LIB)/systemd/system/$$unit.service || exit; \
 	done
-	units/program mountd.daemon.main $(PREFIX)/lib/mountd/python > $(SBIN)/mountd
-	units/program mountd.cli.mount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/mount.mountd
-	units/program mountd.cli.mountctl $(PREFIX)/lib/mountd/python > $(BIN)/mountctl
-	chmod 0755 $(SBIN)/mountd $(SBIN)/mount.mountd $(BIN)/mountctl
 	for section in 1 5 7 8; do \
 	  install -D -m 0644 -t $(SHARE)/man/man$$section units/man/*.$$section || exit; \
 	done
 	install -D -m 0644 units/completion/mountctl.bash $(SHARE)/bash-completion/completions/mountctl
 	install -D -m 0644 units/completion/mountctl.zsh $(SHARE)/zsh/vendor-completions/_mountctl
 	install -D -m 0644 units/completion/mountctl.fish $(SHARE)/fish/vendor_completions.d/mountctl.fish
+	units/program mountd.daemon.main $(PREFIX)/lib/mountd/python > $(SBIN)/mountd
+	units/program mountd.cli.mount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/mount.mountd
+	units/program mountd.cli.mountctl $(PREFIX)/lib/mountd/python > $(BIN)/mountctl
+	chmod 0755 $(SBIN)/mountd $(SBIN)/mount.mountd $(BIN)/mountctl
 # Who runs the programs may not write here, so that it is now or at every start; a package does it when it is installed.
 	[ -n "$(DESTDIR)" ] || /usr/bin/python3 -I -m compileall -q $(LIB)/mountd/python
 

@@ -31,7 +31,7 @@ find /etc /usr /var/lib /var/cache /run -xdev '(' -name '*mountd*' -o -path '*/m
 @pytest.fixture(scope="module")
 def someone(packaged: Machine) -> str:
     """An ordinary user of the machine."""
-    packaged.sh(f"useradd --create-home --uid 1000 --shell /bin/sh {USER}")
+    packaged.sh(f"useradd --create-home --uid 1100 --shell /bin/sh {USER}")
     return USER
 
 
