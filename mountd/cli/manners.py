@@ -52,9 +52,12 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
-            is_verb = isinstance(action, argparse._SubParsersAction)
-            what = "verb" if is_verb else f"{'/'.join(action.option_strings) or action.metavar}"
-            raise unknown(what, str(value), [str(each) for each in action.choices], self.prog)
+            choices = [str(each) for each in action.choices]
+            if isinstance(action, argparse._SubParsersAction):
+                raise unknown("verb", str(value), choices, self.prog)
+            option = "/".join(action.option_strings) or str(action.metavar)
+            hint = f"it is one of {', '.join(choices)}; see “{self.prog} --help”"
+            raise UsageError(f"{option}: “{value}” is none of its values", hint=hint)
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""

@@ -25,7 +25,15 @@ class Board:
 
     def __init__(self, slots: int) -> None:
         """Map the memory; whoever is forked afterwards shares it."""
-        self._rows = memoryview(mmap.mmap(-1, slots * ROW_SIZE)).cast("Q")
+        self._memory = mmap.mmap(-1, slots * ROW_SIZE)
+        self._rows = memoryview(self._memory).cast("Q")
+
+    def hide_from_children(self) -> None:
+        """As a worker: have those that are forked from now on do without, as what parses images does.
+
+        Else whoever has got hold of such a child could have other workers killed. Raises OSError.
+        """
+        self._memory.madvise(mmap.MADV_DONTFORK)
 
     def enter(self, slot: int, phase: Phase, seconds: int = 0) -> None:
         """Say that `slot` begins `phase` now, which may take `seconds`, 0 for as long as usual."""

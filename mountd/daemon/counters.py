@@ -84,12 +84,17 @@ class Counters:
         """Map the memory; whoever is forked afterwards shares it."""
         self._slots = slots
         size = (slots + 1) * ROW + slots + len(Figure)
-        self._cells = memoryview(mmap.mmap(-1, size * 8)).cast("Q")
+        self._memory = mmap.mmap(-1, size * 8)
+        self._cells = memoryview(self._memory).cast("Q")
         self._states = self._cells[(slots + 1) * ROW :][:slots]
         self._figures = self._cells[(slots + 1) * ROW + slots :]
         self._figures[Figure.STARTED] = int(time.time())
         self._methods: dict[str, int] = {}
         self.methods: tuple[str, ...] = ("",)
+
+    def hide_from_children(self) -> None:
+        """As a worker: have those that are forked from now on do without. Raises OSError."""
+        self._memory.madvise(mmap.MADV_DONTFORK)
 
     def name_methods(self, methods: Sequence[str]) -> None:
         """Say which methods there are, before the first worker is forked; always the same ones."""

@@ -231,6 +231,8 @@ class ForkServer:
             seal = NO_SEAL if self._staging is None else self._staging.seal(slot)
             watches_fd = self._places.watches_fd
             close_all_but({0, 1, 2, own.fileno(), watches_fd, *journal.descriptors, *seal.fds})
+            self._board.hide_from_children()
+            self._counters.hide_from_children()
 
             def enter(phase: Phase, seconds: int = 0) -> None:
                 self._board.enter(slot, phase, seconds)

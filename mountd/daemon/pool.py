@@ -202,11 +202,15 @@ class Pool:
         """Hand a connection to a free worker. Raises OSError if the worker has ended."""
         # From here on, not from when the worker wakes up: it may never.
         self._board.enter(worker.slot, Phase.READ)
-        with OwnedFd(_duplicate(connection.fileno())) as theirs:
-            sockets.send(worker.channel, channel.REQUEST.pack(*connection.namespace), [theirs])
+        self._counters.set_slot(worker.slot, Slot.BUSY)
+        try:
+            with OwnedFd(_duplicate(connection.fileno())) as theirs:
+                sockets.send(worker.channel, channel.REQUEST.pack(*connection.namespace), [theirs])
+        except OSError:
+            self._counters.set_slot(worker.slot, Slot.IDLE)
+            raise
         worker.connection, worker.owner = connection, connection.owner
         connection.owner.running += 1
-        self._counters.set_slot(worker.slot, Slot.BUSY)
 
     def freed(self, worker: Worker, goes_on: bool) -> None:
         """Take note that a worker has nothing to do any more."""

@@ -238,8 +238,8 @@ class Book:
         """Return what is written at a place; nobody's place, and what is no record, is freed."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
+        except OSError:
+            return None  # gone meanwhile, or nothing of ours
         with open(fd, "rb") as file:
             record = decode(file.read(MAXIMUM_SIZE))
             if record is None and time.time() - os.fstat(fd).st_mtime > ABANDONED:

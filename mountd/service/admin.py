@@ -1,7 +1,7 @@
 """The methods of io.mountd.Admin: the daemon itself, for the host's root.
 
-Who asks is found out as for a mount. What only asks leaves no line in the journal; a reload writes one, by
-whoever reads the policy.
+Who asks is found out as for a mount. What only asks leaves no line in the journal; a reload leaves two: what
+came of it, by whoever reads the policy, and who asked.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def get_policy(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestC
 def reload(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
     """io.mountd.Admin.Reload: have the policy read again, and say what came of it."""
     around = admit(fds, context)
+    # Who had it done is worth a line, unlike who only asks.
+    context.note_caller(context.peer.identify())
     return around.reload(), []
 
 

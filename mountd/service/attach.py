@@ -77,6 +77,8 @@ def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         raise InvalidParameter(TARGET_FIELD)
     caller = judged.caller
     with context.peer.mount_namespace() as namespace:
+        # Once more: it may have left with its user namespace since, and be in another mount namespace.
+        context.peer.identify()
         refuse_capable(caller, namespace.fileno())
         who = who_is(caller)
         place = find(target_fd, namespace.fileno(), who, home_of(caller))

@@ -42,6 +42,7 @@ from __future__ import annotations
 import json
 
 from mountd.errors import (
+    ADMIN_INTERFACE,
     IMAGES_INTERFACE,
     INTERFACE,
     AttachNotPermitted,
@@ -467,7 +468,7 @@ _ARGUMENTS = {"fileSystemType": "file_system_type", "errnoName": "errno_name"}
 _BY_NAME = {
     cls.wire_name if "." in cls.wire_name else f"{interface}.{cls.wire_name}": (cls, fields.split())
     for cls, fields in _ERRORS
-    for interface in (INTERFACE, IMAGES_INTERFACE)
+    for interface in (INTERFACE, IMAGES_INTERFACE, ADMIN_INTERFACE)
 }
 
 

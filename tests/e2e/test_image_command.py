@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +75,29 @@ class TestCommandLine:
         assert re.search(r"\rimporting: \d+ % of 768\.0 MiB\x1b\[K", shown)
         assert shown.endswith("\r\x1b[K")
         assert done.stdout.startswith("sha256:")
+        path.unlink()
+
+    def test_a_bar_where_there_is_room(
+        self, daemon: Daemon, installed: Path, place: Path, clean: Store
+    ) -> None:
+        path = place / "large for a bar"
+        with path.open("wb") as file:
+            file.truncate(768 * MIB)
+        program = installed / "bin/mountctl"
+        digest = run([program, "image", "import", path], daemon.socket).stdout.strip()
+        for columns, bar in ((80, r"\[#*-*\] "), (45, r"\[[#-]{5,}\] "), (20, "")):
+            ours, theirs = pty.openpty()
+            try:
+                fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("=HHHH", 24, columns, 0, 0))
+                run([program, "image", "verify", digest], daemon.socket, capture_output=False,
+                    stdout=subprocess.PIPE, stderr=theirs)  # fmt: skip
+                shown = os.read(ours, 65536).decode()
+            finally:
+                os.close(ours)
+                os.close(theirs)
+            lines = re.findall(rf"\r(verifying: {bar}\d+ % of 768\.0 MiB)\x1b\[K", shown)
+            assert lines, shown
+            assert all(len(line) < max(columns, 30) for line in lines)
         path.unlink()
 
 

@@ -15,7 +15,7 @@ from mountd.wire.dispatch import Dispatcher, interface_directory
 from mountd.wire.framing import MessageReader, decode, encode, parse_call, parse_reply
 
 FUZZ = settings(max_examples=int(os.environ.get("MOUNTD_FUZZ_EXAMPLES", "300")), deadline=None)
-METHODS = ["io.mountd.Mount.Mount", "io.mountd.Mount.Explain"]
+METHODS = [f"io.mountd.Mount.{name}" for name in ("Mount", "Explain", "Attach", "Detach")]
 
 # Pieces of JSON and of calls, so that most inputs get past the first byte.
 PIECES = st.sampled_from(

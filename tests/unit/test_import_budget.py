@@ -33,6 +33,8 @@ def lean_modules() -> list[str]:
         "mountd.cli.container",
         "mountd.cli.policy",
         "mountd.cli.image",
+        "mountd.cli.admin",
+        "mountd.cli.doctor",
     ]
 
 

@@ -39,6 +39,7 @@ STATUS: list[tuple[BaseException, int]] = [
     (errors.KeyUnknown("no"), 1),
     (errors.OptionNotPermitted("x"), 1),
     (errors.UserNamespaceNotPermitted("no"), 1),
+    (errors.AttachNotPermitted("no"), 1),
     (errors.BadFileDescriptor("x", "no"), 1),
     (errors.InvalidParameter("x"), 1),
     (errors.NotFound("x"), 1),

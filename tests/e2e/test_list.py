@@ -1,0 +1,319 @@
+"""Which mounts there are, by the kernel's word, and whose they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mountd.client import Client
+from mountd.errors import LimitExceeded
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api, namespaces
+from mountd.kernel.flags import Clone
+from mountd.kernel.mount_info import mount_id
+from tests.container import USER, as_user, in_container
+from tests.daemon import Daemon
+from tests.e2e.calls import mount, mounted, outcome
+from tests.e2e.conftest import trusting
+from tests.e2e.test_shared import ask_as
+
+OTHER = 4001
+LONG = ("--shared-seconds", "60")
+
+
+def listed(daemon: Daemon, *, everybody: bool = False) -> list[dict[str, Any]]:
+    """What this process gets to see."""
+    with Client(str(daemon.socket)) as client:
+        reply, fds = client.call("List", {"all": True} if everybody else {}, [])
+    assert not fds
+    found = reply["mounts"]
+    assert isinstance(found, list)
+    return found
+
+
+def listed_as(daemon: Daemon, uid: int) -> list[int]:
+    return as_user(lambda: [each["id"] for each in listed(daemon)], uid)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def serving(start: Callable[..., Daemon], images: dict[str, Path]) -> Daemon:
+    return start(trusting(images["erofs"].parent))
+
+
+@pytest.fixture
+def held() -> Iterator[list[OwnedFd]]:
+    """Mounts that are dropped at the end."""
+    mounts: list[OwnedFd] = []
+    yield mounts
+    for each in mounts:
+        each.close()
+
+
+@pytest.mark.parametrize("type", ["erofs", "squashfs", "ext4", "xfs", "btrfs"])
+def test_a_mount_is_listed_while_it_is_there(
+    serving: Daemon, images: dict[str, Path], held: list[OwnedFd], type: str
+) -> None:
+    before = int(time.time())
+    held.append(ask_as(serving, images[type], USER))
+    (found,) = as_user(lambda: listed(serving))
+    assert found.pop("id") == mount_id(held[0].fileno())
+    assert before <= found.pop("since") <= time.time()
+    assert found == {
+        "uid": USER,
+        "owner": USER,
+        "source": str(images[type]),
+        "fileSystemType": type,
+        "readOnly": True,
+        "rule": "trusted in the test",
+        "trustedBy": "root-owned",
+        "idMap": "none",
+        "attached": [],
+    }
+    held.pop().close()
+    wait_for(lambda: not listed_as(serving, USER))
+
+
+def test_everybody_sees_their_own_and_root_sees_all(
+    serving: Daemon, images: dict[str, Path], held: list[OwnedFd]
+) -> None:
+    for uid in (USER, OTHER, 0):
+        held.append(ask_as(serving, images["erofs"], uid))
+    ids = [mount_id(each.fileno()) for each in held]
+    assert [listed_as(serving, uid) for uid in (USER, OTHER)] == [[ids[0]], [ids[1]]]
+    assert [each["id"] for each in listed(serving)] == [ids[2]]
+    assert {each["id"] for each in listed(serving, everybody=True)} == set(ids)
+    refusal = as_user(lambda: outcome(lambda: listed(serving, everybody=True)))
+    assert refusal[0] == "DeniedByPolicy"
+    assert "only the host's root" in refusal[1]
+
+
+def test_where_it_is_attached(serving: Daemon, images: dict[str, Path], containers: None) -> None:
+    """As the container that attached it sees it; copies in namespaces below count, too."""
+
+    def work() -> tuple[list[Any], list[Any], int]:
+        with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
+            mount_api.move_mount(reply.mount.fileno(), "/mnt")
+        before = listed(serving)
+        namespaces.unshare(Clone.NEWNS)
+        after = listed(serving)
+        return before, after, reply.mounts[0]["id"]  # type: ignore[return-value]
+
+    before, after, id = in_container(work)
+    assert [each["id"] for each in before] == [each["id"] for each in after] == [id]
+    ((place,),) = [each["attached"] for each in before]
+    assert place["mountPoint"] == "/mnt"
+    assert place["id"] == id
+    assert before[0]["idMap"] == "namespace"
+    # The namespace that it was attached in is gone; its copy is there, under another id.
+    ((copy,),) = [each["attached"] for each in after]
+    assert copy["mountPoint"] == "/mnt"
+    assert copy["id"] != id
+    assert copy["mountNamespace"] != place["mountNamespace"]
+    wait_for(lambda: not listed(serving, everybody=True))
+
+
+def test_one_container_does_not_see_another_of_its_owner(
+    serving: Daemon, images: dict[str, Path], containers: None
+) -> None:
+    """Their owner on the host sees both."""
+
+    def container() -> list[int]:
+        with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
+            found = [each["id"] for each in listed(serving)]
+            assert reply.mounts[0]["id"] in found
+            return found
+
+    reader, writer = os.pipe()
+    goon, stay = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+
+            def staying() -> None:
+                with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user"):
+                    os.write(writer, b"!")
+                    os.read(goon, 1)
+
+            in_container(staying, uids=((0, 300000, 65536),))
+        finally:
+            os._exit(0)
+    os.read(reader, 1)
+    try:
+        assert len(in_container(container)) == 1
+        assert len(listed_as(serving, USER)) >= 1
+    finally:
+        os.write(stay, b"!")
+        os.waitpid(pid, 0)
+        for fd in (reader, writer, goon, stay):
+            os.close(fd)
+
+
+def test_what_is_closed_at_once_and_what_never_arrives(serving: Daemon, images: dict[str, Path]) -> None:
+    def drop() -> None:
+        for _ in range(300):
+            mount(serving.socket, images["erofs"]).mount.close()
+
+    as_user(drop)
+    wait_for(lambda: not listed(serving, everybody=True))
+
+
+def test_records_of_what_shares_a_superblock_are_told_apart(
+    start: Callable[..., Daemon], images: dict[str, Path], held: list[OwnedFd]
+) -> None:
+    daemon = start(trusting(images["erofs"].parent), *LONG)
+    held += [ask_as(daemon, images["erofs"], USER) for _ in range(3)]
+    assert len({os.fstat(each.fileno()).st_dev for each in held}) == 1
+    ids = [mount_id(each.fileno()) for each in held]
+    assert listed_as(daemon, USER) == ids
+    held.pop(1).close()
+    wait_for(lambda: listed_as(daemon, USER) == [ids[0], ids[2]])
+
+
+def test_files_in_the_ledger_that_are_none_of_its_own(
+    serving: Daemon, images: dict[str, Path], held: list[OwnedFd]
+) -> None:
+    held.append(ask_as(serving, images["erofs"], USER))
+    directory = serving.directory / f"run/ledger/{USER}"
+    (name,) = os.listdir(directory)
+    record = json.loads((directory / name).read_text())
+    for number, text in enumerate(
+        (
+            "",
+            "{",
+            "[]",
+            "null",
+            json.dumps({**record, "more": 1}),
+            json.dumps({**record, "id": "x"}),
+            json.dumps({**record, "device": [1]}),
+            json.dumps({**record, "watch": 999, "id": 5}),
+            json.dumps({**record, "device": [0, 1], "id": 6}),
+        ),  # fmt: skip
+        5000,
+    ):
+        (directory / str(number)).write_text(text)
+    (directory / "6000").symlink_to("/etc/passwd")
+    assert listed_as(serving, USER) == [record["id"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_daemon_that_starts_again_knows_what_is_left(
+    serving: Daemon, images: dict[str, Path], held: list[OwnedFd], containers: None, number: int
+) -> None:
+    """Without a service manager that keeps the watches, too: what it finds attached, or open, is there."""
+    held += [ask_as(serving, images[type], USER) for type in ("erofs", "squashfs")]
+    ids = [mount_id(each.fileno()) for each in held]
+    serving.process.send_signal(number)
+    serving.process.wait(20)
+    held.pop().close()
+    serving.launch()
+    time.sleep(0.1)
+    # The other may be taken for one that is on its way, for a few seconds.
+    assert ids[0] in listed_as(serving, USER)
+    wait_for(lambda: listed_as(serving, USER) == ids[:1])
+    held.append(ask_as(serving, images["squashfs"], USER))
+    assert listed_as(serving, USER) == [ids[0], mount_id(held[1].fileno())]
+
+
+class TestLimits:
+    def test_of_an_owner(
+        self, start: Callable[..., Daemon], images: dict[str, Path], held: list[OwnedFd]
+    ) -> None:
+        daemon = start(trusting(images["erofs"].parent), "--max-mounts", "5")
+        held += [ask_as(daemon, images["erofs"], USER) for _ in range(5)]
+        with pytest.raises(LimitExceeded, match="at most 5 mounts of one user") as refusal:
+            ask_as(daemon, images["squashfs"], USER)
+        assert refusal.value.hint is not None
+        # Before anything is made, and for nobody else.
+        assert not [each for each in os.listdir("/sys/block") if "squashfs" in backing_file(each)]
+        held.append(ask_as(daemon, images["erofs"], OTHER))
+        held.append(ask_as(daemon, images["erofs"], 0))
+        held.pop(0).close()
+        wait_for(lambda: errno_or_name(daemon, images["erofs"], held) == "")
+
+    def test_of_a_rule(
+        self, start: Callable[..., Daemon], images: dict[str, Path], held: list[OwnedFd]
+    ) -> None:
+        daemon = start(trusting(images["erofs"].parent, max_mounts="2"))
+        for _ in range(3):
+            held += [ask_as(daemon, images["erofs"], USER) for _ in range(2)]
+            with pytest.raises(LimitExceeded, match="at most 2 mounts of one user at a time by the rule"):
+                ask_as(daemon, images["erofs"], USER)
+            while held:
+                held.pop().close()
+            wait_for(lambda: not listed(daemon, everybody=True))
+
+    def test_however_many_ask_at_the_same_time(
+        self, start: Callable[..., Daemon], images: dict[str, Path]
+    ) -> None:
+        daemon = start(trusting(images["erofs"].parent), "--max-mounts", "20")
+
+        def client() -> int:
+            mounts = []
+            for _ in range(10):
+                try:
+                    mounts.append(mount(daemon.socket, images["erofs"]).mount)
+                except LimitExceeded:
+                    continue
+            time.sleep(2)  # until all have asked
+            return len(mounts)
+
+        readers = []
+        for _ in range(8):
+            reader, writer = os.pipe()
+            if os.fork() == 0:
+                try:
+                    os.write(writer, bytes([as_user(client)]))
+                finally:
+                    os._exit(0)
+            os.close(writer)
+            readers.append(reader)
+        counts = []
+        for reader in readers:
+            counts.append(os.read(reader, 1)[0])
+            os.close(reader)
+        for _ in readers:
+            os.wait()
+        assert sum(counts) == 20, counts
+
+    def test_a_worker_that_is_killed_does_not_keep_a_place_for_ever(
+        self, start: Callable[..., Daemon], images: dict[str, Path]
+    ) -> None:
+        daemon = start(trusting(images["erofs"].parent), "--max-mounts", "1")
+        directory = daemon.directory / f"run/ledger/{USER}"
+        directory.mkdir()
+        (directory / "0").touch()
+        with pytest.raises(LimitExceeded):
+            ask_as(daemon, images["erofs"], USER)
+        os.utime(directory / "0", (time.time() - 61,) * 2)
+        ask_as(daemon, images["erofs"], USER).close()
+
+
+def errno_or_name(daemon: Daemon, image: Path, held: list[OwnedFd]) -> str:
+    """The name of the error that asking comes to; the mount is held otherwise."""
+    try:
+        held.append(ask_as(daemon, image, USER))
+    except LimitExceeded as error:
+        return type(error).__name__
+    return ""
+
+
+def backing_file(device: str) -> str:
+    path = Path(f"/sys/block/{device}/loop/backing_file")
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,135 @@
+"""Taking mounts back, wherever they have got to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mountd.client import Client
+from mountd.kernel import mount_api, namespaces
+from mountd.kernel.flags import Clone
+from mountd.kernel.mount_info import mount_id
+from tests.container import USER, as_user, in_container
+from tests.daemon import Daemon
+from tests.e2e.calls import mounted, outcome
+from tests.e2e.conftest import trusting
+from tests.e2e.test_list import listed, wait_for
+from tests.e2e.test_shared import ask_as
+
+
+def revoke(daemon: Daemon, **which: object) -> dict[str, Any]:
+    with Client(str(daemon.socket)) as client:
+        reply, _ = client.call("io.mountd.Admin.Revoke", which, [])
+    return reply
+
+
+@pytest.fixture
+def serving(start: Callable[..., Daemon], images: dict[str, Path]) -> Daemon:
+    return start(trusting(images["erofs"].parent))
+
+
+@contextlib.contextmanager
+def attached_in_a_container(daemon: Daemon, image: Path) -> Iterator[tuple[int, socket.socket]]:
+    """A container, and one in it with a copy of its mounts; the id, and a socket that ends them, or asks.
+
+    Whatever is sent makes it say what is in /mnt of both.
+    """
+    ours, theirs = socket.socketpair()
+
+    ours.settimeout(20)
+
+    def work() -> None:
+        with mounted(daemon.socket, image, userns="/proc/self/ns/user") as reply:
+            mount_api.move_mount(reply.mount.fileno(), "/mnt")
+            id = mount_id(reply.mount.fileno())
+        above = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+        namespaces.unshare(Clone.NEWNS)
+        theirs.send(str(id).encode())
+        while theirs.recv(1):
+            inner = os.path.exists("/mnt/hello")
+            below = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+            namespaces.setns(above, Clone.NEWNS)
+            outer = os.path.exists("/mnt/hello")
+            namespaces.setns(below, Clone.NEWNS)
+            os.close(below)
+            theirs.send(f"{inner} {outer}".encode())
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            in_container(work)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        yield int(ours.recv(100)), ours
+    os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("by", ["id", "uid"])
+def test_detached_everywhere(serving: Daemon, images: dict[str, Path], containers: None, by: str) -> None:
+    with attached_in_a_container(serving, images["erofs"]) as (id, asking):
+        asking.send(b"?")
+        assert asking.recv(100) == b"True True"
+        reply = revoke(serving, **{by: {"id": id, "uid": USER}[by]})
+        asking.send(b"?")
+        assert asking.recv(100) == b"False False"
+    assert [place["mountPoint"] for place in reply["detached"]] == ["/mnt", "/mnt"]
+    assert id in [place["id"] for place in reply["detached"]]
+    assert reply["held"] == []
+    wait_for(lambda: not listed(serving, everybody=True))
+
+
+def test_what_is_open_is_named(serving: Daemon, images: dict[str, Path]) -> None:
+    with ask_as(serving, images["erofs"], USER) as mount:
+        reply = revoke(serving, id=mount_id(mount.fileno()))
+        assert reply["detached"] == []
+        assert {"pid": os.getpid(), "what": f"fd {mount.fileno()}"} in [
+            {"pid": each["pid"], "what": each["what"]} for each in reply["held"]
+        ]
+
+
+def test_others_keep_theirs(serving: Daemon, images: dict[str, Path], containers: None) -> None:
+    with (
+        attached_in_a_container(serving, images["erofs"]) as (one, first),
+        attached_in_a_container(serving, images["squashfs"]) as (two, second),
+    ):
+        revoke(serving, id=one)
+        for asking, expected in ((first, b"False False"), (second, b"True True")):
+            asking.send(b"?")
+            assert asking.recv(100) == expected
+        assert [each["id"] for each in listed(serving, everybody=True) if each["attached"]] == [two]
+
+
+def test_by_digest(start: Callable[..., Daemon], images: dict[str, Path], place: Path) -> None:
+    import hashlib
+
+    digest = f"sha256:{hashlib.sha256(images['erofs'].read_bytes()).hexdigest()}"
+    daemon = start(
+        f'[[rule]]\nname = "named"\nimage = {{ digest = ["{digest}"] }}\ncaller = {{ any = true }}\n'
+        'require = { integrity = ["root-owned"] }\ngrant = { file-systems = ["erofs"] }\nverdict = "allow"\n'
+    )
+    with ask_as(daemon, images["erofs"], USER) as mount:
+        assert [each["digest"] for each in listed(daemon, everybody=True)] == [digest]
+        reply = revoke(daemon, digest=digest)
+        assert [each["pid"] for each in reply["held"]] == [os.getpid()]
+        assert mount_id(mount.fileno())
+    assert outcome(lambda: revoke(daemon, digest="sha256:00"))[0] == "NotFound"
+
+
+def test_only_root_and_only_one_of_them(serving: Daemon, images: dict[str, Path], containers: None) -> None:
+    def ask() -> tuple[str, str]:
+        return outcome(lambda: revoke(serving, id=1))
+
+    assert as_user(ask)[0] == "DeniedByPolicy"
+    assert in_container(ask)[0] == "DeniedByPolicy"
+    assert ask()[0] == "NotFound"
+    for which in ({}, {"id": 1, "uid": 1}):
+        assert outcome(lambda which=which: revoke(serving, **which))[0] == "InvalidParameter"
