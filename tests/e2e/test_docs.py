@@ -1,7 +1,7 @@
 """What the documents show is so: their policies can be used, and their commands do what they say.
 
-An ordinary user's commands are run with an installed copy, by the system's own Python; the daemon, and root's commands,
-with the packages that the tests have. Directories and policy are as a package would have made them.
+An ordinary user's commands are run with an installed copy, by the system's own Python; the daemon, and
+root's commands, with the packages that the tests have. Directories and policy are as a package makes them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import pytest
 from mountd.cli.mountctl import parse
 from mountd.trust import policy_tool
 from mountd.trust.policy_file import Loader
+from tests.container import forked
 from tests.daemon import ROOT
 from tests.images import build_image
 from tests.programs import build_root, etc_files
-from tests.container import forked
 
 UID = 4001
 PLACES = ("/var/lib/machines", "/run/mount", "/run/mountd", "/etc/mountd", "/home")
@@ -68,7 +68,7 @@ def unformatted(block: str) -> str:
 
 
 def examples(marker: str) -> Iterator[tuple[str, str, str]]:
-    """The examples of the pages after a comment that begins with `marker`: page, the comment's rest, text."""
+    """The examples of the pages after a comment with `marker`: page, the comment's rest, text."""
     for page in sorted((ROOT / "units/man").iterdir()):
         pattern = rf'^\.\\" {marker}([^\n]*)\n\.EX\n(.*?)^\.EE$'
         for found in re.finditer(pattern, page.read_text(), re.MULTILINE | re.DOTALL):
@@ -144,7 +144,8 @@ def test_there_is_something_to_test() -> None:
     assert len([line for line in readme_lines() if not PLACEHOLDER.search(line)]) >= 8
     # Each example of a page either says what it is, or is none for this machine: units, other programs.
     for page in sorted((ROOT / "units/man").iterdir()):
-        for found in re.finditer(r"^([^\n]*)\n\.EX\n(.*?)^\.EE$", page.read_text(), re.MULTILINE | re.DOTALL):
+        every = re.finditer(r"^([^\n]*)\n\.EX\n(.*?)^\.EE$", page.read_text(), re.MULTILINE | re.DOTALL)
+        for found in every:
             if not found[1].startswith('.\\" '):
                 assert not re.search(r"^mountctl|^\[\[rule", found[2], re.MULTILINE), f"{page}: {found[2]}"
 
@@ -162,7 +163,8 @@ def run_block(system: tuple[Path, ...], block: str, who: str) -> subprocess.Comp
     installed, image, passwd = system
     command = ["unshare", "--mount", "--propagation", "private", "bash", "-euc", SET_UP, "docs"]
     words = [installed, image, passwd, str(UID), block, who, sys.executable]
-    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=SECONDS, check=False, cwd=ROOT)
+    command += [str(each) for each in words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, cwd=ROOT)
 
 
 @pytest.mark.parametrize(("page", "how", "block"), BLOCKS)

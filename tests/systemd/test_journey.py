@@ -1,4 +1,4 @@
-"""The way of a new user, with nothing but the installed package: from an image to a mount, and from a refusal."""
+"""The way of a new user, with nothing but the installed package: to a mount, and on from a refusal."""
 
 from __future__ import annotations
 

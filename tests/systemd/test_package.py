@@ -54,7 +54,9 @@ def test_lintian_finds_no_error(package: Path) -> None:
 
 
 def test_the_same_sources_make_the_same_package(package: Path, tmp_path: Path) -> None:
-    built = subprocess.run([ROOT / "units/build_deb", tmp_path], stdout=subprocess.PIPE, check=True, text=True)
+    built = subprocess.run(
+        [ROOT / "units/build_deb", tmp_path], stdout=subprocess.PIPE, check=True, text=True
+    )
     assert Path(built.stdout.strip()).read_bytes() == package.read_bytes()
 
 
@@ -75,7 +77,9 @@ def test_directories_user_and_documents(packaged: Machine) -> None:
         "/run/mountd 755 root",
     ]
     assert packaged.sh("getent passwd mountd-pull").startswith("mountd-pull:")
-    pages = packaged.sh("cd /usr/share/man && ls man1/*mount* man5/mountd* man7/mountd* man8/*mountd*").split()
+    pages = packaged.sh(
+        "cd /usr/share/man && ls man1/*mount* man5/mountd* man7/mountd* man8/*mountd*"
+    ).split()
     assert all(page.endswith(".gz") for page in pages)
     assert len(pages) >= 6
     # Who runs the programs cannot write what Python would like to keep.

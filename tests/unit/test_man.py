@@ -56,10 +56,10 @@ def entries(page: str) -> Iterator[tuple[str, str, str]]:
 
 
 def test_pages() -> None:
-    assert PAGES == [
+    assert [
         *("mount.mountd.8", "mountctl.1", "mountd-protocol.7"),
         *("mountd.8", "mountd.policy.5", "umount.mountd.8"),
-    ]
+    ] == PAGES
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -92,7 +92,8 @@ def verbs_of(top: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Argum
 
 
 def all_verbs() -> dict[str, argparse.ArgumentParser]:
-    return dict(verbs_of(parser())) | {f"policy {name}": each for name, each in verbs_of(policy_tool.parser())}
+    own = {f"policy {name}": each for name, each in verbs_of(policy_tool.parser())}
+    return dict(verbs_of(parser())) | own
 
 
 def options_of(*parsers: argparse.ArgumentParser) -> set[str]:
@@ -107,7 +108,8 @@ def documented_options(page: str) -> set[str]:
 
 def test_every_verb_and_option_of_mountctl() -> None:
     verbs = all_verbs()
-    tags = [tag.split() for section, tag, _ in entries("mountctl.1") if section in ("VERBS", "policy", "image")]
+    sections = ("VERBS", "policy", "image")
+    tags = [tag.split() for section, tag, _ in entries("mountctl.1") if section in sections]
     found = {" ".join(tag[:2]) if tag[0] in ("policy", "image") else tag[0] for tag in tags}
     assert found == verbs.keys() - {"policy", "image"}
     assert documented_options("mountctl.1") == options_of(parser(), *verbs.values())
@@ -139,7 +141,8 @@ def test_every_method_and_error_of_the_protocol(kind: str) -> None:
     declared = set(re.findall(rf"^{kind} ([A-Za-z.]+)", interfaces(), re.MULTILINE))
     found = [(section, tag) for section, tag, _ in entries("mountd-protocol.7")]
     if kind == "interface":
-        assert {section for section, _ in found if section.startswith("IO.")} == set(map(str.upper, declared))
+        sections = {section for section, _ in found if section.startswith("IO.")}
+        assert sections == set(map(str.upper, declared))
     elif kind == "method":
         # Two interfaces may have methods of the same name.
         for path in sorted((ROOT / "protocol").glob("*.varlink")):
@@ -179,7 +182,8 @@ def test_every_option_that_can_be_granted() -> None:
 
 def test_every_field_of_the_journal_and_message_id() -> None:
     sources = {path: path.read_text() for path in (ROOT / "mountd").rglob("*.py")}
-    ids = set(re.findall(r'^[A-Z]+_ID = "([0-9a-f]{32})"', sources[ROOT / "mountd/daemon/journal.py"], re.MULTILINE))
+    journal = sources[ROOT / "mountd/daemon/journal.py"]
+    ids = set(re.findall(r'^[A-Z]+_ID = "([0-9a-f]{32})"', journal, re.MULTILINE))
     assert ids
     assert ids <= words("mountd.8")
     notes = sources[ROOT / "mountd/service/context.py"]

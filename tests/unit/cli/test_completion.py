@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pty
 import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,8 @@ ROOT = Path(__file__).parents[3]
 SHELLS = ("bash", "zsh", "fish")
 SECONDS = 30
 DIGEST = "sha256:" + "0123456789abcdef" * 4
-STORE = f'{{"images": [{{"digest": "{DIGEST}", "name": "base", "signers": [{{"digest": "sha256:{64 * "f"}"}}]}}]}}'
+SIGNER = {"digest": "sha256:" + "f" * 64}
+STORE = json.dumps({"images": [{"digest": DIGEST, "name": "base", "signers": [SIGNER]}]})
 
 BASH = r"""
 . /usr/share/bash-completion/bash_completion
@@ -68,7 +71,7 @@ class Place:
         (path / "directory").mkdir()
 
     @property
-    def run(self) -> dict[str, object]:
+    def run(self) -> dict[str, Any]:
         path = f"{self.path}/bin:/usr/bin:/bin"
         environment = {"PATH": path, "HOME": str(self.path), "LC_ALL": "C.UTF-8", "TERM": "vt100"}
         return {"cwd": self.path, "env": environment | {"DIRECTORY": str(self.path)}}
@@ -84,14 +87,14 @@ def bash(place: Place, line: str) -> list[str]:
     words = re.sub(r"([:=])", r" \1 ", line)
     file = ROOT / "units/completion/mountctl.bash"
     command = ["bash", "--norc", "-c", BASH, "bash", file, line, words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, **place.run)  # type: ignore[call-overload]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, **place.run)
     return [word.strip() for word in done.stdout.splitlines() if word.strip()]
 
 
 def fish(place: Place, line: str) -> list[str]:
     script = f'source {ROOT}/units/completion/mountctl.fish; complete -C "{line}"'
     command = ["fish", "--no-config", "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, **place.run)  # type: ignore[call-overload]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True, **place.run)
     assert done.stderr == ""
     return [offered.split("\t")[0] for offered in done.stdout.splitlines()]
 
@@ -101,8 +104,13 @@ def zsh(place: Place, line: str) -> list[str]:
     (place.path / "setup").write_text(ZSH)
     ours, theirs = pty.openpty()
     try:
-        process = subprocess.Popen(  # type: ignore[call-overload]
-            ["zsh", "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, **place.run
+        process = subprocess.Popen(
+            ["zsh", "-f", "-i"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+            **place.run,
         )
         os.close(theirs)
         seen = b""
@@ -154,10 +162,7 @@ def options_of(verb: argparse.ArgumentParser) -> set[str]:
 def all_verbs() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """All verbs without verbs below them, with their parsers."""
     for name, verb in verbs_of(parser()).items():
-        if name == "policy":
-            inner = verbs_of(verb) | verbs_of(policy_tool.parser())
-        else:
-            inner = verbs_of(verb)
+        inner = verbs_of(verb) | (verbs_of(policy_tool.parser()) if name == "policy" else {})
         for below, each in inner.items():
             yield f"{name} {below}", each
         if not inner:
