@@ -266,7 +266,7 @@ def notify(state: str, fds: Sequence[int] = ()) -> None:
         from systemd import daemon  # type: ignore[import-untyped]
 
         try:
-            daemon.notify(state, False, 0, list(fds) or None)
+            daemon.notify(state, False, 0, list(fds)) if fds else daemon.notify(state)
         except OSError as error:
             log(Priority.WARNING, f"cannot tell the service manager: {error.strerror}")
 
