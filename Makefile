@@ -38,6 +38,7 @@ $(VM_STAMP): $(STAMP) tests/vm/packages.txt
 
 # For the system's own Python: the modules lie where nothing else is, and the programs ignore the environment.
 install:
+	install -D -m 0644 -t $(SHARE)/polkit-1/actions units/polkit-1/actions/io.mountd.policy
 	install -d $(LIB)/mountd $(LIB)/mountd/policy.d $(LIB)/systemd/system $(LIB)/tmpfiles.d $(LIB)/sysusers.d \
 	  $(BIN) $(SBIN)
 	cd mountd && find . -name '*.py' -exec install -D -m 0644 {} $(abspath $(LIB))/mountd/python/mountd/{} \;

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = "MOUNTD_SOCKET"
 SOCKETS = ("/run/mountd/io.mountd.Mount", "/run/host/mountd/io.mountd.Mount")
 TIMEOUT = 90.0  # seconds; the daemon's own deadlines are shorter
+CONSENT = 150.0  # in addition, for who may be asked by then
 HOST_ID_MAP = ["0", "0", "4294967295"]
 IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
 TMPFS = "tmpfs:"
@@ -250,7 +251,7 @@ class Client:
 
         Another interface's is called by its full name, which has dots in it. Raises as `mount` does.
         """
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self._timeout + (CONSENT if parameters.get("interactive") else 0)
         self._send({"method": full_name(method), "parameters": given(parameters)}, fds, deadline)
         message = self._receive(deadline)
         try:
@@ -268,7 +269,8 @@ class Client:
         None of these have descriptors. The timeout is for each reply. Raises as `call` does; whoever stops
         before the last reply cannot use the connection any more.
         """
-        deadline = time.monotonic() + self._timeout
+        timeout = self._timeout + (CONSENT if parameters.get("interactive") else 0)
+        deadline = time.monotonic() + timeout
         call = {"method": full_name(method), "parameters": given(parameters), "more": True}
         self._send(call, fds, deadline)
         continues = True
@@ -279,7 +281,7 @@ class Client:
             finally:
                 message.close()
             yield reply
-            deadline = time.monotonic() + self._timeout
+            deadline = time.monotonic() + timeout
 
     def _send(self, call: Mapping[str, object], fds: list[OwnedFd], deadline: float) -> None:
         try:
@@ -359,6 +361,7 @@ class Request:
         image_policy: str | None = None,
         signature: str | None = None,
         verity: Verity | None = None,
+        interactive: bool | None = None,
     ) -> None:
         """Open what has to be opened.
 
@@ -367,7 +370,8 @@ class Request:
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
         of a user namespace, "none" for none, None for that of this process if it is not the host's.
         `image_policy` is in the grammar of systemd.image-policy(7), `signature` the path of a detached
-        signature of the image, `verity` the paths of hash data and of the signature of the root hash. Raises
+        signature of the image, `verity` the paths of hash data and of the signature of the root hash. With
+        `interactive` an administrator may be asked, where the policy wants that. Raises
         NotFound, InvalidParameter, OptionNotPermitted and OSError.
         """
         check_text(options, file_system_type)
@@ -382,6 +386,7 @@ class Request:
             "options": list(options) or None,
             "idMap": {"kind": idmap} if idmap else None,
             "imagePolicy": image_policy,
+            "interactive": interactive,
         }
         try:
             self.source = self._read_source(source, read_only)

@@ -182,6 +182,16 @@ class TimedOut(MountdError):
         super().__init__(f"timed out after {seconds} seconds", seconds=seconds)
 
 
+class InteractiveAuthenticationRequired(MountdError):
+    """An administrator has to consent, and nobody could be asked."""
+
+    wire_name = "InteractiveAuthenticationRequired"
+
+    def __init__(self, *, hint: str | None = None) -> None:
+        """`hint` says how somebody can be asked."""
+        super().__init__("an administrator has to consent, and nobody could be asked", hint=hint)
+
+
 class NotFound(MountdError):
     """What the request refers to does not exist."""
 

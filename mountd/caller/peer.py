@@ -87,6 +87,10 @@ class Peer:
                 raise PeerGone("it has ended") from None
             raise
 
+    def pidfd(self) -> int:
+        """Return the pidfd, borrowed, which can be read once the process has ended. Raises as `check`."""
+        return self._pin()
+
     def _pin(self) -> int:
         """Return the pidfd, borrowed, from the first question on the same."""
         if self._pidfd is None:

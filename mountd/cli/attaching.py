@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
+from mountd.cli.agent import with_consent
 from mountd.cli.report import printable, say, show_json
 from mountd.client import Client, attach_at, open_target
 from mountd.errors import NotFound, SyscallError
@@ -32,13 +33,13 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
     """Mount and attach, or have mountd attach."""
     with open_target(options.target) as target:
         if can_attach():
-            with client.mount(request.source, request.fds, **request.parameters) as made:
+            with with_consent(client.mount, request) as made:
                 attach_at(made.mount.fileno(), target.fileno(), options.target)
             reply = {"id": made.mounts[0].get("id"), "mounts": made.mounts, "decision": made.decision}
             by = "this process"
         else:
             request.add_target(OwnedFd(os.dup(target.fileno())))
-            reply = client.attach(request.source, request.fds, **request.parameters)
+            reply = with_consent(client.attach, request)
             by = "mountd"
     if options.json:
         show_json({"target": options.target, "attachedBy": by, **reply})

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 
+from mountd.cli.agent import with_consent
 from mountd.client import Client, Request
 from mountd.errors import MountdError, SyscallError
 from mountd.fds import OwnedFd, close_all
@@ -92,7 +93,7 @@ def _prepare(channel: socket.socket, pid: int, request: Request, client: Client)
     _expect(channel, b"namespaces")
     map_ids(pid)
     request.add_namespace(OwnedFd(os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)))
-    with client.mount(request.source, request.fds, **request.parameters) as reply:
+    with with_consent(client.mount, request) as reply:
         sockets.send(channel, b"mount", [reply.mount])
     _expect(channel, b"ready")
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 
+from mountd.cli.agent import asking
 from mountd.cli.report import printable, say, show_json
 from mountd.cli.table import table, terminal_width, wants_colour
 from mountd.client import STORED, Client, open_image
@@ -49,6 +50,12 @@ def add_image_verbs(verbs: Any) -> None:
     )  # fmt: skip
     add.add_argument("--name", help="what to call it; names are for people, and prove nothing")
     add.add_argument("--signature", metavar="FILE", help="a detached signature over the image")
+    add.add_argument(
+        "--interactive",
+        action="store_true",
+        default=None,
+        help="have an administrator asked if need be; the default on a terminal",
+    )
     add.add_argument("file", metavar="FILE", help="the image")
     add = add_verb(
         verbs,
@@ -87,7 +94,10 @@ def import_image(options: argparse.Namespace) -> int:
     fds = [open_image(options.file)]
     try:
         parameters = {"imageFileDescriptor": 0, "name": options.name, "signature": signature}
-        image = with_progress("Import", parameters, fds, "importing")
+        image = asking(
+            lambda wish: with_progress("Import", {**parameters, "interactive": wish}, fds, "importing"),
+            options.interactive,
+        )
     finally:
         close_all(fds)
     show(options, {"image": image}, str(image.get("digest")))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import getopt
 import sys
 
+from mountd.cli.agent import with_consent
 from mountd.cli.report import UsageError, end, fail, printable, say, show_json
 from mountd.client import IDMAPS, Client, Request, attach_at, open_target
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PROGRAM = "mount.mountd"
 USAGE = f"usage: {PROGRAM} SPEC DIR [-sfnvrw] [-o OPTIONS] [-t TYPE] [--json]"
 ACCESS = {"read-only": True, "read-write": False}
+YES_OR_NO = {"yes": True, "no": False}
 # What options of our own may say; None for anything.
 OWN: Mapping[str, tuple[str, ...] | None] = {
     "mountd.userns": None,
@@ -34,6 +36,7 @@ OWN: Mapping[str, tuple[str, ...] | None] = {
     "mountd.access": tuple(ACCESS),
     "mountd.signature": None,
     "mountd.policy": None,
+    "mountd.interactive": tuple(YES_OR_NO),
 }
 FREE = {
     "mountd.userns": "the path of a user namespace, or none",
@@ -68,6 +71,7 @@ class Wishes:
         self.idmap: str | None = None
         self.signature: str | None = None
         self.image_policy: str | None = None
+        self.interactive: bool | None = None
 
     def read_option(self, option: str) -> None:
         """Take one entry of -o. Raises OptionNotPermitted."""
@@ -104,6 +108,8 @@ class Wishes:
             self.signature = value
         elif name == "mountd.policy":
             self.image_policy = value
+        elif name == "mountd.interactive":
+            self.interactive = YES_OR_NO[value]
         else:
             self.read_only = ACCESS[value]
 
@@ -178,6 +184,7 @@ def mount(wishes: Wishes, spec: str, directory: str) -> int:
             idmap=wishes.idmap,
             signature=wishes.signature,
             image_policy=wishes.image_policy,
+            interactive=wishes.interactive,
         ) as request,
         Client() as client,
     ):
@@ -201,7 +208,7 @@ def ask(method: Callable[..., Reply], request: Request, sloppy: bool) -> Reply:
     """Call Mount or Explain; with -s, without the options that are not permitted. Raises what it raises."""
     while True:
         try:
-            return method(request.source, request.fds, **request.parameters)
+            return with_consent(method, request)
         except OptionNotPermitted as error:
             options = request.parameters["options"]
             refused = error.parameters.get("option")

@@ -118,6 +118,12 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--root-hash", metavar="HEX", help="the root hash of the hash data")
     verb.add_argument("--root-hash-signature", metavar="FILE", help="a detached signature of the root hash")
     verb.add_argument(
+        "--interactive",
+        action="store_true",
+        default=None,
+        help="have an administrator asked if need be; the default on a terminal",
+    )
+    verb.add_argument(
         "source",
         metavar="SOURCE",
         help="an image, stored:sha256:…, oci:HOST/REPO@sha256:…, or tmpfs:SIZE, such as tmpfs:64M",
@@ -175,6 +181,7 @@ def request_of(options: argparse.Namespace) -> Request:
         userns="none" if options.verb == "run" else options.userns,
         idmap=options.idmap,
         image_policy=options.image_policy,
+        interactive=options.interactive,
         signature=options.signature,
         verity=None
         if options.verity is None

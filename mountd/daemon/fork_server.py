@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from mountd.trust.policy_file import Loaded
 
 PR_SET_CHILD_SUBREAPER = 36
+QUESTIONS_FILE = "questions"  # a file in the runtime directory (service/consent)
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
 
 
@@ -114,6 +115,7 @@ class ForkServer:
         self._places = places
         self._pull_socket = None if only_pull else places.pull_socket
         self._attachments = None if only_pull else Attachments(places.attached)
+        self._questions = None if only_pull else places.staging.with_name(QUESTIONS_FILE)
         others = {**METHODS, **LIST_METHODS, **ATTACH_METHODS, **IMAGE_METHODS, **PULL_METHODS}
         methods = {**(FOR_OTHERS if only_pull else others), **ADMIN_METHODS, **REVOKE_METHODS}
         counters.name_methods([*methods, *QUESTIONS])
@@ -250,6 +252,7 @@ class ForkServer:
                 Tally(self._counters, slot),
                 Daemon(self._counters, self._facts, own),
                 self._book(),
+                self._questions,
             ).run()
             code = 0
         except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to

@@ -13,6 +13,7 @@ DEADLINES = {
     Phase.REPLY: 5,
     Phase.CLOSE: 5,
     Phase.TRANSFER: 30,
+    Phase.CONSENT: 120,
 }
 # What the listener adds to them: a worker that can end the phase by itself does, and need not be killed.
 GRACE_SECONDS = 0.5

@@ -144,6 +144,7 @@ class Listener:
         if not self._listening_paused:
             self._epoll.unregister(self._listening)
             self._listening_paused = True
+        self._pool.call_questions_off()
         for connection in self._queue.drain():
             self._refuse(connection, ShuttingDown())
         for connection in list(self._idle.values()):

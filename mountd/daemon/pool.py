@@ -105,6 +105,15 @@ class Pool:
         return sum(w.owner is not None and w.killed_at is None for w in self.workers.values())
 
     @property
+    def asking(self) -> int:
+        """How many of them wait for what a person says. Others need not wait for that (service/consent)."""
+        return sum(self._asks(w) for w in self.workers.values())
+
+    def _asks(self, worker: Worker) -> bool:
+        serves = worker.owner is not None and worker.killed_at is None
+        return serves and self._board.read(worker.slot)[0] is Phase.CONSENT
+
+    @property
     def stuck(self) -> int:
         """How many were killed and do not die."""
         return sum(worker.charged for worker in self.workers.values())
@@ -128,7 +137,9 @@ class Pool:
         So they are when what is being served could bring what hangs to more than may, by hanging as well.
         """
         serving = self.serving
-        return serving >= MAXIMUM_WORKERS or serving + self._killed >= MAXIMUM_STUCK
+        if serving + self._killed >= MAXIMUM_STUCK:
+            return True
+        return serving >= MAXIMUM_WORKERS and serving - self.asking >= MAXIMUM_WORKERS
 
     @property
     def exhausted(self) -> bool:
@@ -150,7 +161,8 @@ class Pool:
             return
         alive = [w for w in self.workers.values() if w.killed_at is None and not w.retiring]
         busy = sum(worker.owner is not None for worker in alive)
-        usual = min(MAXIMUM_WORKERS, max(MINIMUM_WORKERS, busy + waiting))
+        most = MAXIMUM_WORKERS + self.asking if busy >= MAXIMUM_WORKERS else MAXIMUM_WORKERS
+        usual = min(most, max(MINIMUM_WORKERS, busy + waiting))
         wanted = max(usual, min(busy + idle_owners, SLOTS))
         for _ in range(wanted - len(alive) - len(self._starting)):
             slot = next((s for s in range(SLOTS) if s not in self.workers and s not in self._starting), None)
@@ -228,6 +240,12 @@ class Pool:
             worker.retiring = True
             _let_go(worker)
         self.changed = True
+
+    def call_questions_off(self) -> None:
+        """Have those that wait for what a person says wait no longer: the daemon is to end."""
+        for worker in self.workers.values():
+            if self._asks(worker):
+                _let_go(worker)
 
     def close_retired(self) -> None:
         """Let workers go that are retiring and free, and those that nobody has needed for a while."""

@@ -65,6 +65,7 @@ class Worker:
         tally: Tally | None = None,
         around: Around | None = None,
         ledger: Book | None = None,
+        questions: Path | None = None,
     ) -> None:
         """`own` is the socket to the listener; `enter` writes this worker's row of the board.
 
@@ -78,6 +79,7 @@ class Worker:
         self._store = store
         self._pull_socket = pull_socket
         self._attachments = attachments
+        self._questions = questions
         self._throttle = throttle
         self._tally = tally
         self._around = around
@@ -175,6 +177,8 @@ class Worker:
             attachments=self._attachments,
             around=self._around,
             ledger=self._ledger,
+            questions=self._questions,
+            called_off=self._own.fileno(),
         )
         begin = time.monotonic()
         if self._tally is not None:

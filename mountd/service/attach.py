@@ -6,7 +6,9 @@ the mount has to grant the place, and the mount that is made then is attached th
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,23 +33,27 @@ from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
 from mountd.service.attachments import Attachment, Attachments
 from mountd.service.handing_out import handing_out
-from mountd.service.mount import decision_reply, judge, make
+from mountd.service.mount import allowed, decision_reply, judge, make
 from mountd.service.phase import Phase
 from mountd.service.requests import TARGET_FIELD, Descriptors
 from mountd.trust import attach as places
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mountd.caller.model import Caller
     from mountd.evidence.target import Place
     from mountd.fds import OwnedFd
+    from mountd.ledger.record import Record
     from mountd.service.context import RequestContext
     from mountd.service.mount import Judged
 
     Reply = tuple[dict[str, object], list[OwnedFd]]
 
-MOUNT = "mountFileDescriptor"
+MOUNT_FIELD = "mountFileDescriptor"
 CAP_SYS_ADMIN = 21  # linux/capability.h
 ALWAYS = frozenset({"nosuid", "nodev"})
+LOCKED_FLAGS = os.ST_NOSUID | os.ST_NODEV
 BY_ITSELF = "call Mount, and attach what it returns with move_mount(2)"
 YOURS = "“mountctl list” shows what is attached for you"
 
@@ -63,19 +69,87 @@ class Site:
 
 
 def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
-    """io.mountd.Mount.Attach: mount, and attach the mount for the caller."""
+    """io.mountd.Mount.Attach: mount, and attach the mount for the caller; or attach what was made for it."""
     records = needed(context)
-    if parameters.get(MOUNT) is not None:
-        raise NotSupported("attaching a mount that was made before", hint="hand over its source instead")
+    if parameters.get(MOUNT_FIELD) is not None:
+        return attach_made(parameters, fds, records, context)
     if parameters.get("source") is None:
-        raise InvalidParameter("source", f"one of source and {MOUNT} has to be given")
-    judged = judge(parameters, fds, context, may_change=True)
-    if judged.decision.error is not None:
-        raise judged.decision.error
+        raise InvalidParameter("source", f"one of source and {MOUNT_FIELD} has to be given")
+    judged = allowed(judge(parameters, fds, context, may_change=True), fds, context)
+    decision = judged.decision
     target_fd = judged.request.target_fd
     if target_fd is None:
         raise InvalidParameter(TARGET_FIELD)
-    caller = judged.caller
+    with site_of(target_fd, judged.caller, decision.rule, decision.attach, context) as site:
+        id = made_and_attached(judged, site, records, context)
+    return {"id": id, "decision": decision_reply(decision)}, []
+
+
+def attach_made(
+    parameters: dict[str, Any], fds: list[OwnedFd], records: Attachments, context: RequestContext
+) -> Reply:
+    """Attach a mount that Mount has made for the same caller: that very one, and no copy of it.
+
+    Its flags were locked when it was made, and its contents judged; whether it may be attached is asked of
+    the rule by which it was, as that is now. Raises AttachNotPermitted for any other mount.
+    """
+    context.enter(Phase.VERIFY)
+    for name, value in parameters.items():
+        if value is not None and name not in (MOUNT_FIELD, TARGET_FIELD, "interactive"):
+            raise InvalidParameter(name, f"it does not go with {MOUNT_FIELD}, which was mounted already")
+    table = Descriptors(fds)
+    mount_fd = table.take(parameters[MOUNT_FIELD], MOUNT_FIELD)
+    target_fd = table.take(parameters[TARGET_FIELD], TARGET_FIELD)
+    table.check_all_named()
+    caller = context.peer.identify()
+    context.note_caller(caller)
+    if context.policy.refusal is not None:
+        raise context.policy.refusal
+    record = made_for(caller, root_id(mount_fd, MOUNT_FIELD), context)
+    if os.fstatvfs(mount_fd).f_flag & LOCKED_FLAGS != LOCKED_FLAGS:
+        raise AttachNotPermitted("the mount is not nosuid and nodev", hint=BY_ITSELF)
+    grant = next((each.grant for each in context.policy.policy.rules if each.name == record.rule), None)
+    patterns = () if grant is None else grant.attach
+    with site_of(target_fd, caller, record.rule, patterns, context) as site:
+        namespace = namespaces.namespace_id(site.namespace_fd) or 0
+        if records.find(record.id) is not None or attachment.is_there(record.id, namespace):
+            raise AttachNotPermitted("the mount is attached already", hint="detach it first")
+        context.enter(Phase.MOUNT)
+        context.notes["mount"] = str(record.id)
+        written_down_and_put(mount_fd, record.id, record.rule, site, records, context)
+    # Or the mount would be in use until this worker has cleaned up.
+    close_all(fds)
+    decision = {
+        "verdict": "allow",
+        "rule": record.rule,
+        "trustedBy": record.trusted_by,
+        "signer": record.signer,
+        "digest": record.digest,
+        "reason": "mountd has made the mount for the same caller",
+    }
+    return {"id": record.id, "decision": {k: v for k, v in decision.items() if v is not None}}, []
+
+
+def made_for(caller: Caller, id: int, context: RequestContext) -> Record:
+    """Return what the ledger knows of a mount that was made for the caller. Raises AttachNotPermitted."""
+    found = [] if context.ledger is None else context.ledger.records()
+    for record in found:
+        if record.id == id and record.uid == caller.uid:
+            return record
+    raise AttachNotPermitted(
+        "it is no mount that mountd has made for the caller",
+        hint="hand over what Mount has returned, and no copy of it; or the source instead",
+    )
+
+
+@contextmanager
+def site_of(
+    target_fd: int, caller: Caller, rule: str | None, patterns: tuple[str, ...], context: RequestContext
+) -> Iterator[Site]:
+    """Find out where the target is, and whether the caller may have something attached there by the rule.
+
+    Raises AttachNotPermitted, BadFileDescriptor, PeerGone, SyscallError.
+    """
     with context.peer.mount_namespace() as namespace:
         # Once more: it may have left with its user namespace since, and be in another mount namespace.
         context.peer.identify()
@@ -83,12 +157,10 @@ def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         who = who_is(caller)
         place = find(target_fd, namespace.fileno(), who, home_of(caller))
         uid, gid = inner_ids(caller)
-        places.judge(judged.decision, place.path, home=place.home, uid=uid, gid=gid)
+        places.judge(rule, patterns, place.path, home=place.home, uid=uid, gid=gid)
         context.notes["target"] = place.path
         context.peer.check()
-        site = Site(target_fd, namespace.fileno(), who, place)
-        id = made_and_attached(judged, site, records, context)
-    return {"id": id, "decision": decision_reply(judged.decision)}, []
+        yield Site(target_fd, namespace.fileno(), who, place)
 
 
 def needed(context: RequestContext) -> Attachments:
@@ -157,23 +229,30 @@ def made_and_attached(judged: Judged, site: Site, records: Attachments, context:
     with handing_out(judged, context) as entry, make(judged, context, entry.watch) as made:
         id = entry.take_down(made)
         context.notes["mount"] = str(id)
-        records.add(
-            Attachment(
-                id=id,
-                uid=site.who.uid,
-                gid=site.who.gid,
-                namespace=namespaces.namespace_id(site.namespace_fd) or 0,
-                rule=judged.decision.rule,
-                path=site.place.path,
-                since=int(time.time()),
-            )
-        )
-        try:
-            put_there(made.fileno(), site, context)
-        except BaseException:
-            records.remove(id)
-            raise
+        written_down_and_put(made.fileno(), id, decision.rule, site, records, context)
     return id
+
+
+def written_down_and_put(
+    mount_fd: int, id: int, rule: str | None, site: Site, records: Attachments, context: RequestContext
+) -> None:
+    """Attach a mount once it is written down that it is; raises as `put_there` does, and OSError."""
+    records.add(
+        Attachment(
+            id=id,
+            uid=site.who.uid,
+            gid=site.who.gid,
+            namespace=namespaces.namespace_id(site.namespace_fd) or 0,
+            rule=rule,
+            path=site.place.path,
+            since=int(time.time()),
+        )
+    )
+    try:
+        put_there(mount_fd, site, context)
+    except BaseException:
+        records.remove(id)
+        raise
 
 
 def put_there(mount_fd: int, site: Site, context: RequestContext) -> None:
@@ -246,9 +325,14 @@ def wanted_id(parameters: dict[str, Any], fds: list[OwnedFd]) -> int:
         if id <= 0:
             raise InvalidParameter("id", "it is a positive number")
         return int(id)
-    status = statx(target_fd or 0, "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)
+    return root_id(target_fd or 0, TARGET_FIELD)
+
+
+def root_id(fd: int, field: str) -> int:
+    """Return the unique id of the mount whose root directory `fd` is. Raises BadFileDescriptor."""
+    status = statx(fd, "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)
     if not status.stx_attributes & STATX_ATTR_MOUNT_ROOT:
-        raise BadFileDescriptor(TARGET_FIELD, "it is not the root directory of a mount")
+        raise BadFileDescriptor(field, "it is not the root directory of a mount")
     return int(status.stx_mnt_id)
 
 

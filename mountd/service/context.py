@@ -105,7 +105,10 @@ class RequestContext:
     written to. `store` is None where there is no directory for one, and `pull_socket` is where the instance
     that may use the network listens, if there is one. `walker` is for paths, and borrowed. `attachments` are
     the records of what was attached, None for an instance that attaches nothing. `around` is the daemon, for
-    io.mountd.Admin; `ledger` takes down what is handed out, where there is one.
+    io.mountd.Admin; `ledger` takes down what is handed out, where there is one. `questions` is
+    the file that bounds how many people are asked at a time, None where nobody can be; `called_off` is a
+    descriptor, borrowed, that can be read once the policy has changed or the daemon is to end. `put_in` is
+    what this request has put into the store, and `asked_for` how many seconds it has waited for people.
     """
 
     peer: Peer
@@ -120,6 +123,10 @@ class RequestContext:
     attachments: Attachments | None = None
     around: Around | None = None
     ledger: Book | None = None
+    questions: Path | None = None
+    called_off: int = -1
+    put_in: str | None = None
+    asked_for: float = 0.0
     _caller: Caller | None = None
     _decision: Decision | None = None
     _file_system: str = ""

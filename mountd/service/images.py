@@ -28,7 +28,9 @@ from mountd.source.confined import recognise_image
 from mountd.source.descriptor import inspect_descriptor
 from mountd.store.record import ROOT, Owner, Record
 from mountd.store.store import Known
-from mountd.trust.storing import may_store
+from mountd.trust.options import shown
+from mountd.trust.policy import Verdict
+from mountd.trust.storing import storing
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -47,6 +49,7 @@ TRANSFER_BYTES_PER_SECOND = 20 << 20
 MAXIMUM_TRANSFER_SECONDS = 3600
 PROGRESS_INTERVAL = 0.1  # seconds between two replies with progress
 PAGE = 256 << 10  # bytes of JSON in one reply of List
+MAXIMUM_SHOWN = 1024  # characters of a path in the journal
 
 
 def import_image(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Stream:
@@ -57,13 +60,21 @@ def import_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     table.check_all_named()
     signature = read_signature(parameters.get("signature"), "signature")
     caller, owner, store = admit(context)
-    check_may_import(caller, context.policy)
+    asks = check_may_import(caller, context.policy)
     backing = inspect_descriptor(image_fd, IMAGE_FIELD)
+    context.notes["source"] = shown(backing.path_hint or "an image without a path", MAXIMUM_SHOWN)
 
     def judge(fd: int, digest: str) -> Known:
         signers: tuple[Signer, ...] = ()
         if signature is not None:
             signers = (signatures.verify(signature, [("image", digest)], context.policy.policy),)
+        if asks:
+            context.notes["digest"] = digest
+            ask_for_import(
+                digest, signers, caller, context, interactive=parameters.get("interactive") is True
+            )
+            # The rest takes as long as it would have without a question.
+            context.enter(Phase.TRANSFER, transfer_seconds(backing.size))
         try:
             # Nobody vouches for it.
             return Known(recognise_image(fd, backing.size, confined=True), signers)
@@ -76,17 +87,33 @@ def import_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     return {"image": image_reply(record, owner)}, []
 
 
-def check_may_import(caller: Caller, policy: PolicyInForce) -> None:
-    """Raise DeniedByPolicy for who may put nothing into the store: root may, and whom a rule lets."""
+def ask_for_import(
+    digest: str, signers: tuple[Signer, ...], caller: Caller, context: RequestContext, *, interactive: bool
+) -> None:
+    """Ask whether a copy that is written, and no image of the store yet, may be. Raises as `ask` does."""
+    from mountd.service import consent
+
+    signer = signers[0].subject if signers else None
+    about = consent.described(context.notes.get("source"), digest, signer, None)
+    consent.ask(consent.IMPORT, about, caller, context, interactive=interactive, importing=True)
+
+
+def check_may_import(caller: Caller, policy: PolicyInForce) -> bool:
+    """Return whether somebody has to be asked first, as no rule lets the caller store without.
+
+    Raises DeniedByPolicy for who may put nothing into the store: root may, and whom a rule lets.
+    """
     if caller.is_host_root:
-        return
+        return False
     if policy.refusal is not None:
         raise policy.refusal
-    if not may_store(policy.policy, caller, namespace_given=False):
+    verdict = storing(policy.policy, caller, namespace_given=False)
+    if verdict is Verdict.DENY:
         raise DeniedByPolicy(
             "no rule lets this caller have stored images",
             hint="an administrator can import it, or add a rule with require.integrity = [“stored”]",
         )
+    return verdict is Verdict.ASK
 
 
 def list_images(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
@@ -221,7 +248,7 @@ def transferred(
             except StopIteration as done:
                 return done.value  # type: ignore[no-any-return]
             now = time.monotonic()
-            if now >= end:
+            if now >= end + context.asked_for:
                 raise TimedOut(seconds)
             if now >= next_reply:
                 next_reply = now + PROGRESS_INTERVAL

@@ -27,7 +27,7 @@ from mountd.evidence.location import locate
 from mountd.evidence.model import Evidence, Proof
 from mountd.plan.operations import Verity
 from mountd.service import signatures
-from mountd.service.images import not_found, owner_of, transfer_seconds
+from mountd.service.images import MAXIMUM_SHOWN, not_found, owner_of, transfer_seconds
 from mountd.service.phase import Phase
 from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
 from mountd.source.confined import read_verity_superblock, recognise_image
@@ -38,6 +38,7 @@ from mountd.store.quota import Limits
 from mountd.store.record import ROOT, Owner
 from mountd.store.store import Known
 from mountd.trust.options import shown
+from mountd.trust.policy import Verdict
 from mountd.trust.storing import STORED, may_store, named_digests
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ SEALED = "sealed"
 PROVE = {SEALED: sealed.prove_sealed, fs_verity.KIND: fs_verity.prove}
 ALL_KINDS = frozenset(PROVE)
 STORED_PLACE = "it lies in mountd's own store"
-MAXIMUM_SHOWN = 1024  # characters of a path in the journal
 ROOT_HASH_FIELD = "source.verity.rootHash"
 # What takes longer to hash than a mount may wait for is bounded in number, as transfers of the store are.
 LONG_TO_HASH = 256 << 20  # bytes
@@ -283,8 +283,12 @@ def rather_stored(
 def judged(
     found: Inspected, request: MountRequest, caller: Caller, context: RequestContext
 ) -> MountdError | None:
-    """Return why the policy refuses the mount with this evidence, None if it does not."""
-    return context.policy.decide(caller, found.source, found.evidence, request.wishes).error
+    """Return why the policy refuses the mount with this evidence, None if it does not.
+
+    That somebody has to be asked is no refusal: what that is about has to be where it cannot change before.
+    """
+    decision = context.policy.decide(caller, found.source, found.evidence, request.wishes)
+    return None if decision.verdict is Verdict.ASK else decision.error
 
 
 def record_of(digest: str, context: RequestContext) -> Record | None:
@@ -314,6 +318,7 @@ def put_in(
         return copy
     if record is None or not record.belongs_to(owner.uid):
         record = stored(copy, backing, owner, context)
+        context.put_in = record.digest
     inspected = inspect_stored(record.digest, caller, fds, context)
     signers = tuple(dict.fromkeys((*copy.evidence.signers, *inspected.evidence.signers)))
     return replace(inspected, evidence=replace(inspected.evidence, signers=signers))

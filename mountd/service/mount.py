@@ -5,7 +5,7 @@ Explain is the same route, and stops after the decision; so it cannot say anythi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from mountd.service.phase import Phase
 from mountd.service.requests import MountRequest
 from mountd.source.model import Source
 from mountd.trust.ids import authorize_extents, authorize_ids
+from mountd.trust.policy import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,15 +49,14 @@ class Judged:
     decision: Decision
     uids: Extents
     gids: Extents
+    source: str | None  # for people
 
 
 def mount(
     parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext
 ) -> tuple[dict[str, object], list[OwnedFd]]:
     """io.mountd.Mount.Mount: return the reply, and the detached mount that goes with it."""
-    judged = judge(parameters, fds, context, may_change=True)
-    if judged.decision.error is not None:
-        raise judged.decision.error
+    judged = allowed(judge(parameters, fds, context, may_change=True), fds, context)
     context.peer.check()
     context.enter(Phase.MOUNT)
     context.writable = not judged.decision.read_only
@@ -75,6 +75,31 @@ def mount(
         "id": id,
     }
     return {"mounts": [described], "decision": decision_reply(judged.decision)}, [made]
+
+
+def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judged:
+    """Return what was judged if it is allowed, by the policy or by whom that wants to have asked.
+
+    Raises the error of the decision, and what `consent.ask` does; what was put into the store only for the
+    question is taken out again then.
+    """
+    if judged.decision.verdict is not Verdict.ASK:
+        if judged.decision.error is not None:
+            raise judged.decision.error
+        return judged
+    from mountd.service import consent
+
+    action = consent.action_of(judged.inspected.source, judged.decision)
+    about = consent.details(judged.source, judged.decision)
+    interactive, rule = judged.request.interactive, judged.decision.rule
+    try:
+        consent.ask(action, about, judged.caller, context, interactive=interactive, rule=rule)
+    except BaseException:
+        consent.take_out(judged.caller, fds, context)
+        raise
+    decision = replace(judged.decision, verdict=Verdict.ALLOW, error=None, hint=None)
+    context.note_decision(decision, file_system_type(judged.inspected.source))
+    return replace(judged, decision=decision)
 
 
 def explain(
@@ -117,7 +142,7 @@ def judge(
     inspected = inspect(request, caller, fds, context, may_change=may_change)
     decision = context.policy.decide(caller, inspected.source, inspected.evidence, request.wishes)
     context.note_decision(decision, file_system_type(inspected.source))
-    return Judged(request, caller, inspected, decision, uids, gids)
+    return Judged(request, caller, inspected, decision, uids, gids, context.notes.get("source"))
 
 
 def authorize(request: MountRequest, caller: Caller) -> tuple[Extents, Extents]:
@@ -188,6 +213,7 @@ def decision_reply(decision: Decision) -> dict[str, object]:
 def facts(judged: Judged) -> dict[str, str]:
     """Return what was found out, as text for people."""
     caller, source, evidence = judged.caller, judged.inspected.source, judged.inspected.evidence
+    decision = judged.decision
     found: dict[str, object] = {
         "caller": f"uid {caller.uid}, gid {caller.gid}"
         + (", on the host" if caller.on_host else ", in a user namespace"),
@@ -208,6 +234,12 @@ def facts(judged: Judged) -> dict[str, str]:
             found["signed with"] = evidence.provenance.signer
         if evidence.root_owned_path is not None and caller.on_host:
             found["path"] = evidence.root_owned_path
+    if decision.verdict is Verdict.ASK:
+        from mountd.service import consent
+
+        shown = consent.details(judged.source, decision)
+        found["polkit action"] = consent.action_of(source, decision)
+        found["polkit details"] = ", ".join(f"{name} {value}" for name, value in shown.items())
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

@@ -57,7 +57,7 @@ class MountRequest:
 
     Of `image_fd`, `stored` (the digest of an image of the store, or a name in a registry with the digest of
     a manifest) and `tmpfs`, one is not None. `verity` and the bytes of `signature` may go with `image_fd`.
-    `target_fd` is for Attach.
+    `target_fd` is for Attach. `interactive` is whether a person may be asked.
     """
 
     kind: SourceKind
@@ -70,6 +70,7 @@ class MountRequest:
     signature: bytes | None = None
     verity: VerityRequest | None = None
     target_fd: int | None = None
+    interactive: bool = False
 
     @classmethod
     def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
@@ -98,7 +99,20 @@ class MountRequest:
             namespace_given=userns_fd is not None,
             image_policy=None if demanded is None else image_policy.parse(demanded),
         )
-        return cls(kind, image_fd, tmpfs, stored, userns_fd, idmap, wishes, signature, verity, target_fd)
+        interactive = parameters.get("interactive") is True
+        return cls(
+            kind,
+            image_fd,
+            tmpfs,
+            stored,
+            userns_fd,
+            idmap,
+            wishes,
+            signature,
+            verity,
+            target_fd,
+            interactive,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FIELDS = ("id", "digest", "uid")
 ROUNDS = 3  # in which what was copied meanwhile is detached as well
-ROOT = (0, 0, ())
 
 
 def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
@@ -44,7 +43,7 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     detached: list[Attachment] = []
     ids = {each.record.id for each in chosen}
     for _ in range(ROUNDS):
-        done = [place for each in chosen for place in each.attached if detach(place)]
+        done = [place for each in chosen for place in each.attached if detach(place, each.record)]
         detached += done
         chosen = [each for each in living(context) if each.record.id in ids]
         if not done or not any(each.attached for each in chosen):
@@ -60,13 +59,17 @@ def is_meant(record: Record, name: str, value: object) -> bool:
     return bool({"id": record.id, "digest": record.digest}[name] == value)
 
 
-def detach(place: Attachment) -> bool:
-    """Detach a mount where it is attached; tell whether that was done."""
+def detach(place: Attachment, record: Record) -> bool:
+    """Detach a mount where it is attached; tell whether that was done.
+
+    Whoever asked for the mount could enter the directories above it.
+    """
+    ids = (record.uid, record.uid, ())
     with find.all_namespaces() as spaces:
         for space in spaces:
             if space.id == place.namespace:
                 try:
-                    outcome = attaching.detach(place.id, space.fd.fileno(), ROOT, lazy=True)
+                    outcome = attaching.detach(place.id, space.fd.fileno(), ids, lazy=True)
                 except (SyscallError, MountdError):
                     return False
                 return outcome is Outcome.DONE

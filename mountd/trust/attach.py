@@ -7,13 +7,9 @@ component, `$UID` and `$GID` anywhere; and `**` as the last one, for everything 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from mountd.errors import AttachNotPermitted
 from mountd.trust import location
-
-if TYPE_CHECKING:
-    from mountd.trust.decide import Decision
 
 HOME = "$HOME"
 EVERYTHING_BELOW = "/**"
@@ -55,20 +51,22 @@ def literal(path: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", path)
 
 
-def judge(decision: Decision, path: str, *, home: str | None, uid: int, gid: int) -> None:
-    """Refuse a directory at which the rule that allows the mount grants no attaching.
+def judge(
+    rule: str | None, patterns: tuple[str, ...], path: str, *, home: str | None, uid: int, gid: int
+) -> None:
+    """Refuse a directory at which the rule that allows the mount grants no attaching but at `patterns`.
 
     Raises AttachNotPermitted.
     """
-    if any(permits(each, path, home=home, uid=uid, gid=gid) for each in decision.attach):
+    if any(permits(each, path, home=home, uid=uid, gid=gid) for each in patterns):
         return
-    if not decision.attach:
+    if not patterns:
         raise AttachNotPermitted(
-            f"rule “{decision.rule}” grants no place for it",
+            f"rule “{rule}” grants no place for it",
             hint='“mountctl run” needs none; an administrator can grant some, as attach = ["$HOME/**"]',
         )
-    places = ", ".join(decision.attach)
+    places = ", ".join(patterns)
     raise AttachNotPermitted(
-        f"rule “{decision.rule}” grants {places}, and {path} is not there",
+        f"rule “{rule}” grants {places}, and {path} is not there",
         hint=f"use a directory of {places}",
     )

@@ -6,7 +6,9 @@
 3. A rule that allows still has to be satisfied: what it requires of the image must be proven, and everything
    that is asked for must be within its grant. If not, the answer is no; later rules are not tried.
 4. What the request itself demands of its image comes last, and can only refuse.
-5. Where no rule matches, the answer is no.
+5. A rule that asks has to be satisfied in the same way; then the verdict is that somebody has to be asked,
+   and whoever does not ask has a refusal in hands.
+6. Where no rule matches, the answer is no.
 
 `explain` shows the outcome of this function, and `mount` acts on it, so the two cannot disagree.
 """
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING
 from mountd.errors import (
     BadFileDescriptor,
     DeniedByPolicy,
+    InteractiveAuthenticationRequired,
     InvalidImage,
     LimitExceeded,
     MountdError,
@@ -45,6 +48,8 @@ ALWAYS_LOCKED = frozenset({"nosuid", "nodev"})
 WRITABLE = frozenset({"btrfs", "ext4", "xfs"})
 BYTES_PER_INODE = 4096
 ADD_A_RULE = "an administrator can add a rule in /etc/mountd/policy.d"
+ASKS = "an administrator has to consent (polkit): "
+ASK_HINT = "mount it with --interactive, where an administrator can be asked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +67,12 @@ class Step:
 class Decision:
     """What was decided and why; `error` is what to raise unless the verdict is allow, and None if it is.
 
+    With the verdict ask, everything else is as it will be if somebody consents (service/consent).
+
     `trusted_by` names the proof that the verdict rests on, None where there is none to need; `signer` is who
     signed the image, and `digest` what is known of its contents, where that is known. `attributes` are the
     flags to lock on the mount, `options` what to pass to the file system, `attach` and `max_mounts` are
-    those of the grant; they and `read_only` mean something only if the verdict is allow.
+    those of the grant; they and `read_only` mean nothing if the verdict is deny.
     """
 
     verdict: Verdict
@@ -131,14 +138,17 @@ def apply(rule: Rule, case: Case, before: tuple[Step, ...], rest: tuple[Step, ..
     except MountdError as error:
         applied = Step(rule.name, rule.origin, True, reason_of(error), error.hint)
         return refusal(error, rule, (*before, applied, *rest))
+    # The host's root would be asked whether it consents to what it does itself.
+    asks = rule.verdict is Verdict.ASK and not case.caller.is_host_root
+    reason, hint = (ASKS + trust.reason, ASK_HINT) if asks else (trust.reason, None)
     return Decision(
-        verdict=Verdict.ALLOW,
+        verdict=Verdict.ASK if asks else Verdict.ALLOW,
         rule=rule.name,
         trusted_by=trust.by,
-        reason=trust.reason,
-        hint=None,
-        steps=(*before, Step(rule.name, rule.origin, True, trust.reason, None), *rest),
-        error=None,
+        reason=reason,
+        hint=hint,
+        steps=(*before, Step(rule.name, rule.origin, True, reason, hint), *rest),
+        error=InteractiveAuthenticationRequired(hint=ASK_HINT) if asks else None,
         read_only=case.asked.read_only,
         attributes=attributes,
         options=case.asked.file_system,
@@ -179,10 +189,8 @@ def digest_of(evidence: Evidence, trusted_by: str | None) -> str | None:
 
 
 def allowing_grant(rule: Rule) -> Grant:
-    """Return the grant of a rule that allows; raise DeniedByPolicy for one that does not."""
-    if rule.verdict is Verdict.ASK:
-        raise DeniedByPolicy("asking an administrator is not available", rule=rule.name, hint=ADD_A_RULE)
-    if rule.verdict is not Verdict.ALLOW or rule.grant is None:
+    """Return the grant of a rule that allows or asks; raise DeniedByPolicy for one that denies."""
+    if rule.verdict not in (Verdict.ALLOW, Verdict.ASK) or rule.grant is None:
         raise DeniedByPolicy("the rule denies it", rule=rule.name)
     return rule.grant
 
@@ -336,7 +344,7 @@ def no_rule(policy: Policy, case: Case) -> DeniedByPolicy:
     matches = [
         rule.image
         for rule in policy.rules
-        if rule.verdict is Verdict.ALLOW
+        if rule.verdict is not Verdict.DENY
         and rule.image.kind != TMPFS
         and caller_mismatch(rule.caller, case.caller, namespace_given=case.wishes.namespace_given) is None
     ]

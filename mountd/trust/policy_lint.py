@@ -99,8 +99,8 @@ def on_host(match: CallerMatch) -> bool | None:
 
 def useless(rule: Rule, policy: Policy) -> Iterator[tuple[str, str]]:
     """Say what in one rule can never be: the key and why."""
-    if rule.verdict is Verdict.ASK:
-        yield "verdict", "nobody can be asked yet, so that it denies"
+    if rule.verdict is Verdict.ASK and on_host(rule.caller) is False:
+        yield "verdict", "it can never allow anything: polkit knows nobody who is in a user namespace"
     if rule.require is None:
         return
     require = rule.require

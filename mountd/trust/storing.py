@@ -15,15 +15,25 @@ if TYPE_CHECKING:
 STORED = "stored"  # the kind of immutability
 
 
+def storing(policy: Policy, caller: Caller, *, namespace_given: bool) -> Verdict:
+    """Return whether a rule lets this caller have images that are immutable by being stored.
+
+    If none allows it but one asks first, so does the store.
+    """
+    verdict = Verdict.DENY
+    for rule in policy.rules:
+        if rule.verdict is Verdict.DENY or rule.require is None or STORED not in rule.require.integrity:
+            continue
+        if caller_mismatch(rule.caller, caller, namespace_given=namespace_given) is None:
+            if rule.verdict is Verdict.ALLOW:
+                return Verdict.ALLOW
+            verdict = Verdict.ASK
+    return verdict
+
+
 def may_store(policy: Policy, caller: Caller, *, namespace_given: bool) -> bool:
-    """Tell whether a rule that allows lets this caller have images that are immutable by being stored."""
-    return any(
-        rule.verdict is Verdict.ALLOW
-        and rule.require is not None
-        and STORED in rule.require.integrity
-        and caller_mismatch(rule.caller, caller, namespace_given=namespace_given) is None
-        for rule in policy.rules
-    )
+    """Tell whether a rule lets this caller have such images, even if somebody has to be asked first."""
+    return storing(policy, caller, namespace_given=namespace_given) is not Verdict.DENY
 
 
 def may_pull(policy: Policy, caller: Caller, repository: str) -> bool:

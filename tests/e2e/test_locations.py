@@ -59,6 +59,10 @@ def ask_and_explain(daemon: Daemon, fd: int, **fields: object) -> tuple[Outcome,
     assert isinstance(decision, dict)
     if decision["verdict"] == "allow":
         return asked, ("", "")
+    if decision["verdict"] == "ask":
+        # Here nobody can be asked (test_consent).
+        assert "an administrator has to consent" in asked[1], asked
+        return asked, asked
     assert decision["verdict"] == "deny"
     return asked, ("denied", str(decision["reason"]))
 

@@ -116,10 +116,15 @@ def test_reader(feeds: list[tuple[bytes, int]]) -> None:
 def answer(
     parameters: dict[str, object], fds: list[OwnedFd], context: object
 ) -> tuple[dict[str, object], list[OwnedFd]]:
-    assert "source" in parameters
+    assert context not in ("Mount", "Explain") or "source" in parameters
+    assert context != "Attach" or "targetFileDescriptor" in parameters
     decision: dict[str, object] = {"verdict": "deny", "reason": "fuzz"}
     if context == "Mount":
         return {"mounts": [], "decision": decision}, []
+    if context == "Attach":
+        return {"id": 1, "decision": decision}, []
+    if context == "Detach":
+        return {}, []
     return {"decision": decision, "facts": {}, "steps": []}, []
 
 

@@ -14,6 +14,7 @@ USUAL = {
     "options": [], "userns": None, "idmap": None,
     "signature": None,
     "image_policy": None,
+    "interactive": None,
 }  # fmt: skip
 
 

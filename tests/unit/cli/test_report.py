@@ -35,6 +35,7 @@ MOVE = errors.SyscallError(errno.EPERM, "move_mount(/mnt)")
 STATUS: list[tuple[BaseException, int]] = [
     (errors.DeniedByPolicy("no"), 1),
     (errors.NotImmutable("no"), 1),
+    (errors.InteractiveAuthenticationRequired(), 1),
     (errors.SignatureInvalid("no"), 1),
     (errors.KeyUnknown("no"), 1),
     (errors.OptionNotPermitted("x"), 1),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from mountd.errors import AttachNotPermitted
 from mountd.trust.attach import check_pattern, judge, permits
-from tests.policies import GRANT, LOCATED, USER, WISHES, image, policy, rule
 
 HOME = "/home/u"
 
@@ -54,18 +51,12 @@ def test_permits(pattern: str, path: str, home: str | None, expected: bool) -> N
 
 
 def test_the_refusal_says_what_is_granted() -> None:
-    def decide(*attach: str):  # type: ignore[no-untyped-def]  # a Decision
-        from mountd.trust.decide import decide as decided
-
-        grant = replace(GRANT, attach=attach)
-        return decided(policy(rule("mine", grant=grant)), USER, image(), LOCATED, WISHES)
-
-    judge(decide("/a/**", "/b"), "/b", home=None, uid=1, gid=1)
+    judge("mine", ("/a/**", "/b"), "/b", home=None, uid=1, gid=1)
     with pytest.raises(
         AttachNotPermitted, match="rule “mine” grants /a/.., /b, and /c is not there"
     ) as caught:
-        judge(decide("/a/**", "/b"), "/c", home=None, uid=1, gid=1)
+        judge("mine", ("/a/**", "/b"), "/c", home=None, uid=1, gid=1)
     assert caught.value.hint == "use a directory of /a/**, /b"
     with pytest.raises(AttachNotPermitted, match="rule “mine” grants no place for it") as caught:
-        judge(decide(), "/c", home=HOME, uid=1, gid=1)
+        judge("mine", (), "/c", home=HOME, uid=1, gid=1)
     assert "attach = [" in str(caught.value.hint)

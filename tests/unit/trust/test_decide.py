@@ -12,6 +12,7 @@ from mountd.caller.model import OVERFLOW_ID, Caller, UserNamespace
 from mountd.errors import (
     BadFileDescriptor,
     DeniedByPolicy,
+    InteractiveAuthenticationRequired,
     InvalidImage,
     LimitExceeded,
     MountdError,
@@ -99,6 +100,7 @@ class Row:
     evidence: Evidence = TRUSTED
     wishes: MountWishes = WISHES
     rule: str | None = "images"
+    verdict: Verdict = Verdict.DENY
 
     def decide(self) -> Decision:
         return decide(Policy(tuple(self.rules)), self.caller, self.source, self.evidence, self.wishes)
@@ -211,8 +213,15 @@ REFUSED = [
     Row("denied", [deny(), rule()], DeniedByPolicy, "the rule denies it", rule="no"),
     Row("denied to all", [deny(image=ImageMatch(any=True)), MEMORY], DeniedByPolicy, "the rule denies it",
         source=tmpfs(), rule="no"),
-    Row("ask", [rule(verdict=Verdict.ASK)], DeniedByPolicy, "asking an administrator is not available",
-        "/etc/mountd/policy.d"),
+    Row("ask", [rule(verdict=Verdict.ASK)], InteractiveAuthenticationRequired,
+        "an administrator has to consent (polkit): only root can change the image", "--interactive",
+        verdict=Verdict.ASK),
+    Row("ask first", [rule(verdict=Verdict.ASK, name="a"), rule()], InteractiveAuthenticationRequired,
+        "(polkit)", verdict=Verdict.ASK, rule="a"),
+    Row("ask, but not satisfied", [rule(replace(GRANT, file_systems=("xfs",)), verdict=Verdict.ASK)],
+        DeniedByPolicy, "the rule grants xfs"),
+    Row("ask, but not immutable", [replace(ANY_IMAGE, verdict=Verdict.ASK)], NotImmutable,
+        evidence=UNTRUSTED, rule="any"),
     Row("first rule decides", [rule(replace(GRANT, file_systems=("xfs",)), name="1"), rule()],
         DeniedByPolicy, "the rule grants xfs", rule="1"),
     # What it requires.
@@ -302,7 +311,7 @@ REFUSED = [
 def test_refused(row: Row) -> None:
     decision = row.decide()
     assert type(decision.error) is row.error
-    assert decision.verdict is Verdict.DENY
+    assert decision.verdict is row.verdict
     assert decision.rule == row.rule
     assert row.reason in decision.reason
     assert row.hint in (decision.hint or "")
@@ -310,8 +319,9 @@ def test_refused(row: Row) -> None:
     assert decision.error is not None
     assert decision.error.message.isprintable()
     assert decision.error.hint == decision.hint
-    assert decision.trusted_by is None
-    assert (decision.read_only, decision.attributes, decision.options) == (True, frozenset(), ())
+    if row.verdict is Verdict.DENY:
+        assert decision.trusted_by is None
+        assert (decision.read_only, decision.attributes, decision.options) == (True, frozenset(), ())
     assert [step.rule for step in decision.steps if step.applies] == ([row.rule] if row.rule else [])
     if isinstance(decision.error, DeniedByPolicy | NotImmutable):
         assert decision.error.parameters.get("rule") == row.rule
@@ -436,8 +446,10 @@ def test_every_outcome_is_a_decision(
 ) -> None:
     decision = decide(policy, caller, source, evidence, wishes)
     assert decision.reason.isprintable()
-    if decision.verdict is Verdict.ALLOW:
-        assert decision.error is None
+    asked = decision.verdict is Verdict.ASK
+    assert asked == isinstance(decision.error, InteractiveAuthenticationRequired)
+    if decision.verdict is not Verdict.DENY:
+        assert asked or decision.error is None
         assert decision.rule is not None
         assert source.tmpfs is not None or evidence.root_owned_path is not None
         assert decision.read_only >= wishes.read_only

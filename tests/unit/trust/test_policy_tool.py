@@ -141,9 +141,14 @@ def test_what_can_never_be_is_a_warning(directory: Path, capfd: pytest.CaptureFi
     assert Checked(directory, f'[key.team]\nx509 = "{key}"\n' + strong % "signed", capfd).lines == []
     checked = Checked(directory, strong % "location", capfd)
     assert "alone says as much" in checked.lines[0]
-    checked = Checked(directory, rule("a").replace('verdict = "allow"', 'verdict = "ask"'), capfd)
+    asks = rule("a").replace('verdict = "allow"', 'verdict = "ask"')
+    assert Checked(directory, asks, capfd).lines == []
+    checked = Checked(
+        directory, asks.replace("{ any = true }\nrequire", "{ nested = true }\nrequire"), capfd
+    )
     assert checked.lines == [
-        "a.toml:8: warning: rule 1: verdict: nobody can be asked yet, so that it denies"
+        "a.toml:8: warning: rule 1: verdict: it can never allow anything: "
+        "polkit knows nobody who is in a user namespace"
     ]
     assert Checked(directory, "", capfd).lines == ["warning: there are no rules: everything is denied"]
 
