@@ -33,7 +33,7 @@ _mountctl() {
   local cur prev words cword verb='' sub='' index options=''
   _init_completion -n := || return
   local request='--json --read-write --type --options --idmap --signature --image-policy --verity --root-hash
-    --root-hash-signature --help'
+    --root-hash-signature --interactive --help'
   local -a positional=()
   for ((index = 1; index < cword; index++)); do
     case ${words[index]} in
@@ -70,7 +70,7 @@ _mountctl() {
     policy/) _mountctl_words 'check show schema reload --help'; return ;;
     image/) _mountctl_words 'import pull list inspect verify remove gc --help'; return ;;
     policy/schema) options='--help' ;;
-    image/import) options='--name --signature --json --help' ;;
+    image/import) options='--name --signature --interactive --json --help' ;;
     image/gc) options='--age --json --help' ;;
     policy/* | image/*) options='--json --help' ;;
   esac

@@ -62,6 +62,7 @@ complete -c mountctl -n $request -l image-policy -x -d 'what to demand of the im
 complete -c mountctl -n $request -l verity -r -F -d 'hash data of dm-verity'
 complete -c mountctl -n $request -l root-hash -x -d 'the root hash of the hash data'
 complete -c mountctl -n $request -l root-hash-signature -r -F -d 'a signature of the root hash'
+complete -c mountctl -n '__mountctl_any mount run explain; or __mountctl_in image import' -l interactive -d 'have an administrator asked'
 complete -c mountctl -n '__mountctl_any mount explain' -l userns -r -F -d 'user namespace to map ids for'
 complete -c mountctl -n __mountctl_stored_source -a '(__mountctl_digests stored:)'
 complete -c mountctl -n '__mountctl_in umount' -f -a '(__fish_complete_directories (commandline -ct) "")'

@@ -31,6 +31,7 @@ _mountctl_request=(
   '--verity[hash data of dm-verity]:file:_files'
   '--root-hash[the root hash of the hash data]:hash:'
   '--root-hash-signature[a signature of the root hash]:file:_files'
+  '--interactive[have an administrator asked if need be]'
   '(-h --help)'{-h,--help}'[print the options]'
 )
 _mountctl_common=('--json[print JSON, for errors as well]' '(-h --help)'{-h,--help}'[print the options]')
@@ -72,7 +73,7 @@ _mountctl_image() {
   shift words
   ((CURRENT--))
   case $words[1] in
-    import) _arguments $_mountctl_common '--name[what to call it]:name:' '--signature[a signature]:file:_files' ':image:_files' ;;
+    import) _arguments $_mountctl_common '--name[what to call it]:name:' '--interactive[have an administrator asked if need be]' '--signature[a signature]:file:_files' ':image:_files' ;;
     pull) _arguments $_mountctl_common ':reference:' ;;
     list) _arguments $_mountctl_common ;;
     inspect | verify | remove) _arguments $_mountctl_common ':digest: _mountctl_digests ""' ;;
