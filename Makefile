@@ -11,7 +11,7 @@ SBIN := $(DESTDIR)$(PREFIX)/sbin
 BIN := $(DESTDIR)$(PREFIX)/bin
 SHARE := $(DESTDIR)$(PREFIX)/share
 
-.PHONY: demo test test-vm bench setup install clean
+.PHONY: demo test test-vm bench setup install deb clean
 
 demo: $(STAMP)
 	$(PYTHON) -m tests.demo
@@ -52,6 +52,12 @@ install:
 	  sed 's|@SBINDIR@|$(PREFIX)/sbin|' units/systemd/$$unit.service > $(LIB)/systemd/system/$$unit.service && \
 	  chmod 0644 $(LIB)/systemd/system/$$unit.service || exit; \
 	done
+	for section in 1 5 7 8; do \
+	  install -D -m 0644 -t $(SHARE)/man/man$$section units/man/*.$$section || exit; \
+	done
+	install -D -m 0644 units/completion/mountctl.bash $(SHARE)/bash-completion/completions/mountctl
+	install -D -m 0644 units/completion/mountctl.zsh $(SHARE)/zsh/vendor-completions/_mountctl
+	install -D -m 0644 units/completion/mountctl.fish $(SHARE)/fish/vendor_completions.d/mountctl.fish
 	units/program mountd.daemon.main $(PREFIX)/lib/mountd/python > $(SBIN)/mountd
 	units/program mountd.cli.mount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/mount.mountd
 	units/program mountd.cli.umount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/umount.mountd
@@ -60,5 +66,9 @@ install:
 # Who runs the programs may not write here, so that it is now or at every start; a package does it when it is installed.
 	[ -n "$(DESTDIR)" ] || /usr/bin/python3 -I -m compileall -q $(LIB)/mountd/python
 
+# A package for Debian 13 and later, into dist/.
+deb:
+	units/build_deb dist
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

@@ -266,7 +266,8 @@ def notify(state: str, fds: Sequence[int] = ()) -> None:
         from systemd import daemon  # type: ignore[import-untyped]
 
         try:
-            daemon.notify(state, False, 0, list(fds) or None)
+            # None, which is the default, is no list for it.
+            daemon.notify(state, *((False, 0, list(fds)) if fds else ()))
         except OSError as error:
             log(Priority.WARNING, f"cannot tell the service manager: {error.strerror}")
 

@@ -52,6 +52,43 @@ def booted() -> Iterator[Machine]:
         shutil.rmtree(place)
 
 
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Debian package, built from this tree."""
+    output = tmp_path_factory.mktemp("package")
+    command = [ROOT / "units/build_deb", output]
+    built = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Path(built.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def bare_root() -> Iterator[Path]:
+    """A copy of the Debian root without mountd."""
+    built = subprocess.run([HERE / "build_root"], stdout=subprocess.PIPE, text=True, check=True)
+    place = Path(tempfile.mkdtemp(prefix="mountd-package-", dir="/var/tmp"))
+    place.chmod(0o755)
+    try:
+        subprocess.run(["cp", "-a", "--reflink=auto", built.stdout.strip(), place / "root"], check=True)
+        yield place / "root"
+    finally:
+        shutil.rmtree(place)
+
+
+@pytest.fixture(scope="session")
+def packaged(bare_root: Path, package: Path) -> Iterator[Machine]:
+    """A machine on which nothing was done but to install the package, booted."""
+    shutil.copy(package, bare_root / "root/mountd.deb")
+    install = 'mount -t proc proc "$1/proc" && exec chroot "$1" dpkg --install /root/mountd.deb'
+    command = ["unshare", "--mount", "sh", "-euc", install, "install", bare_root]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    machine = Machine(bare_root)
+    try:
+        yield machine
+    finally:
+        machine.stop()
+
+
 # mountd/daemon/journal.py: what is wrong with the daemon itself.
 WORKER_ID = "b8a9c1f2d6e04d3f9a7b5c4e3d2f1a08"
 

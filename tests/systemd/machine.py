@@ -23,7 +23,8 @@ class Machine:
     def __init__(self, root: Path) -> None:
         """Boot `root` and wait until that is done, with or without failed units."""
         self.root = root
-        self._group = cgroup2() / f"mountd-tests-{os.getpid()}"
+        # There may be several at a time.
+        self._group = cgroup2() / f"mountd-tests-{os.getpid()}-{root.parent.name}"
         self._log = root.with_name("boot.log")
         with self._log.open("wb") as log:
             # The machine must not outlive the tests, however they end.
