@@ -32,6 +32,7 @@ from mountd.errors import (
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import mount_api, sockets
 from mountd.kernel.flags import MoveMount
+from mountd.text import check_text, parse_size
 from mountd.wire.framing import (
     MAX_FDS,
     MessageReader,
@@ -468,26 +469,6 @@ def read_signature(path: str) -> str:
     if not 0 < len(data) <= MAXIMUM_SIGNATURE:
         raise InvalidParameter("signature", f"{path} has not 1 to {MAXIMUM_SIGNATURE} bytes")
     return binascii.b2a_base64(data, newline=False).decode()
-
-
-def check_text(options: Sequence[str], file_system_type: str | None) -> None:
-    """Raise OptionNotPermitted or InvalidParameter for what cannot be said on the wire, which is UTF-8."""
-    for option in options:
-        if not is_text(option):
-            raise OptionNotPermitted(option, "it is no text", hint="write it in UTF-8")
-    if file_system_type is not None and not is_text(file_system_type):
-        raise InvalidParameter("fileSystemType", "it is no text")
-
-
-def parse_size(text: str) -> int:
-    """Return a number of bytes; K, M, G and T are powers of 1024. Raises InvalidParameter."""
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    unit = units.get(text[-1:].upper(), 1)
-    digits = text[:-1] if unit > 1 else text
-    size = int(digits) * unit if digits.isdecimal() and len(digits) <= 18 else 0
-    if not 0 < size <= MAXIMUM_INTEGER:
-        raise InvalidParameter("SOURCE", f"“{TMPFS}{text}” has no size such as 64M")
-    return size
 
 
 __all__ = [

@@ -107,7 +107,7 @@ class RequestContext:
     that may use the network listens, if there is one. `walker` is for paths, and borrowed; `naming` is how
     sources get names. `attachments` are the records of what was attached, None for an instance that attaches
     nothing. `around` is the daemon, for io.mountd.Admin; `ledger` takes down what is handed out, where there
-    is one. `questions` is the file that bounds how many people are asked at a time, None where nobody can be;
+    is one. `questions` is the file that bounds how many people are asked at once, None where nobody can be;
     `called_off` is a descriptor, borrowed, that can be read once the policy has changed or the daemon is to
     end. `put_in` is what this request has put into the store, and `asked_for` how many seconds it has waited
     for people.

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
-from mountd.client import ENVIRONMENT, SOCKETS, Client, Request, parse_size, socket_paths
+from mountd.client import ENVIRONMENT, SOCKETS, Client, Request, socket_paths
 from mountd.errors import InvalidParameter, NotFound, Unreachable
+from mountd.text import parse_size
 
 
 @pytest.mark.parametrize(
