@@ -106,9 +106,18 @@ class MountNamespace:
 def mount_namespaces() -> list[MountNamespace]:
     """Return all mount namespaces, this process's own included; their descriptors are the caller's.
 
-    It takes CAP_SYS_ADMIN in the host's user namespace. Raises SyscallError, and NotSupported before
-    Linux 6.12.
+    The kernel lists them for who has CAP_SYS_ADMIN and is in no pid namespace; within one, those are found
+    that some process there is in. Raises SyscallError, and NotSupported before Linux 6.12.
     """
+    try:
+        return _all_namespaces()
+    except SyscallError as error:
+        if error.errno_name != "EPERM":
+            raise
+        return _namespaces_of_processes()
+
+
+def _all_namespaces() -> list[MountNamespace]:
     found: list[MountNamespace] = []
     first = OwnedFd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
     try:
@@ -124,6 +133,28 @@ def mount_namespaces() -> list[MountNamespace]:
             each.fd.close()
         raise
     return found
+
+
+def _namespaces_of_processes() -> list[MountNamespace]:
+    found: dict[int, MountNamespace] = {}
+    try:
+        for pid in os.listdir("/proc"):
+            if not pid.isdecimal():
+                continue
+            try:
+                fd = OwnedFd(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+            except OSError:
+                continue  # it has ended, or is none of ours
+            id = namespace_id(fd.fileno())
+            if id in found:
+                fd.close()
+            else:
+                found[id] = MountNamespace(fd, id)
+    except BaseException:
+        for each in found.values():
+            each.fd.close()
+        raise
+    return list(found.values())
 
 
 def namespace_id(fd: int) -> int:

@@ -6,6 +6,7 @@ closed. So the answer says who that is.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
@@ -64,15 +65,15 @@ def detach(place: Attachment, record: Record) -> bool:
 
     Whoever asked for the mount could enter the directories above it.
     """
-    ids = (record.uid, record.uid, ())
     with find.all_namespaces() as spaces:
         for space in spaces:
-            if space.id == place.namespace:
-                try:
-                    outcome = attaching.detach(place.id, space.fd.fileno(), ids, lazy=True)
-                except (SyscallError, MountdError):
-                    return False
-                return outcome is Outcome.DONE
+            for uid in (record.uid, 0) if space.id == place.namespace else ():
+                with suppress(SyscallError, MountdError):
+                    if (
+                        attaching.detach(place.id, space.fd.fileno(), (uid, uid, ()), lazy=True)
+                        is Outcome.DONE
+                    ):
+                        return True
     return False
 
 
