@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
 from mountd.execute import attachment as attaching
+from mountd.execute import mount_table
 from mountd.execute.attachment import Outcome
 from mountd.ledger import find
 from mountd.service.admin import admit
@@ -67,12 +68,13 @@ def detach(place: Attachment, record: Record) -> bool:
     """
     with find.all_namespaces() as spaces:
         for space in spaces:
-            for uid in (record.uid, 0) if space.id == place.namespace else ():
+            if space.id != place.namespace:
+                continue
+            for uid in (record.uid, 0):
                 with suppress(SyscallError, MountdError):
-                    if (
-                        attaching.detach(place.id, space.fd.fileno(), (uid, uid, ()), lazy=True)
-                        is Outcome.DONE
-                    ):
+                    outcome = attaching.detach(place.id, space.fd.fileno(), (uid, uid, ()), lazy=True)
+                    if outcome is Outcome.DONE:
+                        mount_table.note_detached(space.fd.fileno(), place.mount_point)
                         return True
     return False
 
