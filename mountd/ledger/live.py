@@ -51,7 +51,7 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
         for record in unsure
         if record.id not in seen
         and not (has_device(record) and record.device in copied)
-        and now - record.since > YOUNG
+        and not (record.sent and now - record.since <= YOUNG)
     }
     if gone:
         book.forget(gone)

@@ -16,7 +16,8 @@ class Record:
     `owner` the host's uid that it counts for, `pid` the process at that time, all the host's. `source` is
     where the caller said that the image is, `id_map` says how ids are mapped, both for people; `since` is in
     seconds since the epoch. `superblock` is whether the superblock was made for this, so that every mount of
-    it is one that was handed out, or a copy of one; `shared`, whether there may be several of those.
+    it is one that was handed out, or a copy of one; `shared`, whether there may be several of those; `sent`,
+    whether it went to the caller as a descriptor, which may take its time to arrive.
     """
 
     id: int
@@ -32,6 +33,7 @@ class Record:
     since: int
     superblock: bool = True
     shared: bool = False
+    sent: bool = True
     unit: str | None = None
     rule: str | None = None
     trusted_by: str | None = None
@@ -46,7 +48,7 @@ class Record:
 KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("id", "watch", "uid", "owner", "pid", "since"), int),
     **dict.fromkeys(("source", "file_system", "id_map"), str),
-    **dict.fromkeys(("read_only", "superblock", "shared"), bool),
+    **dict.fromkeys(("read_only", "superblock", "shared", "sent"), bool),
     **dict.fromkeys(("unit", "rule", "trusted_by", "signer", "digest"), (str, type(None))),
     "device": list,
 }

@@ -227,7 +227,7 @@ def made_and_attached(judged: Judged, site: Site, records: Attachments, context:
     decision = replace(judged.decision, attributes=judged.decision.attributes | ALWAYS)
     judged = replace(judged, decision=decision)
     with handing_out(judged, context) as entry, make(judged, context, entry.watch) as made:
-        id = entry.take_down(made)
+        id = entry.take_down(made, sent=False)
         context.notes["mount"] = str(id)
         written_down_and_put(made.fileno(), id, decision.rule, site, records, context)
     return id

@@ -50,10 +50,10 @@ class Entry:
         if self._book is not None:
             self._watch = self._book.watch(mount)
 
-    def take_down(self, mount: OwnedFd, *, superblock: bool = True) -> int:
+    def take_down(self, mount: OwnedFd, *, superblock: bool = True, sent: bool = True) -> int:
         """Write down the mount as it is handed out, and return its unique id. Raises SyscallError.
 
-        `superblock` is whether it was made for this.
+        `superblock` is whether it was made for this, `sent` whether it is going to be sent to the caller.
         """
         id, device = compat.mount_id_and_device(mount.fileno())
         if self._book is None or self._place is None:
@@ -77,6 +77,7 @@ class Entry:
                 since=int(time.time()),
                 superblock=superblock,
                 shared=superblock and decision.read_only,
+                sent=sent,
                 unit=caller.unit,
                 rule=decision.rule,
                 trusted_by=decision.trusted_by,
