@@ -12,8 +12,8 @@ from __future__ import annotations
 import getopt
 import sys
 
-from mountd.cli.report import UsageError, end, fail, printable, say, show_json
-from mountd.client import IDMAPS, Client, Request, attach_at, open_target
+from mountd.cli.report import UsageError, end, fail, printable, say, show_json, tell_left_out
+from mountd.client import IDMAPS, Client, Request, attach_reply, open_target
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted
 from mountd.version import VERSION
 
@@ -185,7 +185,8 @@ def mount(wishes: Wishes, spec: str, directory: str) -> int:
             explained = ask(client.explain, request, wishes.sloppy)
             return judge(explained["decision"], directory, wishes)
         with ask(client.mount, request, wishes.sloppy) as reply:
-            attach_at(reply.mount.fileno(), target.fileno(), directory)
+            left_out = attach_reply(reply, target.fileno(), directory)
+    tell_left_out(PROGRAM, left_out)
     if wishes.verbose and not wishes.json:
         made = reply.mounts[0]
         how = "read-only" if made.get("readOnly") else "read-write"

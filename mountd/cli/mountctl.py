@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from mountd.cli import image
-from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json
-from mountd.client import IDMAPS, Client, Request, attach_at, open_target
+from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json, tell_left_out
+from mountd.client import IDMAPS, Client, Request, attach_reply, open_target
 from mountd.errors import MountdError
 from mountd.version import VERSION
 
@@ -158,7 +158,8 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
         open_target(options.target) as target,
         client.mount(request.source, request.fds, **request.parameters) as reply,
     ):
-        attach_at(reply.mount.fileno(), target.fileno(), options.target)
+        left_out = attach_reply(reply, target.fileno(), options.target)
+    tell_left_out(PROGRAM, left_out)
     if options.json:
         show_json({"target": options.target, "mounts": reply.mounts, "decision": reply.decision})
     return 0
