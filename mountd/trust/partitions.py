@@ -132,10 +132,8 @@ def check_presence(disk: Disk, policy: ImagePolicy, designator: str, used: set[s
     """Raise DeniedByPolicy if a partition is not there, or not used, and the policy does not allow that."""
     flags = policy.flags(designator)
     if disk.partition(designator) is None:
-        # Whether it takes hash data or a signature is a matter of what these protect, unless they are named.
-        protected = designator.partition("-verity")[0]
-        follows = protected != designator and designator not in policy.partitions
-        if "absent" not in flags and not (follows and protected in policy.partitions):
+        # Also what a policy says of root includes: who may have it signed has to have what that takes.
+        if "absent" not in flags:
             raise refused(f"it wants a {designator} partition, and there is none")
     elif "-verity" in designator:
         check_protecting(policy, designator, used)

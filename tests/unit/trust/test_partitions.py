@@ -100,10 +100,12 @@ def test_what_a_policy_refuses(policy: str, text: str) -> None:
         used(ALL, policy)
 
 
-def test_hash_data_need_not_be_there_where_it_is_not_used() -> None:
-    assert used([PLAIN], "root=signed+unprotected") == "root"
+def test_what_is_for_hash_data_has_to_be_there_even_if_it_is_not_used() -> None:
+    """As systemd has it; whoever means something else can say so."""
     with pytest.raises(DeniedByPolicy, match="wants a root-verity partition"):
-        used([PLAIN], "root=signed+unprotected:root-verity=unprotected")
+        used([PLAIN], "root=signed+unprotected")
+    either = "root=signed+unprotected:root-verity=open:root-verity-sig=open"
+    assert used([PLAIN], either) == "root"
     with pytest.raises(DeniedByPolicy, match="to be signed, and it is unprotected"):
         used([PLAIN], "root=signed")
 

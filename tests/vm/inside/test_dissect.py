@@ -115,4 +115,4 @@ def test_the_same_policies(disks: dict[str, Path]) -> None:
             done = dissect("--validate", f"--image-policy={policy}", image)
             if (done.returncode == 0) is not is_allowed(disk, policy):
                 different[name, policy] = done.stderr.strip()[-200:] or "allowed"
-    assert not different
+    assert different == {}, "\n".join(f"{key}: {value}" for key, value in different.items())
