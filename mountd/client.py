@@ -30,7 +30,7 @@ from mountd.errors import (
     Unreachable,
 )
 from mountd.fds import OwnedFd, close_all
-from mountd.kernel import mount_api, sockets
+from mountd.kernel import attaching, mount_api, sockets
 from mountd.kernel.flags import MoveMount
 from mountd.text import check_text, parse_size
 from mountd.wire.framing import (
@@ -130,29 +130,56 @@ def mount_image(source: str | os.PathLike[str], target: str | os.PathLike[str], 
     """
     path = os.fspath(target)
     with open_target(path) as directory, Client() as client, client.mount_image(source, **wishes) as reply:
-        attach_at(reply.mount.fileno(), directory.fileno(), path)
+        attach_reply(reply, directory.fileno(), path)
         return reply
+
+
+def attach_reply(reply: MountReply, directory_fd: int, path: str) -> list[str]:
+    """Attach all mounts of a reply at an open directory and below it; `path` is what errors call it.
+
+    Returns the places of those that were left out (`attaching.attach_parts`). Raises NotFound, SyscallError.
+    """
+    if reply.places == [""]:
+        attach_at(reply.mount.fileno(), directory_fd, path)
+        return []
+    return attaching.attach_tree(directory_fd, list(zip(reply.fds, reply.places, strict=True)))
 
 
 class MountReply:
     """What Mount returned: `mount` belongs to whoever holds this; `mounts`, `decision` as on the wire.
 
-    In a with statement, the descriptor is closed at the end; what was attached stays.
+    Of several, `others` are all but the first. In a with statement, the descriptors are closed at the end;
+    what was attached stays.
     """
 
-    __slots__ = ("decision", "mount", "mounts")
+    __slots__ = ("decision", "mount", "mounts", "others")
 
     def __init__(
-        self, mount: OwnedFd, mounts: Sequence[Mapping[str, object]], decision: Mapping[str, object]
+        self,
+        mount: OwnedFd,
+        mounts: Sequence[Mapping[str, object]],
+        decision: Mapping[str, object],
+        others: Sequence[OwnedFd] = (),
     ) -> None:
-        """Take `mount` over."""
+        """Take `mount` and `others` over."""
         self.mount = mount
+        self.others = others
         self.mounts = mounts
         self.decision = decision
 
+    @property
+    def fds(self) -> list[int]:
+        """All mounts, borrowed."""
+        return [self.mount.fileno(), *(each.fileno() for each in self.others)]
+
+    @property
+    def places(self) -> list[str]:
+        """Where each mount belongs, relative to the directory for the whole; "" is that itself."""
+        return [str(each.get("mountPoint") or "") for each in self.mounts]
+
     def close(self) -> None:
-        """Close the descriptor: a mount that was not attached is gone."""
-        self.mount.close()
+        """Close the descriptors: a mount that was not attached is gone."""
+        close_all([self.mount, *self.others])
 
     def __enter__(self) -> MountReply:
         return self
@@ -198,10 +225,12 @@ class Client:
             if (
                 not (isinstance(mounts, list) and mounts and all(isinstance(each, dict) for each in mounts))
                 or not isinstance(decision, dict)
-                or len(received) != 1
+                or [each.get("mountFileDescriptor") for each in mounts] != list(range(len(received)))
             ):
                 raise ProtocolError("the reply is not what Mount returns")
-            return MountReply(received.pop(), mounts, decision)
+            first, *others = received
+            received.clear()
+            return MountReply(first, mounts, decision, others)
         finally:
             close_all(received)
 

@@ -6,7 +6,18 @@ from dataclasses import replace
 
 from mountd.caller.model import Caller, UserNamespace
 from mountd.evidence.model import Evidence, Key, Proof, Provenance, Signer
-from mountd.source.model import BackingFile, FileSystem, Source, SourceKind, Tmpfs
+from mountd.source.model import (
+    BackingFile,
+    Disk,
+    FileSystem,
+    Partition,
+    PartitionVerity,
+    Source,
+    SourceKind,
+    Tmpfs,
+    VeritySuperblock,
+    Window,
+)
 from mountd.trust.policy import (
     Access,
     CallerMatch,
@@ -46,6 +57,22 @@ def image(type: str = "ext4", hint: str | None = None) -> Source:
     """Return an image that holds a file system of this type."""
     backing = BackingFile(4096, 1, 2, 0, 0, 0o100644, False, hint)
     return Source(SourceKind.IMAGE, backing, FileSystem(type, 4096, 4096, None, None, False), None)
+
+
+def disk_image(designators: tuple[str, ...], type: str, only_verity: bool = False) -> Source:
+    """Return an image with these partitions, of which root has hash data."""
+    window = Window(1 << 20, 1 << 20)
+    hashes = VeritySuperblock(4096, 4096, 1, 1, "sha256", b"", None)
+    verity = PartitionVerity(hashes, bytes(32), window, None)
+    found = tuple(
+        Partition(
+            *(name, number, "", "", None, window, False, False),
+            file_system=FileSystem(type, 4096, 4096, None, None, False),
+            verity=verity if name == "root" else None,
+        )
+        for number, name in enumerate(designators, 1)
+    )
+    return replace(image(), file_system=None, disk=Disk(512, "", found, only_verity))
 
 
 def tmpfs(size: int = 1000, inodes: int | None = None) -> Source:

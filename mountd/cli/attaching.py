@@ -6,8 +6,8 @@ import errno
 import os
 
 from mountd.cli.agent import with_consent
-from mountd.cli.report import printable, say, show_json
-from mountd.client import Client, attach_at, open_target
+from mountd.cli.report import printable, say, show_json, tell_left_out
+from mountd.client import Client, attach_reply, open_target
 from mountd.errors import NotFound, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
@@ -41,7 +41,8 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
     with open_target(options.target) as target:
         if can_attach():
             with with_consent(client.mount, request) as made:
-                attach_at(made.mount.fileno(), target.fileno(), options.target)
+                left_out = attach_reply(made, target.fileno(), options.target)
+            tell_left_out("mountctl", left_out)
             reply = {"id": made.mounts[0].get("id"), "mounts": made.mounts, "decision": made.decision}
             by = "this process"
         else:

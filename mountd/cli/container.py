@@ -14,13 +14,14 @@ import socket
 
 from mountd.cli.agent import with_consent
 from mountd.client import Client, Request
-from mountd.errors import MountdError, SyscallError
+from mountd.errors import MountdError, NotFound, SyscallError
 from mountd.fds import OwnedFd, close_all
-from mountd.kernel import mount_api, namespaces, sockets
+from mountd.kernel import attaching, mount_api, namespaces, sockets
 from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.child import end_with_parent
 from mountd.kernel.flags import Clone, MoveMount, OpenTree, Propagation, Unmount
 from mountd.kernel.libc import call
+from mountd.wire.framing import MAX_FDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,7 +95,10 @@ def _prepare(channel: socket.socket, pid: int, request: Request, client: Client)
     map_ids(pid)
     request.add_namespace(OwnedFd(os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)))
     with with_consent(client.mount, request) as reply:
-        sockets.send(channel, b"mount", [reply.mount])
+        if reply.places[0]:
+            raise NotFound("a root directory in the image", hint="mount it below one: “mountctl mount”")
+        places = ":".join(reply.places)
+        sockets.send(channel, f"mount{places}".encode(), [reply.mount, *reply.others])
     _expect(channel, b"ready")
 
 
@@ -207,12 +211,16 @@ def _enter_image(channel: socket.socket) -> bool:
     """Make the namespaces, have the image as root, and tell whether to go on. Raises OSError."""
     namespaces.unshare(Clone.NEWUSER | Clone.NEWNS)
     channel.send(b"namespaces")
-    data, fds, _ = sockets.receive(channel, 16, 1)
-    if data != b"mount" or len(fds) != 1:
+    data, fds, _ = sockets.receive(channel, 4096, MAX_FDS)
+    places = data.removeprefix(b"mount").decode().split(":")
+    if not data.startswith(b"mount") or len(fds) != len(places):
         close_all(fds)
         return False
-    with fds.pop() as mount:
-        make_root(mount.fileno())
+    try:
+        numbers = [each.fileno() for each in fds]
+        make_root(numbers[0], list(zip(numbers, places, strict=True))[1:])
+    finally:
+        close_all(fds)
     with contextlib.suppress(PermissionError):  # not with one id only
         os.setgroups([])
     os.setresgid(0, 0, 0)
@@ -223,8 +231,11 @@ def _enter_image(channel: socket.socket) -> bool:
     return channel.recv(2) == b"go"
 
 
-def make_root(mount_fd: int) -> None:
-    """Make the mount the root directory, with the kernel's file systems of outside in it."""
+def make_root(mount_fd: int, parts: Sequence[tuple[int, str]] = ()) -> None:
+    """Make the mount the root directory, with the kernel's file systems of outside in it.
+
+    `parts` are the other mounts of its image, and their places below it.
+    """
     mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
     outside = []
     for name in FROM_OUTSIDE:
@@ -234,6 +245,7 @@ def make_root(mount_fd: int) -> None:
     # On top of everything, where this process alone sees it.
     with OwnedFd(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as top:
         mount_api.move_mount(mount_fd, "", to_dir_fd=top.fileno(), flags=ATTACH)
+    attaching.attach_parts(mount_fd, parts)
     for name, tree in outside:
         with tree:
             attach_below(mount_fd, name, tree.fileno())

@@ -21,8 +21,8 @@ import sys
 from mountd.cli.agent import with_consent
 from mountd.cli.attaching import can_attach, regretting
 from mountd.cli.helper import Place, become_caller, failed, tell
-from mountd.cli.report import UsageError, end, say, show_json
-from mountd.client import IDMAPS, Client, Request, attach_at, open_target
+from mountd.cli.report import UsageError, end, say, show_json, tell_left_out
+from mountd.client import IDMAPS, Client, Request, attach_reply, open_target
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
@@ -284,7 +284,7 @@ def attach_ourselves(
             check_digest(wishes.digest, reply.decision, request)
         try:
             with place.inside():
-                attach_at(reply.mount.fileno(), target.fileno(), directory)
+                left_out = attach_reply(reply, target.fileno(), directory)
         except KeyboardInterrupt:
             drop(reply.mount)
             raise
@@ -292,6 +292,7 @@ def attach_ourselves(
             if error.errno != errno.EPERM or place.path is not None:
                 raise
         else:
+            tell_left_out(PROGRAM, left_out)
             made = {"id": reply.mounts[0].get("id"), "mounts": reply.mounts, "decision": reply.decision}
             return {"attachedBy": "this process", **made}
     return have_attached(client, request, target, wishes)

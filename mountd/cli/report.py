@@ -33,7 +33,7 @@ from mountd.errors import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 # mount(8), EXIT STATUS
 EXIT_USAGE = 1  # incorrect invocation or permissions
@@ -138,6 +138,12 @@ def complain(line: str) -> None:
             print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
         except OSError:
             discard(2)
+
+
+def tell_left_out(program: str, places: Sequence[str]) -> None:
+    """Say which partitions of an image are not mounted, as it has no directory for them."""
+    for place in places:
+        complain(f"{program}: the image has no directory {place}, so that partition is left out")
 
 
 def say(text: str) -> None:

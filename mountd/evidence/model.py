@@ -81,6 +81,7 @@ class Evidence:
     `proofs` are the kinds of immutability beside that one that were proven, `unproven` says of each other
     kind, by name, why it was not. `digest` is that of the image's bytes, where it is known. `signers` are
     the signatures that came along and hold, `signature_error` is what is wrong with one that does not.
+    `signed_partitions` are the designators of the partitions whose root hash one of them covers.
     """
 
     root_owned_path: str | None
@@ -92,3 +93,4 @@ class Evidence:
     signers: tuple[Signer, ...] = ()
     signature_error: MountdError | None = None
     provenance: Provenance | None = None
+    signed_partitions: frozenset[str] = frozenset()

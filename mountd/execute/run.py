@@ -29,7 +29,7 @@ from mountd.plan.operations import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
     from mountd.execute.naming import Naming
@@ -118,6 +118,23 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
             mount.close()
 
 
+def run_all(plans: Iterable[Plan], inputs: Inputs) -> list[OwnedFd]:
+    """Carry out `plans` and return their mounts; nothing is left of any if one fails.
+
+    Raises what `run` raises.
+    """
+    made: list[OwnedFd] = []
+    try:
+        for plan in plans:
+            made.append(run(plan, inputs))
+    except BaseException:
+        # In reverse: what is mounted in another goes first.
+        while made:
+            made.pop().close()
+        raise
+    return made
+
+
 def _show(mount: OwnedFd, inputs: Inputs) -> None:
     if inputs.note is not None:
         inputs.note(mount)
@@ -130,9 +147,10 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
     image_fd = _needed(inputs.image_fd)
     refuse_lease(image_fd)
     if operation.verity is not None:
-        hash_fd = _needed(inputs.hash_fd)
+        # In a disk image, data and hash data are partitions of one file.
+        hash_fd = image_fd if operation.verity.hash_window is not None else _needed(inputs.hash_fd)
         refuse_lease(hash_fd)
-        device = verity.attach(image_fd, hash_fd, operation.verity)
+        device = verity.attach(image_fd, hash_fd, operation.verity, operation.window)
         try:
             return _create_from(operation, device.path)
         finally:
@@ -145,7 +163,9 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
             # built without: then it takes a block device.
             if error.errno != errno.ENOTBLK:
                 raise
-    loop = loop_device.attach(image_fd, read_only=operation.read_only)
+    window = operation.window
+    offset, size = (0, 0) if window is None else (window.offset, window.size)
+    loop = loop_device.attach(image_fd, read_only=operation.read_only, offset=offset, size_limit=size)
     try:
         if operation.type in OPENED_AGAIN:
             return _create_from(operation, loop.path)

@@ -16,24 +16,26 @@ from mountd.kernel import dm_verity, loop_device
 
 if TYPE_CHECKING:
     from mountd.kernel.dm_verity import VerityDevice
-    from mountd.plan.operations import Verity
+    from mountd.kernel.loop_device import LoopDevice
+    from mountd.plan.operations import Verity, Window
 
 # With direct I/O a loop device takes over the sectors of the disk below it, which may be as large as this,
 # and dm-verity takes no blocks that are smaller than a sector.
 PAGE = 4096
 
 
-def attach(data_fd: int, hash_fd: int, verity: Verity) -> VerityDevice:
+def attach(data_fd: int, hash_fd: int, verity: Verity, window: Window | None = None) -> VerityDevice:
     """Return a read-only device of the data in `data_fd` with the tree in `hash_fd`, both borrowed.
 
+    `window` is where in its file the data is, as `verity.hash_window` is for the tree; they may be one file.
     Both were let through by `source.descriptor.inspect_descriptor`: a file with a server could stop the
     kernel. Its `path` is a source for a file system; whoever closes it before that is made loses it. Its
     first block has been read and fits the root hash. Raises InvalidImage if it does not, NotSupported,
     SyscallError, and LimitExceeded where no loop device is free.
     """
-    data = loop_device.attach(data_fd, read_only=True, direct_io=verity.data_block_size >= PAGE)
+    data = attach_loop(data_fd, window, verity.data_block_size)
     try:
-        tree = loop_device.attach(hash_fd, read_only=True, direct_io=verity.hash_block_size >= PAGE)
+        tree = attach_loop(hash_fd, verity.hash_window, verity.hash_block_size)
         try:
             device = dm_verity.create(
                 data.path,
@@ -56,6 +58,14 @@ def attach(data_fd: int, hash_fd: int, verity: Verity) -> VerityDevice:
         device.close()
         raise
     return device
+
+
+def attach_loop(fd: int, window: Window | None, block_size: int) -> LoopDevice:
+    """Return a read-only loop device over a file (borrowed) or over a part of it."""
+    offset, size = (0, 0) if window is None else (window.offset, window.size)
+    return loop_device.attach(
+        fd, read_only=True, direct_io=block_size >= PAGE, offset=offset, size_limit=size
+    )
 
 
 def check_first_block(device: VerityDevice, length: int) -> None:

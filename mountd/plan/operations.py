@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mountd.caller.model import IdExtent
     from mountd.kernel.flags import MountAttr
     from mountd.source.model import VeritySuperblock
+    from mountd.source.model import Window as Window  # for who carries the operations out
 
 
 class Backing(StrEnum):
@@ -29,7 +30,8 @@ class Backing(StrEnum):
 class Verity:
     """What a dm-verity device is told: the root hash, and how the tree below it was made.
 
-    The fields are those of `source.model.VeritySuperblock`.
+    The fields are those of `source.model.VeritySuperblock`. `hash_window` is where in the image the hash
+    data is, None for a file of its own.
     """
 
     root_hash: bytes
@@ -39,9 +41,10 @@ class Verity:
     hash_block_size: int
     data_blocks: int
     hash_start_block: int
+    hash_window: Window | None = None
 
     @classmethod
-    def of(cls, superblock: VeritySuperblock, root_hash: bytes) -> Verity:
+    def of(cls, superblock: VeritySuperblock, root_hash: bytes, hash_window: Window | None = None) -> Verity:
         """Put together what the superblock says and the root hash that the verdict is about."""
         return cls(
             root_hash,
@@ -51,6 +54,7 @@ class Verity:
             superblock.hash_block_size,
             superblock.data_blocks,
             superblock.hash_start_block,
+            hash_window,
         )
 
     def describe(self) -> str:
@@ -63,7 +67,8 @@ class CreateSuperblock:
     """Make the file system instance. `options` are names with their value, None for a flag.
 
     `name` is what the mount table is to call the source, where that is possible. `verity` is there for
-    Backing.VERITY and for nothing else. Raises ValueError if it is not so, or if that is to be writable.
+    Backing.VERITY and for nothing else. `window` is the part of the image that it is in, None for all of it,
+    which takes a block device. Raises ValueError if it is not so, or if dm-verity is to be writable.
     """
 
     type: str
@@ -72,12 +77,15 @@ class CreateSuperblock:
     options: tuple[tuple[str, str | None], ...]
     verity: Verity | None = None
     name: str | None = None
+    window: Window | None = None
 
     def __post_init__(self) -> None:
         if (self.verity is None) is (self.backing is Backing.VERITY):
             raise ValueError("a root hash belongs to dm-verity, and dm-verity needs one")
         if self.verity is not None and not self.read_only:
             raise ValueError("dm-verity is read-only")
+        if self.window is not None and self.backing not in (Backing.LOOP, Backing.VERITY):
+            raise ValueError("a part of an image takes a block device")
 
     def describe(self) -> str:
         """Return the step in one line."""
@@ -85,7 +93,10 @@ class CreateSuperblock:
         mode = "read-only" if self.read_only else "writable"
         options = ",".join(words) or "no options"
         verified = "" if self.verity is None else f", {self.verity.describe()},"
-        return f"make a {mode} superblock of {self.type} from {self.backing}{verified} ({options})"
+        part = ""
+        if self.window is not None:
+            part = f" over {self.window.size} bytes from {self.window.offset} on"
+        return f"make a {mode} superblock of {self.type} from {self.backing}{part}{verified} ({options})"
 
 
 @dataclass(frozen=True, slots=True)

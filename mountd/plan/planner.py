@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,16 @@ from mountd.plan.operations import (
     MapToNamespace,
     Plan,
     Seal,
+    Verity,
 )
 from mountd.source.model import SourceKind
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller, IdExtent
-    from mountd.plan.operations import Operation, Verity
+    from mountd.plan.operations import Operation
     from mountd.source.model import Source
     from mountd.trust.decide import Decision
+    from mountd.trust.partitions import Use
 
 ATTRIBUTES = {
     "nosuid": MountAttr.NOSUID,
@@ -50,6 +53,24 @@ FORCED_READ_ONLY: dict[str, tuple[tuple[str, str | None], ...]] = {
 }
 
 
+def plan_mounts(
+    source: Source,
+    decision: Decision,
+    caller: Caller,
+    idmap: IdMapKind,
+    uids: tuple[IdExtent, ...] = (),
+    gids: tuple[IdExtent, ...] = (),
+    verity: Verity | None = None,
+    name: str | None = None,
+) -> tuple[Plan, ...]:
+    """Return a plan as of `plan_mount` for each mount: one, or for a disk image one for each use."""
+    if source.disk is None:
+        return (plan_mount(source, decision, caller, idmap, uids, gids, verity, name),)
+    if not decision.uses:
+        raise ValueError("a disk image of which nothing is used was allowed")
+    return tuple(plan_mount(source, decision, caller, idmap, uids, gids, use=use) for use in decision.uses)
+
+
 def plan_mount(
     source: Source,
     decision: Decision,
@@ -59,14 +80,15 @@ def plan_mount(
     gids: tuple[IdExtent, ...] = (),
     verity: Verity | None = None,
     name: str | None = None,
+    use: Use | None = None,
 ) -> Plan:
     """Return the operations for a request that was allowed; `uids` and `gids` are for IdMapKind.RANGES.
 
     With `verity`, the image is read through dm-verity: that is what the verdict was about. `name` is what
-    the mount table is to call the image.
+    the mount table is to call the image, `use` the partition that it is about.
     """
-    attributes = attributes_of(decision.attributes, decision.read_only)
-    made = superblock(source, decision, verity, name)
+    made = of_partition(source, decision, use) if use else superblock(source, decision, verity, name)
+    attributes = attributes_of(decision.attributes, made.read_only)
     operations: list[Operation] = [made, MakeMount(attributes)]
     shared = None
     # What is asked of the host's root is nothing: it may clear whatever it likes.
@@ -94,7 +116,12 @@ def shared_name(source: Source, decision: Decision, made: CreateSuperblock, owne
     backing = source.backing
     if backing is None or not backing.changed or not made.read_only:
         return None
-    image = (backing.dev, backing.ino, backing.changed, backing.size)
+    image: tuple[object, ...] = (backing.dev, backing.ino, backing.changed, backing.size)
+    if made.verity is not None and made.verity.hash_window is not None and not backing.mode & 0o022:
+        # What is in it is known by its root hash. But whoever can write to one of two files could make the
+        # other one's reader get errors: they have the same owner, and nobody else writes to them.
+        image = ("root hash", backing.uid)
+        made = replace(made, window=None, verity=replace(made.verity, hash_window=None))
     trust = (decision.rule, decision.trusted_by, decision.signer, decision.digest)
     facts = (image, made, sorted(decision.attributes), trust, owner_uid)
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
@@ -123,11 +150,34 @@ def superblock(
     if source.file_system is None:
         raise ValueError("an image without a file system was allowed")
     type = source.file_system.type
-    forced = FORCED.get(type, ()) + (FORCED_READ_ONLY.get(type, ()) if decision.read_only else ())
+    forced = forced_options(type, decision.read_only)
     backing = Backing.FILE if type == "erofs" else Backing.LOOP
     if verity is not None:
         backing = Backing.VERITY
     return CreateSuperblock(type, backing, decision.read_only, (*forced, *granted), verity, name)
+
+
+def of_partition(source: Source, decision: Decision, use: Use) -> CreateSuperblock:
+    """Return how the file system in a partition is made. Raises ValueError for what must not be."""
+    partition = use.partition
+    if partition.file_system is None or (source.disk is not None and source.disk.only_verity > use.verity):
+        raise ValueError("a partition that nothing vouches for was allowed, or one without a file system")
+    options = tuple(split(option) for option in decision.options)
+    type = partition.file_system.type
+    verity = None
+    if use.verity and partition.verity is not None:
+        found = partition.verity
+        verity = Verity.of(found.superblock, found.root_hash, found.window)
+    backing = Backing.LOOP if not use.verity else Backing.VERITY
+    forced = forced_options(type, use.read_only)
+    return CreateSuperblock(
+        type, backing, use.read_only, (*forced, *options), verity, window=partition.window
+    )
+
+
+def forced_options(type: str, read_only: bool) -> tuple[tuple[str, str | None], ...]:
+    """Return what a file system is always told."""
+    return FORCED.get(type, ()) + (FORCED_READ_ONLY.get(type, ()) if read_only else ())
 
 
 def split(option: str) -> tuple[str, str | None]:

@@ -226,10 +226,17 @@ def made_and_attached(judged: Judged, site: Site, records: Attachments, context:
     # As for everybody but the host's root, who is not served here; said once more, since it is the promise.
     decision = replace(judged.decision, attributes=judged.decision.attributes | ALWAYS)
     judged = replace(judged, decision=decision)
-    with handing_out(judged, context) as entry, make(judged, context, entry.watch) as made:
-        id = entry.take_down(made, sent=False)
-        context.notes["mount"] = str(id)
-        written_down_and_put(made.fileno(), id, decision.rule, site, records, context)
+    if len(decision.uses) > 1:
+        raise NotSupported(
+            "attaching a disk image with several partitions for a caller",
+            hint="have an imagePolicy use one of them, such as “root=unprotected:usr=unused:home=unused:…”",
+        )
+    with handing_out(judged, context) as entry:
+        (made,) = make(judged, context, entry.watch)
+        with made:
+            (id,) = entry.take_down([made], sent=False)
+            context.notes["mount"] = str(id)
+            written_down_and_put(made.fileno(), id, decision.rule, site, records, context)
     return id
 
 

@@ -10,6 +10,8 @@ from mountd.ledger.record import Record
 from mountd.plan.idmap import IdMapKind
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mountd.fds import OwnedFd
     from mountd.ledger.book import Book, Reservation
     from mountd.service.context import RequestContext
@@ -21,71 +23,84 @@ UNKNOWN = "unknown"
 
 
 class Entry:
-    """One entry of the ledger in the making, for a with statement: an exception gives its place back."""
+    """The entries of one request in the making, for a with statement: an exception frees their places."""
 
-    __slots__ = ("_book", "_context", "_judged", "_place", "_watch")
+    __slots__ = ("_book", "_context", "_judged", "_places", "_watches")
 
     def __init__(self, judged: Judged, context: RequestContext) -> None:
-        """Reserve a place, where there is a ledger. Raises LimitExceeded, SyscallError."""
+        """Reserve a place for each mount, where there is a ledger. Raises LimitExceeded, SyscallError."""
         self._judged = judged
         self._context = context
         self._book: Book | None = context.ledger
-        self._place: Reservation | None = None
-        self._watch = 0
-        if self._book is not None:
-            decision = judged.decision
-            caller = judged.caller
-            owner = None if caller.is_host_root else caller.owner_uid
-            self._place = self._book.reserve(owner, decision.rule, decision.max_mounts)
+        self._places: list[Reservation] = []
+        self._watches: list[int] = []
+        if self._book is None:
+            return
+        decision, caller = judged.decision, judged.caller
+        owner = None if caller.is_host_root else caller.owner_uid
+        try:
+            for _ in decision.uses or (None,):
+                self._places.append(self._book.reserve(owner, decision.rule, decision.max_mounts))
+        except BaseException:
+            self._give_back()
+            raise
 
     def __enter__(self) -> Entry:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._place is not None:
-            self._place.give_back()
+        if kind is not None:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        while self._places:
+            self._places.pop().give_back()
 
     def watch(self, mount: OwnedFd) -> None:
-        """Watch the superblock of a mount, whose ids are not mapped yet."""
-        if self._book is not None:
-            self._watch = self._book.watch(mount)
+        """Watch the superblock of the next mount, whose ids are not mapped yet."""
+        self._watches.append(0 if self._book is None else self._book.watch(mount))
 
-    def take_down(self, mount: OwnedFd, *, superblock: bool = True, sent: bool = True) -> int:
-        """Write down the mount as it is handed out, and return its unique id. Raises SyscallError.
+    def take_down(self, mounts: Sequence[OwnedFd], *, sent: bool = True) -> list[int]:
+        """Write down the mounts as they are handed out, and return their unique ids. Raises SyscallError.
 
-        `superblock` is whether it was made for this, `sent` whether it is going to be sent to the caller.
+        `sent` is whether they are going to be sent to the caller.
         """
-        id, device = compat.mount_id_and_device(mount.fileno())
-        if self._book is None or self._place is None:
-            return id
-        judged, decision = self._judged, self._judged.decision
-        caller, file_system = judged.caller, file_system_of(judged)
-        if self._watch and file_system in OWN_DEVICES:
-            device = watch.watched(self._book.watches_fd).get(self._watch, device)
-        self._place.fill(
-            Record(
-                id=id,
-                watch=self._watch if superblock else 0,
-                device=device,
-                uid=caller.uid,
-                owner=caller.owner_uid,
-                pid=caller.pid,
-                source=self._context.notes.get("source", UNKNOWN),
-                file_system=file_system,
-                read_only=decision.read_only,
-                id_map=described(judged),
-                since=int(time.time()),
-                superblock=superblock,
-                shared=superblock and decision.read_only,
-                sent=sent,
-                unit=caller.unit,
-                rule=decision.rule,
-                trusted_by=decision.trusted_by,
-                signer=decision.signer,
-                digest=decision.digest or self._context.notes.get("digest"),
-            )
+        judged = self._judged
+        found = [compat.mount_id_and_device(mount.fileno()) for mount in mounts]
+        parts = [(use.type, use.read_only) for use in judged.decision.uses]
+        parts = parts or [(file_system_of(judged), judged.decision.read_only)]
+        for place, watching, (id, device), (type, read_only) in zip(
+            self._places, self._watches, found, parts, strict=False
+        ):
+            if self._book is not None and watching and type in OWN_DEVICES:
+                device = watch.watched(self._book.watches_fd).get(watching, device)
+            place.fill(self._record(id, watching, device, type, read_only=read_only, sent=sent))
+        return [id for id, _ in found]
+
+    def _record(
+        self, id: int, watch: int, device: tuple[int, int], type: str, *, read_only: bool, sent: bool
+    ) -> Record:
+        judged, decision, caller = self._judged, self._judged.decision, self._judged.caller
+        return Record(
+            id=id,
+            watch=watch,
+            device=device,
+            uid=caller.uid,
+            owner=caller.owner_uid,
+            pid=caller.pid,
+            source=self._context.notes.get("source", UNKNOWN),
+            file_system=type,
+            read_only=read_only,
+            id_map=described(judged),
+            since=int(time.time()),
+            shared=read_only,
+            sent=sent,
+            unit=caller.unit,
+            rule=decision.rule,
+            trusted_by=decision.trusted_by,
+            signer=decision.signer,
+            digest=decision.digest or self._context.notes.get("digest"),
         )
-        return id
 
 
 handing_out = Entry

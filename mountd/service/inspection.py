@@ -30,9 +30,9 @@ from mountd.service import signatures
 from mountd.service.images import MAXIMUM_SHOWN, not_found, owner_of, transfer_seconds
 from mountd.service.phase import Phase
 from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
-from mountd.source.confined import read_verity_superblock, recognise_image
+from mountd.source.confined import read_verity_superblock, recognise_source
 from mountd.source.descriptor import inspect_descriptor
-from mountd.source.model import Source, SourceKind
+from mountd.source.model import FileSystem, Source, SourceKind
 from mountd.source.remembered import recognise_trusted
 from mountd.store.quota import Limits
 from mountd.store.record import ROOT, Owner
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mountd.fds import OwnedFd
     from mountd.service.context import RequestContext
     from mountd.service.requests import MountRequest
-    from mountd.source.model import BackingFile
+    from mountd.source.model import BackingFile, Disk
     from mountd.store.record import Record
     from mountd.store.reference import Reference
 
@@ -107,16 +107,26 @@ def inspect(
 
 
 def look_inside(found: Inspected) -> Inspected:
-    """Add which file system is in the image. Raises InvalidImage, UnsupportedFileSystem."""
+    """Add which file system or which partitions are in the image.
+
+    Raises InvalidImage, UnsupportedFileSystem.
+    """
     backing = found.source.backing
     if found.image_fd is None or backing is None:
         return found
     if found.evidence.root_owned_path is not None:
-        file_system = recognise_trusted(found.image_fd, backing)
+        inside = recognise_trusted(found.image_fd, backing)
     else:
         # What nobody vouches for is read where it can do no harm.
-        file_system = recognise_image(found.image_fd, backing.size, confined=True)
-    return replace(found, source=replace(found.source, file_system=file_system))
+        inside = recognise_source(found.image_fd, backing.size, confined=True)
+    return replace(found, source=with_contents(found.source, inside))
+
+
+def with_contents(source: Source, inside: FileSystem | Disk) -> Source:
+    """Add what was recognised in an image."""
+    if isinstance(inside, FileSystem):
+        return replace(source, file_system=inside)
+    return replace(source, disk=inside)
 
 
 def is_fixed(evidence: Evidence) -> bool:
@@ -159,6 +169,8 @@ def add_verity(
     """Have the image judged by the root hash that it is going to be read through."""
     if request.verity is None:
         return found
+    if found.source.disk is not None:
+        raise InvalidParameter(VERITY_FIELD, "the image has partitions, and its hash data in one of them")
     hashes = inspect_descriptor(request.verity.hash_fd, VERITY_FIELD)
     superblock = read_verity_superblock(request.verity.hash_fd, hashes.size, backing.size)
     proof = dm_verity.prove(superblock, request.verity.root_hash)
@@ -352,7 +364,8 @@ def stored(copy: Inspected, backing: BackingFile, owner: Owner, context: Request
         if digest != copy.evidence.digest:
             raise InvalidImage("it was changed while it was read")
         # What was recognised before may have been something else: the record is about what is stored.
-        return Known(recognise_image(fd, backing.size, confined=True), copy.evidence.signers)
+        inside = recognise_source(fd, backing.size, confined=True)
+        return Known(inside if isinstance(inside, FileSystem) else None, copy.evidence.signers)
 
     context.enter(Phase.TRANSFER, transfer_seconds(backing.size))
     record = context.store.add(copy.image_fd, backing.size, owner, judge=judge)
@@ -462,7 +475,7 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
     context.notes["digest"] = digest
     backing = inspect_descriptor(fd.fileno(), REFERENCE_FIELD)
     # It was looked at when it was stored, and is the same since; but it is whatever somebody has imported.
-    file_system = record.file_system or recognise_image(fd.fileno(), backing.size, confined=True)
+    inside = record.file_system or recognise_source(fd.fileno(), backing.size, confined=True)
     evidence = Evidence(
         root_owned_path=None,
         location_problem=STORED_PLACE,
@@ -472,5 +485,5 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
         signers=signatures.still_known(record.signers, context.policy.policy),
         provenance=provenance_of(record),
     )
-    source = Source(SourceKind.IMAGE, backing, file_system, None)
+    source = with_contents(Source(SourceKind.IMAGE, backing, None, None), inside)
     return Inspected(source, evidence, fd.fileno())

@@ -13,15 +13,18 @@ from mountd.caller.delegated import delegated_ids
 from mountd.caller.identify import given_namespace
 from mountd.caller.model import OVERFLOW_ID, DelegatedIds
 from mountd.errors import UserNamespaceNotPermitted
-from mountd.execute.run import Inputs, run
+from mountd.execute.run import Inputs, run_all
+from mountd.fds import close_all
 from mountd.plan.idmap import IdMapKind, host_extents
-from mountd.plan.planner import plan_mount
+from mountd.plan.planner import plan_mounts
+from mountd.service import disks
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
 from mountd.service.phase import Phase
 from mountd.service.requests import STORED_PREFIX, MountRequest
 from mountd.source.model import Source
+from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust.ids import authorize_extents, authorize_ids
 from mountd.trust.policy import Verdict
 
@@ -63,18 +66,40 @@ def mount(
     with handing_out(judged, context) as entry:
         made = make(judged, context, entry.watch)
         try:
-            id = entry.take_down(made)
+            mounts = described(judged, entry.take_down(made))
             context.peer.check()
         except BaseException:
-            made.close()
+            close_all(made)
             raise
-    described = {
-        "mountFileDescriptor": 0,
-        "fileSystemType": file_system_type(judged.inspected.source),
-        "readOnly": judged.decision.read_only,
-        "id": id,
-    }
-    return {"mounts": [described], "decision": decision_reply(judged.decision)}, [made]
+    return {"mounts": mounts, "decision": decision_reply(judged.decision)}, made
+
+
+def described(judged: Judged, ids: list[int]) -> list[dict[str, object]]:
+    """Return the mounts with these ids as the wire has them, in the order of their descriptors."""
+    uses = judged.decision.uses
+    if not uses:
+        return [
+            {
+                "mountFileDescriptor": 0,
+                "fileSystemType": file_system_type(judged.inspected.source),
+                "readOnly": judged.decision.read_only,
+                "id": ids[0],
+            }
+        ]
+    found: list[dict[str, object]] = []
+    for number, (use, id) in enumerate(zip(uses, ids, strict=True)):
+        where = MOUNT_POINTS[use.partition.designator]
+        found.append(
+            {
+                "mountFileDescriptor": number,
+                "designator": use.partition.designator,
+                **({"mountPoint": where} if where else {}),
+                "fileSystemType": use.type,
+                "readOnly": use.read_only,
+                "id": id,
+            }
+        )
+    return found
 
 
 def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judged:
@@ -140,6 +165,8 @@ def judge(
         )
     uids, gids = authorize(request, caller)
     inspected = inspect(request, caller, fds, context, may_change=may_change)
+    if inspected.source.disk is not None:
+        inspected = disks.settle(inspected, request, caller, context)
     decision = context.policy.decide(caller, inspected.source, inspected.evidence, request.wishes)
     context.note_decision(decision, file_system_type(inspected.source))
     return Judged(request, caller, inspected, decision, uids, gids, context.notes.get("source"))
@@ -169,10 +196,15 @@ def with_delegated(caller: Caller, check: Callable[[DelegatedIds], None]) -> Non
         check(delegated_ids(caller.uid))
 
 
-def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None] | None = None) -> OwnedFd:
-    """Carry out what was decided and return the detached mount; `note` is shown it before ids are mapped."""
+def make(
+    judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None] | None = None
+) -> list[OwnedFd]:
+    """Carry out what was decided and return the detached mounts, which are the caller's to close.
+
+    `note` is shown each before ids are mapped.
+    """
     inspected = judged.inspected
-    plan = plan_mount(
+    plans = plan_mounts(
         inspected.source,
         judged.decision,
         judged.caller,
@@ -190,7 +222,7 @@ def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None
         naming=context.naming,
         note=note,
     )
-    return run(plan, inputs)
+    return run_all(plans, inputs)
 
 
 def source_name(judged: Judged) -> str | None:
@@ -206,7 +238,9 @@ def source_name(judged: Judged) -> str | None:
 
 
 def file_system_type(source: Source) -> str:
-    """Return the type of the source's file system."""
+    """Return the type of the source's file system, or of its partition table."""
+    if source.disk is not None:
+        return "gpt"
     return source.file_system.type if source.file_system is not None else "tmpfs"
 
 
@@ -234,10 +268,18 @@ def facts(judged: Judged) -> dict[str, str]:
         "source": source.kind.value,
         "file system": file_system_type(source),
     }
-    if source.backing is not None and source.file_system is not None:
-        found["size"] = f"{source.backing.size} bytes"
+    if source.disk is not None:
+        found["partitions"] = ", ".join(disks.shown_partition(each) for each in source.disk.partitions)
+        found["uuid"] = source.disk.uuid
+        mounted = (
+            f"{use.partition.designator}{' (dm-verity)' * use.verity}" for use in judged.decision.uses
+        )
+        found["mounted"] = ", ".join(mounted) or None
+    if source.file_system is not None:
         found["label"] = source.file_system.label
         found["uuid"] = source.file_system.uuid
+    if source.backing is not None:
+        found["size"] = f"{source.backing.size} bytes"
         found["descriptor"] = "writable" if evidence.descriptor_writable else "read-only"
         found["location"] = evidence.location_problem or "root's alone"
         found["digest"] = evidence.digest

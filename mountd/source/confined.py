@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidImage, UnsupportedFileSystem
 from mountd.kernel import sandbox
-from mountd.source import verity_superblock
+from mountd.source import disk, verity_superblock
 from mountd.source.model import FileSystem, VeritySuperblock
-from mountd.source.superblock import recognise
+from mountd.source.superblock import recognise, recognise_unless_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from mountd.source.model import Disk
 
     Parse = Callable[[Callable[[int, int], bytes]], dict[str, object]]
 
@@ -33,6 +35,31 @@ def recognise_image(fd: int, size: int, *, confined: bool) -> FileSystem:
     if not confined:
         return recognise(_reader(fd), size)
     return FileSystem(**_in_child(fd, lambda read: asdict(recognise(read, size)), "its superblock"))
+
+
+def recognise_source(fd: int, size: int, *, confined: bool) -> FileSystem | Disk:
+    """Return the file system of the image `fd` (borrowed) of `size` bytes, or its partitions.
+
+    Raises InvalidImage and UnsupportedFileSystem as `recognise` and `disk.read` do.
+    """
+    machine = os.uname().machine
+
+    def look(read: Callable[[int, int], bytes]) -> FileSystem | Disk:
+        found = recognise_unless_disk(read, size)
+        return disk.read(read, size, machine) if found is None else found
+
+    def parse(read: Callable[[int, int], bytes]) -> dict[str, object]:
+        found = look(read)
+        if isinstance(found, FileSystem):
+            return {"file_system": asdict(found)}
+        return {"disk": disk.to_plain(found)}
+
+    if not confined:
+        return look(_reader(fd))
+    told = _in_child(fd, parse, "its superblock")
+    if "disk" in told:
+        return disk.from_plain(told["disk"], size)
+    return FileSystem(**told["file_system"])
 
 
 def read_verity_superblock(hash_fd: int, hash_size: int, data_size: int) -> VeritySuperblock:

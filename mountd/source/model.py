@@ -76,6 +76,68 @@ class VeritySuperblock:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """A part of an image, in bytes."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionVerity:
+    """How dm-verity would protect a partition: hash data in `window`, and the root hash.
+
+    The root hash is what the image itself names, by the UUIDs of its partitions or beside its signature.
+    `signature` is where that lies, None for nowhere.
+    """
+
+    superblock: VeritySuperblock
+    root_hash: bytes
+    window: Window
+    signature: Window | None
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """A partition of a disk image whose type says what it is for.
+
+    `designator` is that, as systemd.image-policy(7) calls it, and `architecture` for which one, None for
+    any. `read_only` and `grow` are flags of the table. `file_system` is None where there is none that is
+    mounted; `contents` then says what there is instead, by the name of `source.signatures`, None for nothing
+    known. `uuid` and `label` are text from the image.
+    """
+
+    designator: str
+    number: int
+    uuid: str
+    label: str
+    architecture: str | None
+    window: Window
+    read_only: bool
+    grow: bool
+    file_system: FileSystem | None = None
+    contents: str | None = None
+    verity: PartitionVerity | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """The partitions of a disk image, one for each designator, in the order in which they are mounted.
+
+    `only_verity` is whether nothing vouches for what dm-verity does not protect, so that it is not used.
+    """
+
+    sector_size: int
+    uuid: str
+    partitions: tuple[Partition, ...]
+    only_verity: bool = False
+
+    def partition(self, designator: str) -> Partition | None:
+        """Return the partition with that use, None for none."""
+        return next((each for each in self.partitions if each.designator == designator), None)
+
+
+@dataclass(frozen=True, slots=True)
 class Tmpfs:
     """A tmpfs to be made: `size` in bytes, `inodes` None for the kernel's default, `mode` of its root."""
 
@@ -86,9 +148,12 @@ class Tmpfs:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is to be mounted: `backing` and `file_system` are there for an image, `tmpfs` for a tmpfs."""
+    """What is to be mounted: `backing` is there for an image, with `file_system` or, where the image has
+    partitions, `disk`; `tmpfs` is there for a tmpfs.
+    """
 
     kind: SourceKind
     backing: BackingFile | None
     file_system: FileSystem | None
     tmpfs: Tmpfs | None
+    disk: Disk | None = None

@@ -9,28 +9,28 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from mountd.source.confined import recognise_image
+from mountd.source.confined import recognise_source
 
 if TYPE_CHECKING:
-    from mountd.source.model import BackingFile, FileSystem
+    from mountd.source.model import BackingFile, Disk, FileSystem
 
     Version = tuple[int, int, int, int]
 
 SETTLED = 2_000_000_000  # nanoseconds; file systems count in seconds at the worst, the kernel in hundredths
 MAXIMUM_REMEMBERED = 64
 
-_recognised: dict[Version, FileSystem] = {}
+_recognised: dict[Version, FileSystem | Disk] = {}
 
 
-def recognise_trusted(fd: int, backing: BackingFile) -> FileSystem:
-    """Return the file system of the image `fd` (borrowed), which `backing` describes and root vouches for.
+def recognise_trusted(fd: int, backing: BackingFile) -> FileSystem | Disk:
+    """Return what is in the image `fd` (borrowed), which `backing` describes and root vouches for.
 
-    Raises InvalidImage and UnsupportedFileSystem as `superblock.recognise` does.
+    Raises InvalidImage and UnsupportedFileSystem as `recognise_source` does.
     """
     version = (backing.dev, backing.ino, backing.size, backing.changed)
     found = _recognised.get(version)
     if found is None:
-        found = recognise_image(fd, backing.size, confined=False)
+        found = recognise_source(fd, backing.size, confined=False)
         if 0 < backing.changed < time.time_ns() - SETTLED:
             if len(_recognised) >= MAXIMUM_REMEMBERED:
                 _recognised.clear()

@@ -23,10 +23,12 @@ from mountd.source.signatures import Image, find
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
     from mountd.source.model import FileSystem
 
 MAXIMUM_READ = 128 << 10
+GPT = "gpt"
 
 CHECKS: dict[str, Callable[[bytes, int], FileSystem]] = {
     "btrfs": btrfs.check,
@@ -62,6 +64,14 @@ def recognise(read: Callable[[int, int], bytes], size: int) -> FileSystem:
     Raises InvalidImage if there are two file systems or if the one does not hold together, and
     UnsupportedFileSystem if there is none or one that is not mounted.
     """
+    found = recognise_unless_disk(read, size)
+    if found is None:
+        refuse_type(GPT)
+    return found
+
+
+def recognise_unless_disk(read: Callable[[int, int], bytes], size: int) -> FileSystem | None:
+    """As `recognise`, but return None for an image with a GPT that could be nothing else."""
     image = Image(read, size)
     found = find(image)
     if not found:
@@ -70,13 +80,20 @@ def recognise(read: Callable[[int, int], bytes], size: int) -> FileSystem:
         signs = " and ".join(f"{signature.type} at byte {signature.offset}" for signature in found)
         raise InvalidImage(f"ambiguous contents: {signs}", offset=found[1].offset)
     type = found[0].type
+    if type == GPT:
+        return None
     if type not in CHECKS:
-        raise UnsupportedFileSystem(
-            f"the image is {DESCRIPTIONS.get(type, type)}, which is not mounted; "
-            f"only {', '.join(sorted(CHECKS))} are",
-            file_system_type=type,
-        )
+        refuse_type(type)
     return CHECKS[type](image.head, size)
+
+
+def refuse_type(type: str) -> NoReturn:
+    """Raise UnsupportedFileSystem for what is not mounted."""
+    raise UnsupportedFileSystem(
+        f"the image is {DESCRIPTIONS.get(type, type)}, which is not mounted; "
+        f"only {', '.join(sorted(CHECKS))} are",
+        file_system_type=type,
+    )
 
 
 def nothing_found(image: Image) -> str:

@@ -30,9 +30,10 @@ from mountd.errors import (
     UnsupportedFileSystem,
 )
 from mountd.source.model import SourceKind
-from mountd.trust import image_policy, options
+from mountd.trust import image_policy, options, partitions
 from mountd.trust.case import Case
 from mountd.trust.match import caller_mismatch, copy_hint, image_mismatch, location_problem, shorten
+from mountd.trust.partitions import WRITABLE
 from mountd.trust.policy import ROOT_OWNED, TMPFS, Access, Verdict
 from mountd.trust.requirements import TRUSTED_BECAUSE, check_integrity, check_vouching
 from mountd.trust.vouching import bound_signers
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
     from mountd.caller.model import Caller
     from mountd.evidence.model import Evidence
     from mountd.source.model import FileSystem, Source, Tmpfs
+    from mountd.trust.partitions import Use
     from mountd.trust.policy import Grant, Policy, Rule
     from mountd.trust.wishes import MountWishes
 
 ALWAYS_LOCKED = frozenset({"nosuid", "nodev"})
-WRITABLE = frozenset({"btrfs", "ext4", "xfs"})
 BYTES_PER_INODE = 4096
 ADD_A_RULE = "an administrator can add a rule in /etc/mountd/policy.d"
 ASKS = "an administrator has to consent (polkit): "
@@ -72,7 +73,8 @@ class Decision:
     `trusted_by` names the proof that the verdict rests on, None where there is none to need; `signer` is who
     signed the image, and `digest` what is known of its contents, where that is known. `attributes` are the
     flags to lock on the mount, `options` what to pass to the file system, `attach` and `max_mounts` are
-    those of the grant; they and `read_only` mean nothing if the verdict is deny.
+    those of the grant, `uses` are the partitions to mount of a disk image; they and `read_only` mean
+    nothing if the verdict is deny.
     """
 
     verdict: Verdict
@@ -89,15 +91,17 @@ class Decision:
     digest: str | None = None
     attach: tuple[str, ...] = ()
     max_mounts: int | None = None
+    uses: tuple[Use, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Why a rule that allows does: the reason, the kind of immutability, and who signed."""
+    """Why a rule that allows does: the reason, the kind of immutability, who signed, and what is used."""
 
     reason: str
     by: str | None = None
     signer: str | None = None
+    uses: tuple[Use, ...] = ()
 
 
 def decide(
@@ -149,13 +153,14 @@ def apply(rule: Rule, case: Case, before: tuple[Step, ...], rest: tuple[Step, ..
         hint=hint,
         steps=(*before, Step(rule.name, rule.origin, True, reason, hint), *rest),
         error=InteractiveAuthenticationRequired(hint=ASK_HINT) if asks else None,
-        read_only=case.asked.read_only,
+        read_only=case.asked.read_only or bool(trust.uses) and all(use.read_only for use in trust.uses),
         attributes=attributes,
         options=case.asked.file_system,
         signer=trust.signer,
         digest=digest_of(case.evidence, trust.by),
         attach=grant.attach,
         max_mounts=grant.max_mounts,
+        uses=trust.uses,
     )
 
 
@@ -197,27 +202,52 @@ def allowing_grant(rule: Rule) -> Grant:
 
 def judge_image(rule: Rule, grant: Grant, case: Case) -> Trust:
     """Raise unless an image satisfies what `rule` requires and grants; return why it does."""
-    file_system = case.source.file_system
-    if file_system is None:
+    disk, file_system = case.source.disk, case.source.file_system
+    if file_system is None and disk is None:
         raise UnsupportedFileSystem("nothing was recognised in the image")
     kind = check_integrity(rule, grant, case)
     signer = check_vouching(rule, case)
-    if file_system.type not in grant.file_systems:
-        raise DeniedByPolicy(
-            f"the image is {file_system.type}, and the rule grants {', '.join(grant.file_systems)}",
-            rule=rule.name,
-            hint="make the image with one of these file systems",
+    uses: tuple[Use, ...] = ()
+    if disk is not None:
+        uses = partitions.uses(
+            disk,
+            case.wishes.image_policy,
+            case.evidence.signed_partitions,
+            read_only=case.asked.read_only,
         )
-    wished = case.wishes.file_system_type
-    if wished not in (None, file_system.type):
-        raise InvalidImage(
-            f"{options.shown(wished or '')} was asked for, but the image holds {file_system.type}"
-        )
+    types = [use.type for use in uses] if file_system is None else [file_system.type]
+    check_types(rule, grant, case, types)
     if not case.asked.read_only:
-        check_read_write(rule, grant, case, file_system, kind)
-    check_common(rule, grant, case, file_system.type)
-    check_image_policy(rule, case, file_system)
-    return Trust(TRUSTED_BECAUSE[kind], kind, signer if signer is not None else known_signer(case.evidence))
+        check_read_write(rule, grant, case, types, kind)
+        if uses and all(use.read_only for use in uses):
+            raise OptionNotPermitted(
+                "rw", "no partition of the image can be written to", hint="ask for a read-only mount"
+            )
+    check_common(rule, grant, case, types[0])
+    if file_system is not None:
+        check_image_policy(rule, case, file_system)
+    signer = signer if signer is not None else known_signer(case.evidence)
+    return Trust(TRUSTED_BECAUSE[kind], kind, signer, uses)
+
+
+def check_types(rule: Rule, grant: Grant, case: Case, types: list[str]) -> None:
+    """Raise unless all types of file systems are granted, and the first is the one that was asked for."""
+    for type in types:
+        if type not in grant.file_systems:
+            raise DeniedByPolicy(
+                f"the image is {type}, and the rule grants {', '.join(grant.file_systems)}",
+                rule=rule.name,
+                hint="make the image with one of these file systems",
+            )
+    wished = case.wishes.file_system_type
+    if wished not in (None, types[0]):
+        raise InvalidImage(f"{options.shown(wished or '')} was asked for, but the image holds {types[0]}")
+    if len(types) > 1 and case.asked.file_system:
+        raise OptionNotPermitted(
+            case.asked.file_system[0],
+            f"the image has {len(types)} file systems, and the option would be for one",
+            hint="leave the option out, or have one partition used, with an imagePolicy",
+        )
 
 
 def known_signer(evidence: Evidence) -> str | None:
@@ -247,16 +277,16 @@ def check_image_policy(rule: Rule, case: Case, file_system: FileSystem) -> None:
         )
 
 
-def check_read_write(rule: Rule, grant: Grant, case: Case, file_system: FileSystem, kind: str) -> None:
+def check_read_write(rule: Rule, grant: Grant, case: Case, types: list[str], kind: str) -> None:
     """Raise unless the image may be and can be mounted writable; `kind` is what makes it immutable."""
     check_access(rule, grant)
     if kind != ROOT_OWNED:
         raise OptionNotPermitted(
             "rw", f"the image is trusted by “{kind}” and cannot change", hint="ask for a read-only mount"
         )
-    if file_system.type not in WRITABLE:
+    if not WRITABLE & set(types):
         raise OptionNotPermitted(
-            "rw", f"{file_system.type} cannot be written to", hint="ask for a read-only mount"
+            "rw", f"{' and '.join(types)} cannot be written to", hint="ask for a read-only mount"
         )
     if not case.evidence.descriptor_writable:
         raise BadFileDescriptor("source.imageFileDescriptor", "it is open read-only, but readOnly is false")

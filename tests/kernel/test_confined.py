@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +19,11 @@ from mountd.kernel import libc
 from mountd.kernel.flags import Clone
 from mountd.source import confined
 from mountd.source.model import FileSystem
+from tests.disks import Part, build_disk
+from tests.images import build_image
 from tests.process import in_child
 
+LUKS = b"LUKS\xba\xbe\0\x02"
 FOUND = FileSystem("ext4", 1, 1, None, None, False)
 
 
@@ -139,3 +144,20 @@ def test_an_image_that_cannot_be_read() -> None:
                     confined.recognise_image(fd.fileno(), 4096, confined=each)
 
     in_child(work)
+
+
+def test_a_disk_image_is_read_by_a_process_that_has_read_none_before(tmp_path: Path) -> None:
+    """What a parser needs for the first time cannot be imported any more."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    root = build_image("erofs", tree, tmp_path / "root.raw")
+    image = build_disk(tmp_path / "disk.raw", [Part("root", root, label="name"), Part("home", LUKS)])
+    script = (
+        "import os, sys; from mountd.source.confined import recognise_source;"
+        "fd = os.open(sys.argv[1], os.O_RDONLY); size = os.fstat(fd).st_size;"
+        "found = recognise_source(fd, size, confined=True);"
+        "assert found == recognise_source(fd, size, confined=False);"
+        "print(*((each.label, each.contents) for each in found.partitions))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, image], capture_output=True, text=True, check=False)
+    assert done.stdout == "('name', None) ('', 'crypto_LUKS')\n", done.stderr

@@ -17,7 +17,7 @@ from mountd.caller.model import OVERFLOW_ID, Caller
 from mountd.caller.peer import Peer
 from mountd.errors import BadFileDescriptor, KeyUnknown, MountdError, OptionNotPermitted, SignatureInvalid
 from mountd.evidence.model import Evidence, Proof, Provenance, Signer
-from mountd.fds import OwnedFd
+from mountd.fds import OwnedFd, close_all
 from mountd.plan.idmap import IdMapKind, IdMapWish
 from mountd.service import mount as methods
 from mountd.service.context import RequestContext
@@ -52,6 +52,7 @@ from tests.policies import (
     ROOT,
     TREE,
     USER,
+    disk_image,
     image,
     tmpfs,
 )
@@ -109,8 +110,11 @@ evidences = st.builds(
     provenance=provenances,
 )
 images = st.builds(image, mostly("ext4", st.sampled_from(["erofs", "xfs"])), st.none() | st.just(PATH))
+disks = st.builds(
+    disk_image, some(["root", "usr", "home"]), st.sampled_from(["ext4", "erofs"]), st.booleans()
+)
 sources = mostly(
-    image(), images, st.builds(tmpfs, st.integers(-1, 1 << 21), st.none() | st.integers(-1, 300))
+    image(), images, disks, st.builds(tmpfs, st.integers(-1, 1 << 21), st.none() | st.integers(-1, 300))
 )
 
 flags = st.lists(st.sampled_from([*sorted(EVERYTHING), "open"]), max_size=4).map("+".join)
@@ -360,6 +364,10 @@ def test_who_else_calls_does_not_matter_to_a_rule_for_all(
 # --- the methods of the interface ---
 
 
+def null() -> OwnedFd:
+    return OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+
+
 @contextmanager
 def judging(judged: methods.Judged) -> Iterator[RequestContext]:
     """Let the methods find these facts about a request, and hand out /dev/null as the mount."""
@@ -369,7 +377,7 @@ def judging(judged: methods.Judged) -> Iterator[RequestContext]:
         theirs,
         Peer(ours) as peer,
         patch.object(methods, "judge", lambda *_, **__: judged),
-        patch.object(methods, "make", lambda *_: OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))),
+        patch.object(methods, "make", lambda judged, _: [null() for _ in judged.decision.uses or (None,)]),
     ):
         context: Any = type("Context", (), {"peer": peer, "enter": lambda *_: None, "writable": False})
         yield context()
@@ -389,7 +397,7 @@ def test_explain_and_mount_never_disagree(
         raised: MountdError | None = None
         try:
             mounted, fds = methods.mount({}, [], context)
-            fds[0].close()
+            close_all(fds)
         except MountdError as error:
             raised = error
     assert raised is decision.error

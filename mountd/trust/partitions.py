@@ -1,0 +1,159 @@
+"""Which partitions of a disk image are used, and how: what the request's own imagePolicy says of each.
+
+The use of a partition is one of those of systemd.image-policy(7), which are alternatives. What an image
+offers is taken for what it is at least: a partition with a signed root hash may also be used unprotected.
+
+* A partition is read through dm-verity where nothing else vouches for it, or where the policy does not
+  have it without; otherwise as it is.
+* Where nothing vouches for what dm-verity does not protect, that is not used, and the policy has to allow
+  that.
+* What cannot be mounted is a refusal, unless the policy lets it be unused only. The ESP and the partition
+  for boot loaders are for firmware, and for file systems that are not mounted here: they are left out.
+* Swap space is never used, hash data and signatures only as what they protect is.
+
+Without a policy, everything is allowed, and used as far as it can be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mountd.errors import DeniedByPolicy, NotSupported, UnsupportedFileSystem
+from mountd.trust.image_policy import DESIGNATORS, EVERYTHING, NOT_USED, TYPES, USES
+
+if TYPE_CHECKING:
+    from mountd.source.model import Disk, Partition
+    from mountd.trust.image_policy import ImagePolicy
+
+LEAVE_OUT = "leave it out, with an imagePolicy that does not use it, such as “root=open:usr=open”"
+ANOTHER = "ask with another imagePolicy, or without one"
+WRITABLE = frozenset({"btrfs", "ext4", "xfs"})
+FOR_FIRMWARE = frozenset({"esp", "xbootldr"})
+NEVER_MOUNTED = frozenset({"swap"})
+LUKS = "crypto_LUKS"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A partition that is used: through dm-verity or as it is, and whether read-only."""
+
+    partition: Partition
+    verity: bool
+    read_only: bool
+
+    @property
+    def type(self) -> str:
+        """The type of its file system."""
+        return self.partition.file_system.type if self.partition.file_system is not None else ""
+
+
+def uses(
+    disk: Disk, policy: ImagePolicy | None, signed: frozenset[str], *, read_only: bool
+) -> tuple[Use, ...]:
+    """Return what is used of a disk image, in the order in which it is mounted.
+
+    `signed` are the designators of the partitions whose root hash is signed with a key of the policy. Raises
+    DeniedByPolicy for what the request's own policy refuses, NotSupported, UnsupportedFileSystem.
+    """
+    found = []
+    used: set[str] = set()
+    for partition in disk.partitions:
+        flags = EVERYTHING if policy is None else policy.flags(partition.designator)
+        use = use_of(disk, partition, flags, signed, read_only=read_only)
+        if use is not None:
+            check_flags(partition, use.type, flags)
+            found.append(use)
+            used.add(partition.designator)
+            if use.verity:
+                used.add(f"{partition.designator}-verity")
+    if policy is not None:
+        for designator in DESIGNATORS:
+            check_presence(disk, policy, designator, used)
+    if not found:
+        raise DeniedByPolicy("no partition of the disk image is used", hint=ANOTHER)
+    return tuple(found)
+
+
+def use_of(
+    disk: Disk, partition: Partition, flags: frozenset[str], signed: frozenset[str], *, read_only: bool
+) -> Use | None:
+    """Return how a partition is used, None for not at all. Raises what `uses` raises."""
+    name = partition.designator
+    wanted = flags & USES - NOT_USED
+    if name in NEVER_MOUNTED or "-verity" in name or not wanted:
+        return None
+    if partition.file_system is None:
+        check_left_out(partition, flags, wanted)
+        return None
+    offered = {"unprotected"}
+    if partition.verity is not None:
+        offered |= {"verity"} | ({"signed"} if name in signed else set())
+    elif disk.only_verity:
+        offered = set()
+    if not wanted & offered:
+        if "unused" in flags:
+            return None
+        have = "there, and nothing vouches for it" if not offered else ", ".join(sorted(offered))
+        raise refused(f"it wants the {name} partition to be {', '.join(sorted(wanted))}, and it is {have}")
+    verity = partition.verity is not None and (disk.only_verity or "unprotected" not in wanted)
+    writable = not (read_only or verity or partition.read_only) and partition.file_system.type in WRITABLE
+    return Use(partition, verity, not writable)
+
+
+def check_left_out(partition: Partition, flags: frozenset[str], wanted: frozenset[str]) -> None:
+    """Raise what is in the way of using a partition, unless it may be left out."""
+    name, number = partition.designator, partition.number
+    if partition.contents == LUKS and "encrypted" in wanted:
+        raise NotSupported(f"opening an encrypted partition ({name})", hint=LEAVE_OUT)
+    if "unused" in flags and (name in FOR_FIRMWARE or wanted == {"encrypted"}):
+        return
+    holds = partition.contents or "nothing that is known"
+    raise UnsupportedFileSystem(
+        f"partition {number} ({name}) holds {holds}, which is not mounted",
+        file_system_type=partition.contents,
+        hint=LEAVE_OUT,
+    )
+
+
+def check_flags(partition: Partition, type: str, flags: frozenset[str]) -> None:
+    """Raise DeniedByPolicy if a partition that is used has flags or a type that the policy does not have."""
+    name = partition.designator
+    for what, is_on in (("read-only", partition.read_only), ("growfs", partition.grow)):
+        if f"{what}-{'on' if is_on else 'off'}" not in flags:
+            other = "off" if is_on else "on"
+            raise refused(f"it wants the flag {what} of the {name} partition to be {other}")
+    if type not in flags:
+        allowed = ", ".join(sorted(flags & TYPES)) or "no type of file system"
+        raise refused(f"it allows {allowed} for the {name} partition, which is {type}")
+
+
+def check_presence(disk: Disk, policy: ImagePolicy, designator: str, used: set[str]) -> None:
+    """Raise DeniedByPolicy if a partition is not there, or not used, and the policy does not allow that."""
+    flags = policy.flags(designator)
+    if disk.partition(designator) is None:
+        # Also what a policy says of root includes: who may have it signed has to have what that takes.
+        if "absent" not in flags:
+            raise refused(f"it wants a {designator} partition, and there is none")
+    elif "-verity" in designator:
+        check_protecting(policy, designator, used)
+    elif designator not in used and "unused" not in flags:
+        raise refused(f"it does not allow the {designator} partition to be unused, as it would be")
+
+
+def check_protecting(policy: ImagePolicy, designator: str, used: set[str]) -> None:
+    """Raise DeniedByPolicy if hash data or a signature is there, or used, and the policy does not allow it.
+
+    What a policy says of what they protect includes them: they may be there, and need not be used for that.
+    More protection than it wants is not refused, unless it says so of them by name.
+    """
+    flags = policy.flags(designator)
+    if flags & USES == {"absent"}:
+        raise refused(f"it wants no {designator} partition, and there is one")
+    if designator in used and designator in policy.partitions and not flags & USES - NOT_USED:
+        raise refused(f"it allows no use of the {designator} partition")
+
+
+def refused(why: str) -> DeniedByPolicy:
+    """Return the error for what the request's own policy refuses."""
+    return DeniedByPolicy(f"the request's own imagePolicy refuses it: {why}", hint=ANOTHER)

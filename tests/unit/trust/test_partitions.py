@@ -1,0 +1,196 @@
+"""Which partitions are used, for each policy that a request may come with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mountd.errors import DeniedByPolicy, MountdError, NotSupported, UnsupportedFileSystem
+from mountd.source.model import Disk, FileSystem, Partition, PartitionVerity, VeritySuperblock, Window
+from mountd.trust import image_policy
+from mountd.trust.decide import decide
+from mountd.trust.partitions import LUKS, uses
+from mountd.trust.policy import Policy, Verdict
+from tests.policies import LOCATED, USER, WISHES, image, rule
+
+WINDOW = Window(1 << 20, 1 << 20)
+VERITY = PartitionVerity(VeritySuperblock(4096, 4096, 1, 1, "sha256", b"", None), bytes(32), WINDOW, WINDOW)
+
+
+def partition(designator: str, type: str | None = "ext4", **fields: object) -> Partition:
+    file_system = None if type is None else FileSystem(type, 1, 1, None, None, False)
+    made = Partition(designator, 1, "", "", None, WINDOW, False, False, file_system)
+    return replace(made, **fields)  # type: ignore[arg-type]
+
+
+ROOT = partition("root", "erofs", verity=VERITY, read_only=True)
+PLAIN = partition("root", "erofs")
+HOME = partition("home", grow=True)
+HASHES = [partition("root-verity", None), partition("root-verity-sig", None)]
+ALL = [ROOT, HOME, partition("esp", None, contents="vfat"), *HASHES]
+SIGNED = frozenset({"root"})
+NOBODY: frozenset[str] = frozenset()
+
+
+def used(
+    parts: list[Partition],
+    policy: str | None = None,
+    signed: frozenset[str] = SIGNED,
+    *,
+    only_verity: bool = False,
+    read_only: bool = True,
+) -> str:
+    """What is used, in short: through dm-verity with an asterisk, writable with a plus sign."""
+    disk = Disk(512, "", tuple(parts), only_verity)
+    wished = None if policy is None else image_policy.parse(policy)
+    found = uses(disk, wished, signed, read_only=read_only)
+    return " ".join(
+        each.partition.designator + "*" * each.verity + "+" * (not each.read_only) for each in found
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (None, "root home"),
+        ("*", "root home"),
+        ("root=open", "root"),
+        ("root=verity", "root*"),
+        ("root=signed", "root*"),
+        ("root=verity+signed:home=open", "root* home"),
+        ("root=signed+unprotected:=open", "root home"),
+        ("root=unused:home=unprotected", "home"),
+        ("root=encrypted+unused:home=open", "home"),
+        ("root=signed+read-only-on+growfs-off+erofs:home=growfs-on+read-only-off+ext4", "root* home"),
+        ("root=signed:root-verity=unprotected:root-verity-sig=unprotected:=unused+absent", "root*"),
+        ("root=unprotected:usr=absent:swap=absent:=unused+absent", "root"),
+    ],
+)
+def test_what_a_policy_has_used(policy: str | None, expected: str) -> None:
+    assert used(ALL, policy) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        ("~", "allows no use|to be unused|no partition"),
+        ("-", "no partition of the disk image is used"),
+        (
+            "root=encrypted",
+            "wants the root partition to be encrypted, and it is signed, unprotected, verity",
+        ),
+        ("root=open:=absent", "home partition to be unused"),
+        ("root=absent", "root partition to be unused"),
+        ("root=absent:home=open", "root partition to be unused"),
+        ("root=open:usr=verity", "it wants a usr partition, and there is none"),
+        ("root=read-only-off", "flag read-only of the root partition to be off"),
+        ("root=growfs-on", "flag growfs of the root partition to be on"),
+        ("root=open:home=growfs-off", "flag growfs of the home partition to be off"),
+        ("root=squashfs", "allows squashfs for the root partition, which is erofs"),
+        ("root=unprotected:root-verity=absent", "wants no root-verity partition, and there is one"),
+        ("root=signed:root-verity=absent", "wants no root-verity partition"),
+        ("root=signed:root-verity=unused", "no use of the root-verity partition"),
+        ("root=signed:root-verity-sig=absent", "wants no root-verity-sig partition"),
+        ("root=open:home=verity", "wants the home partition to be verity, and it is unprotected"),
+    ],
+)
+def test_what_a_policy_refuses(policy: str, text: str) -> None:
+    with pytest.raises(DeniedByPolicy, match=text):
+        used(ALL, policy)
+
+
+def test_what_is_for_hash_data_has_to_be_there_even_if_it_is_not_used() -> None:
+    """As systemd has it; whoever means something else can say so."""
+    with pytest.raises(DeniedByPolicy, match="wants a root-verity partition"):
+        used([PLAIN], "root=signed+unprotected")
+    either = "root=signed+unprotected:root-verity=open:root-verity-sig=open"
+    assert used([PLAIN], either) == "root"
+    with pytest.raises(DeniedByPolicy, match="to be signed, and it is unprotected"):
+        used([PLAIN], "root=signed")
+
+
+def test_what_is_not_signed() -> None:
+    with pytest.raises(DeniedByPolicy, match="to be signed, and it is unprotected, verity"):
+        used(ALL, "root=signed", NOBODY)
+    assert used(ALL, "root=verity+signed", NOBODY) == "root*"
+
+
+def test_where_nothing_else_vouches_for_it() -> None:
+    assert used(ALL, only_verity=True) == "root*"
+    assert used(ALL, "*", only_verity=True) == "root*"
+    assert used(ALL, "root=unprotected", only_verity=True) == "root*"
+    with pytest.raises(DeniedByPolicy, match="home partition .* nothing vouches for it"):
+        used(ALL, "root=signed:home=unprotected", only_verity=True)
+    with pytest.raises(DeniedByPolicy, match="no partition"):
+        used([PLAIN, HOME, *HASHES], only_verity=True)
+
+
+def test_encrypted() -> None:
+    locked = partition("home", None, contents=LUKS)
+    for policy in (None, "*", "root=open:home=encrypted", "root=open:home=encrypted+unused"):
+        with pytest.raises(NotSupported, match="encrypted partition"):
+            used([ROOT, locked], policy)
+    assert used([ROOT, locked], "root=open") == "root"
+    for policy in ("root=open:home=unprotected", "root=open:home=unprotected+unused"):
+        with pytest.raises(UnsupportedFileSystem):
+            used([ROOT, locked], policy)
+
+
+def test_what_cannot_be_mounted() -> None:
+    for contents, shown in (("vfat", "vfat"), (None, "nothing that is known")):
+        strange = partition("srv", None, contents=contents)
+        with pytest.raises(UnsupportedFileSystem, match=rf"\(srv\) holds {shown}") as caught:
+            used([ROOT, strange])
+        assert "imagePolicy" in (caught.value.hint or "")
+        assert used([ROOT, strange], "root=open") == "root"
+    esp = partition("esp", None, contents="vfat")
+    assert used([ROOT, esp]) == "root"
+    with pytest.raises(UnsupportedFileSystem):
+        used([ROOT, esp], "root=open:esp=unprotected")
+
+
+def test_writable() -> None:
+    assert used([ROOT, HOME], read_only=False) == "root home+"
+    assert used([ROOT, HOME]) == "root home"
+    protected = partition("root", verity=VERITY)
+    assert used([protected, *HASHES], read_only=False) == "root+"
+    assert used([protected, *HASHES], "root=verity", read_only=False) == "root*"
+    assert used([partition("root", read_only=True)], read_only=False) == "root"
+
+
+def disk_of(*parts: Partition, only_verity: bool = False) -> object:
+    return replace(image(), file_system=None, disk=Disk(512, "", parts, only_verity))
+
+
+def error(*parts: Partition, **wishes: object) -> MountdError | None:
+    policy = Policy((rule(),))
+    wished = replace(WISHES, **wishes)  # type: ignore[arg-type]
+    decision = decide(policy, USER, disk_of(*parts), LOCATED, wished)  # type: ignore[arg-type]
+    assert (decision.verdict is Verdict.ALLOW) is (decision.error is None)
+    return decision.error
+
+
+def test_every_type_has_to_be_granted() -> None:
+    assert error(PLAIN, HOME) is None
+    assert "the image is xfs" in str(error(PLAIN, partition("home", "xfs")))
+    assert "the image is xfs" not in str(
+        error(PLAIN, partition("home", "xfs"), image_policy=image_policy.parse("root=open"))
+    )
+
+
+def test_the_type_that_is_asked_for_is_the_first() -> None:
+    assert error(PLAIN, HOME, file_system_type="erofs") is None
+    assert "ext4 was asked for, but the image holds erofs" in str(
+        error(PLAIN, HOME, file_system_type="ext4")
+    )
+
+
+def test_an_option_of_a_file_system_is_for_one() -> None:
+    found = error(PLAIN, HOME, options=("acl",))
+    assert "2 file systems" in str(found)
+    assert error(PLAIN, HOME, options=("noexec",)) is None
+
+
+def test_writing_has_to_be_granted() -> None:
+    assert "grants read-only access" in str(error(PLAIN, HOME, read_only=False))
