@@ -88,6 +88,15 @@ def open_image(path: str, *, writable: bool = False) -> OwnedFd:
         raise NotFound(path) from None
 
 
+def open_directory(path: str) -> OwnedFd:
+    """Open a directory to hand it over; one that cannot be read, in a way that proves no access."""
+    flags = os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return OwnedFd(os.open(path, flags | os.O_RDONLY))
+    except PermissionError:
+        return OwnedFd(os.open(path, flags | os.O_PATH))
+
+
 def in_user_namespace() -> bool:
     """Tell whether this process is in a user namespace that does not map all ids, as the host's does."""
     with open("/proc/self/uid_map", encoding="utf-8") as file:
@@ -345,7 +354,7 @@ class Request:
     ) -> None:
         """Open what has to be opened.
 
-        `source` is the path of an image, "stored:sha256:…" for one of mountd's store,
+        `source` is the path of an image or of a directory, "stored:sha256:…" for one of mountd's store,
         "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE".
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
         of a user namespace, "none" for none, None for that of this process if it is not the host's.
@@ -385,6 +394,8 @@ class Request:
                 raise InvalidParameter("SOURCE", "it is no text")
             return {"reference": source}
         try:
+            if os.path.isdir(source):
+                return {"directoryFileDescriptor": self._add(open_directory(source))}
             return {"imageFileDescriptor": self._add(open_image(source, writable=not read_only))}
         except OSError as error:
             if read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):

@@ -74,6 +74,13 @@ class Peer:
         except SyscallError:
             raise PeerGone("it has ended") from None
 
+    def mount_namespace(self) -> OwnedFd:
+        """Return the mount namespace that it is in now, which is the caller's to close. Raises PeerGone."""
+        try:
+            return compat.mount_namespace_of(self._pin(), self.identify().pid)
+        except (SyscallError, FileNotFoundError, ProcessLookupError):
+            raise PeerGone("it has ended") from None
+
     def _pin(self) -> int:
         """Return the pidfd, borrowed, from the first question on the same."""
         if self._pidfd is None:

@@ -11,14 +11,15 @@ import errno
 import os
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from mountd.errors import SyscallError
+from mountd.errors import BadFileDescriptor, SyscallError
 from mountd.execute import verity
-from mountd.kernel import loop_device, mount_api, namespaces
+from mountd.kernel import cloning, loop_device, mount_api, namespaces
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.paths import statx
 from mountd.plan.operations import (
     Backing,
+    CloneTree,
     CreateSuperblock,
     MakeMount,
     MapRanges,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SEAL = Seal()
+DIRECTORY = "source.directoryFileDescriptor"
 
 
 class Sealer(Protocol):
@@ -50,9 +52,9 @@ class Sealer(Protocol):
 
 
 class Inputs:
-    """What the operations refer to, all borrowed: image, hash data, user namespace, and who seals."""
+    """What the operations refer to, all borrowed: image or directory, hash data, namespaces, who seals."""
 
-    __slots__ = ("hash_fd", "image_fd", "seal", "userns_fd")
+    __slots__ = ("hash_fd", "image_fd", "mount_namespace_fd", "seal", "userns_fd")
 
     def __init__(
         self,
@@ -61,8 +63,13 @@ class Inputs:
         userns_fd: int | None,
         seal: Sealer,
         hash_fd: int | None = None,
+        mount_namespace_fd: int | None = None,
     ) -> None:
-        """`hash_fd` is the hash data of dm-verity, where the plan has it."""
+        """`hash_fd` is the hash data of dm-verity, where the plan has it.
+
+        `mount_namespace_fd` is where a directory, which is `image_fd` then, may lie.
+        """
+        self.mount_namespace_fd = mount_namespace_fd
         self.image_fd = image_fd
         self.hash_fd = hash_fd
         self.userns_fd = userns_fd
@@ -72,7 +79,8 @@ class Inputs:
 def run(plan: Plan, inputs: Inputs) -> OwnedFd:
     """Carry out `plan` and return the mount. Nothing is left of it if that fails.
 
-    Raises SyscallError, NotSupported, and InvalidImage for an image that does not fit its root hash.
+    Raises SyscallError, NotSupported, InvalidImage for an image that does not fit its root hash, and
+    BadFileDescriptor for a directory that is not the one that was judged.
     """
     context: FsContext | None = None
     mount: OwnedFd | None = None
@@ -87,6 +95,8 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
                 context = create(operation, inputs)
             elif isinstance(operation, MakeMount):
                 mount = _needed(context).mount(operation.attributes)
+            elif isinstance(operation, CloneTree):
+                mount = clone(operation, inputs)
             elif isinstance(operation, Seal):
                 # The old descriptor is the sealer's now, whether it succeeds or not.
                 unsealed, mount = _needed(mount), None
@@ -130,6 +140,37 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
         return _create_from(operation, loop.path)
     finally:
         loop.close()
+
+
+def clone(operation: CloneTree, inputs: Inputs) -> OwnedFd:
+    """Return a mount of the directory that was judged. Raises BadFileDescriptor for what is another."""
+    try:
+        mount = cloning.clone_directory(
+            _needed(inputs.image_fd), operation.attributes, _needed(inputs.mount_namespace_fd)
+        )
+    except SyscallError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise BadFileDescriptor(
+            DIRECTORY,
+            "it lies in a mount namespace that is not the caller's, or something is mounted below it that "
+            "the caller may not look behind",
+        ) from None
+    try:
+        status = statx(mount.fileno(), "")
+        found = os.makedev(status.stx_dev_major, status.stx_dev_minor), status.stx_ino
+        if found != (operation.dev, operation.ino):
+            raise BadFileDescriptor(DIRECTORY, "it is not the directory that was judged")
+        if (status.stx_uid, status.stx_gid) != (operation.uid, operation.gid):
+            raise BadFileDescriptor(
+                DIRECTORY,
+                f"it is shown as {operation.uid}:{operation.gid}'s by an idmapped mount, and belongs to "
+                f"{status.stx_uid}:{status.stx_gid}",
+            )
+    except BaseException:
+        mount.close()
+        raise
+    return mount
 
 
 def refuse_lease(image_fd: int) -> None:

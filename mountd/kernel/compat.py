@@ -43,6 +43,20 @@ def user_namespace_of(pidfd: int, pid: int) -> OwnedFd:
         return fd
 
 
+def mount_namespace_of(pidfd: int, pid: int) -> OwnedFd:
+    """As `user_namespace_of`, for the mount namespace that a process is in."""
+    try:
+        return namespace_of(pidfd, "mnt")
+    except NotSupported:
+        fd = OwnedFd(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            check_alive(pidfd)
+        except BaseException:
+            fd.close()
+            raise
+        return fd
+
+
 def check_alive(pidfd: int) -> None:
     """Raise SyscallError(ESRCH) if the process of `pidfd` has ended."""
     try:

@@ -17,6 +17,7 @@ from mountd.execute.run import Inputs, run
 from mountd.kernel import compat
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mount
+from mountd.service import directories
 from mountd.service.context import RequestContext
 from mountd.service.inspection import Inspected, immutable_by, inspect
 from mountd.service.phase import Phase
@@ -146,6 +147,8 @@ def with_delegated(caller: Caller, check: Callable[[DelegatedIds], None]) -> Non
 def make(judged: Judged, context: RequestContext) -> OwnedFd:
     """Carry out what was decided and return the detached mount."""
     inspected = judged.inspected
+    if inspected.source.directory is not None:
+        return directories.make(judged, context)
     plan = plan_mount(
         inspected.source,
         judged.decision,
@@ -166,6 +169,8 @@ def make(judged: Judged, context: RequestContext) -> OwnedFd:
 
 def file_system_type(source: Source) -> str:
     """Return the type of the source's file system."""
+    if source.directory is not None:
+        return source.directory.file_system
     return source.file_system.type if source.file_system is not None else "tmpfs"
 
 
@@ -206,6 +211,7 @@ def facts(judged: Judged) -> dict[str, str]:
             found["signed with"] = evidence.provenance.signer
         if evidence.root_owned_path is not None and caller.on_host:
             found["path"] = evidence.root_owned_path
+    found |= directories.facts(judged)
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

@@ -15,6 +15,7 @@ class SourceKind(StrEnum):
 
     IMAGE = "image"
     TMPFS = "tmpfs"
+    DIRECTORY = "directory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,38 @@ class Tmpfs:
 
 
 @dataclass(frozen=True, slots=True)
+class Directory:
+    """A directory, as statx(2) describes its descriptor; `mount` is the id of the mount that it lies in.
+
+    `uid` and `gid` are as that mount shows them. `opened` is false for a descriptor that proves no access
+    (O_PATH), `read_only` is whether the mount or its file system is. `path_hint` is for messages and for a
+    search: the path may name another directory by now.
+    """
+
+    dev: int
+    ino: int
+    mount: int
+    uid: int
+    gid: int
+    opened: bool
+    read_only: bool
+    file_system: str
+    path_hint: str | None
+
+    def __hash__(self) -> int:
+        """Of what tells one from another, as that of an image."""
+        return hash((self.dev, self.ino, self.mount))
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """What is to be mounted: `backing` and `file_system` are there for an image, `tmpfs` for a tmpfs."""
+    """What is to be mounted: `backing` and `file_system` are there for an image, `tmpfs` for a tmpfs.
+
+    `directory` is there for a directory.
+    """
 
     kind: SourceKind
     backing: BackingFile | None
     file_system: FileSystem | None
     tmpfs: Tmpfs | None
+    directory: Directory | None = None
