@@ -45,7 +45,9 @@ def image_mismatch(match: ImageMatch, source: Source, evidence: Evidence) -> Mis
         if wanted != found:
             return Mismatch(f"it is about {wanted}, and the source is {found}")
         return location_mismatch(match.location, source, evidence) if match.location else None
-    if source.kind is not SourceKind.IMAGE and not (match.location and evidence.root_owned_path is not None):
+    # Where a directory lies is a place as that of an image is: what a rule denies there, it denies.
+    placed = source.kind is SourceKind.DIRECTORY and match.location and evidence.root_owned_path is not None
+    if source.kind is not SourceKind.IMAGE and not placed:
         return Mismatch(f"it is about images, and the source is {NAMES[source.kind]}")
     if match.signed is not None:
         return signed_mismatch(match.signed, evidence)
