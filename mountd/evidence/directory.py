@@ -15,7 +15,6 @@ the mount is made, so that what is moved meanwhile is of no use (`service.direct
 
 from __future__ import annotations
 
-import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -23,8 +22,9 @@ from mountd.caller.model import FOREIGN, OVERFLOW_ID
 from mountd.errors import SyscallError
 from mountd.evidence.location import NotThere
 from mountd.evidence.model import Evidence, Ownership
-from mountd.kernel.flags import Resolve, StatxMask
-from mountd.kernel.paths import openat2, statx
+from mountd.kernel.cloning import open_parent
+from mountd.kernel.flags import StatxMask
+from mountd.kernel.paths import statx
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from mountd.source.model import Directory
 
 MAXIMUM_LEVELS = 16
-PARENT = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
 
 
@@ -45,7 +44,7 @@ def collect_ownership(fd: int, directory: Directory, caller: Caller, walker: Wal
     if directory.uid == caller.uid and caller.uid != OVERFLOW_ID:
         ownership = Ownership.CALLER
     elif directory.uid in FOREIGN and directory.gid in FOREIGN:
-        problem = problem_above(fd, directory.mount, caller.uid)
+        problem = problem_above(fd, directory, caller.uid)
         ownership = Ownership.FOREIGN if problem is None else Ownership.OTHER
     else:
         ownership = Ownership.OTHER
@@ -68,11 +67,12 @@ def of_root(directory: Directory, caller: Caller, walker: Walker) -> Evidence:
     return Evidence(path, problem, False, ownership=ownership, ownership_problem=problem)
 
 
-def problem_above(fd: int, mount: int, uid: int) -> str | None:
+def problem_above(fd: int, directory: Directory, uid: int) -> str | None:
     """Return why no directory above `fd`, borrowed, makes it the caller's; None if one does.
 
-    `mount` is where it lies, `uid` the caller's.
+    `uid` is the caller's.
     """
+    mount, owner = directory.mount, directory.uid
     nobodys = f"no directory above it, on the same mount, belongs to uid {uid}"
     if uid == OVERFLOW_ID:
         return nobodys
@@ -80,11 +80,12 @@ def problem_above(fd: int, mount: int, uid: int) -> str | None:
     try:
         for _ in range(MAXIMUM_LEVELS):
             at = fd if held is None else held.fileno()
-            above = openat2(at, "..", PARENT, Resolve.NO_XDEV)
+            above = open_parent(at, owner)
             if held is not None:
                 held.close()
             held = above
             status = statx(held.fileno(), "", WANTED, sync=False)
+            owner = status.stx_uid
             if status.stx_mnt_id != mount:
                 return nobodys
             if status.stx_uid == uid:

@@ -17,11 +17,17 @@ from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces, sockets
 from mountd.kernel.child import close_all_but, end, end_with_parent, fork
-from mountd.kernel.flags import Clone, MountAttr, OpenTree, Propagation
+from mountd.kernel.flags import Clone, MountAttr, OpenTree, Propagation, Resolve
 from mountd.kernel.libc import call
 from mountd.kernel.mount_info import mount_id, statmount
+from mountd.kernel.paths import openat2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FLAGS = OpenTree.CLONE | OpenTree.EMPTY_PATH | OpenTree.NO_AUTOMOUNT | OpenTree.CLOEXEC
+PARENT = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 TIMES = int(MountAttr.ATIME_MASK)
 NOT_POSSIBLE = b"idmap"
 
@@ -38,10 +44,39 @@ def clone_directory(fd: int, attributes: MountAttr, namespace_fd: int) -> OwnedF
     except SyscallError as error:
         if error.errno != errno.EINVAL:
             raise
+
+    def there() -> OwnedFd:
+        namespaces.setns(namespace_fd, Clone.NEWNS)
+        return _clone(fd, attributes)
+
+    return _by_a_child(there, {fd, namespace_fd})
+
+
+def open_parent(fd: int, uid: int) -> OwnedFd:
+    """Open the directory above `fd`, borrowed, on the same mount, with O_PATH.
+
+    Where this process may not look it up, a child does as `uid`, who owns `fd`. Raises SyscallError, EXDEV
+    for the root of a mount.
+    """
+    try:
+        return openat2(fd, "..", PARENT, Resolve.NO_XDEV)
+    except SyscallError as error:
+        if error.errno != errno.EACCES:
+            raise
+
+    def as_owner() -> OwnedFd:
+        os.seteuid(uid)
+        return openat2(fd, "..", PARENT, Resolve.NO_XDEV)
+
+    return _by_a_child(as_owner, {fd})
+
+
+def _by_a_child(work: "Callable[[], OwnedFd]", keep: set[int]) -> OwnedFd:
+    """Return what a throw-away child makes, which has nothing but the descriptors `keep`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     with ours:
         with theirs:
-            pid, reader = fork(lambda _: _be_the_child(fd, attributes, namespace_fd, theirs))
+            pid, reader = fork(lambda _: _be_the_child(work, keep, theirs))
         with reader:
             try:
                 said, fds, _ = sockets.receive(ours, 64, 1)
@@ -51,19 +86,18 @@ def clone_directory(fd: int, attributes: MountAttr, namespace_fd: int) -> OwnedF
         return fds[0]
     if said == NOT_POSSIBLE:
         raise NotSupported("leaving out the idmap of a mount", hint="use a directory on a mount without one")
-    raise SyscallError(int(said or b"0") or errno.ECHILD, "open_tree(the directory, OPEN_TREE_CLONE)")
+    raise SyscallError(int(said or b"0") or errno.ECHILD, "getting at the directory in another process")
 
 
-def _be_the_child(fd: int, attributes: MountAttr, namespace_fd: int, channel: socket.socket) -> int:
-    """Enter the namespace, and send a clone or the number of an errno."""
+def _be_the_child(work: "Callable[[], OwnedFd]", keep: set[int], channel: socket.socket) -> int:
+    """Do the work, and send what came of it or the number of an errno."""
     end_with_parent()
     call("prctl", namespaces.PR_SET_DUMPABLE, 0, 0, 0, 0)
-    close_all_but({fd, namespace_fd, channel.fileno()})
+    close_all_but({*keep, channel.fileno()})
     made = []
     try:
-        namespaces.setns(namespace_fd, Clone.NEWNS)
-        made = [_clone(fd, attributes)]
-        said = b"clone"
+        made = [work()]
+        said = b"made"
     except NotSupported:
         said = NOT_POSSIBLE
     except OSError as error:
@@ -87,10 +121,11 @@ def _clone(fd: int, attributes: MountAttr) -> OwnedFd:
         )
     except NotSupported:
         pass
-    if statmount(mount_id(fd)).attributes & MountAttr.IDMAP:
-        raise NotSupported("open_tree_attr")
+    # Refused for what lies elsewhere, which could not be asked about either.
     made = mount_api.open_tree(fd, "", FLAGS)
     try:
+        if statmount(mount_id(fd)).attributes & MountAttr.IDMAP:
+            raise NotSupported("open_tree_attr")
         mount_api.mount_setattr(made.fileno(), set=attributes, clear=times, propagation=Propagation.PRIVATE)
     except BaseException:
         made.close()
