@@ -14,17 +14,14 @@ Every refusal is a MountdError: its text is one line, and `hint` says how to get
 
 from __future__ import annotations
 
-import binascii
 import errno
 import os
 import time
 
 from mountd.errors import (
     INTERFACE,
-    InvalidParameter,
     MountdError,
     NotFound,
-    OptionNotPermitted,
     ProtocolError,
     SyscallError,
     Unreachable,
@@ -32,13 +29,12 @@ from mountd.errors import (
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import attaching, mount_api, sockets
 from mountd.kernel.flags import MoveMount
-from mountd.text import check_text, parse_size
+from mountd.request import IDMAPS, OCI, STORED, TMPFS, Request, given, in_user_namespace, open_image
 from mountd.wire.framing import (
     MAX_FDS,
     MessageReader,
     boundary,
     encode,
-    is_text,
     parse_reply,
     whole_message,
 )
@@ -51,22 +47,12 @@ if TYPE_CHECKING:
 
     from mountd.wire.framing import Message
 
-    # The path of the hash data, the root hash in hexadecimal, the path of a signature of the root hash.
-    Verity = tuple[str, str, str | None]
-
 ENVIRONMENT = "MOUNTD_SOCKET"
 SOCKETS = ("/run/mountd/io.mountd.Mount", "/run/host/mountd/io.mountd.Mount")
 TIMEOUT = 90.0  # seconds; the daemon's own deadlines are shorter
 CONSENT = 150.0  # in addition, for who may be asked by then
-HOST_ID_MAP = ["0", "0", "4294967295"]
-IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
-TMPFS = "tmpfs:"
-STORED = "stored:"
-OCI = "oci:"
 TRY_AGAIN = "try again; the journal of mountd says what it was doing"
 ENDED = "it closed the connection without an answer"
-MAXIMUM_SIGNATURE = 256 << 10  # bytes
-MAXIMUM_INTEGER = (1 << 63) - 1
 
 
 def socket_paths() -> tuple[str, ...]:
@@ -78,22 +64,6 @@ def socket_paths() -> tuple[str, ...]:
     if named and os.getuid() == os.geteuid() and os.getgid() == os.getegid():
         return (named,)
     return SOCKETS
-
-
-def open_image(path: str, *, writable: bool = False) -> OwnedFd:
-    """Open an image to hand it over. Raises NotFound, OSError."""
-    access = os.O_RDWR if writable else os.O_RDONLY
-    try:
-        # Not to be held up by a pipe, or by a lease on the file.
-        return OwnedFd(os.open(path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK))
-    except FileNotFoundError:
-        raise NotFound(path) from None
-
-
-def in_user_namespace() -> bool:
-    """Tell whether this process is in a user namespace that does not map all ids, as the host's does."""
-    with open("/proc/self/uid_map", encoding="utf-8") as file:
-        return file.read().split() != HOST_ID_MAP
 
 
 def open_target(path: str) -> OwnedFd:
@@ -364,11 +334,6 @@ def full_name(method: str) -> str:
     return method if "." in method else f"{INTERFACE}.{method}"
 
 
-def given(parameters: Mapping[str, object]) -> dict[str, object]:
-    """Return the parameters that are not None."""
-    return {name: value for name, value in parameters.items() if value is not None}
-
-
 def connect(path: str, deadline: float) -> socket.socket:
     """Return a connection to the daemon; while it has too many to accept, try again. Raises OSError."""
     while True:
@@ -380,127 +345,11 @@ def connect(path: str, deadline: float) -> socket.socket:
             time.sleep(0.02)
 
 
-class Request:
-    """What a command line asked for, turned into the parameters of Mount and Explain.
-
-    Owns the descriptors that go along.
-    """
-
-    __slots__ = ("fds", "parameters", "source")
-
-    def __init__(
-        self,
-        source: str,
-        *,
-        read_only: bool | None = None,
-        file_system_type: str | None = None,
-        options: Sequence[str] = (),
-        userns: str | None = None,
-        idmap: str | None = None,
-        image_policy: str | None = None,
-        signature: str | None = None,
-        verity: Verity | None = None,
-        interactive: bool | None = None,
-    ) -> None:
-        """Open what has to be opened.
-
-        `source` is the path of an image, "stored:sha256:…" for one of mountd's store,
-        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE".
-        `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
-        of a user namespace, "none" for none, None for that of this process if it is not the host's.
-        `image_policy` is in the grammar of systemd.image-policy(7), `signature` the path of a detached
-        signature of the image, `verity` the paths of hash data and of the signature of the root hash. With
-        `interactive` an administrator may be asked, where the policy wants that. Raises
-        NotFound, InvalidParameter, OptionNotPermitted and OSError.
-        """
-        check_text(options, file_system_type)
-        if image_policy is not None and not is_text(image_policy):
-            raise InvalidParameter("imagePolicy", "it is no text")
-        if read_only is None:
-            read_only = not source.startswith(TMPFS)
-        self.fds: list[OwnedFd] = []
-        self.parameters: dict[str, object] = {
-            "readOnly": read_only,
-            "fileSystemType": file_system_type,
-            "options": list(options) or None,
-            "idMap": {"kind": idmap} if idmap else None,
-            "imagePolicy": image_policy,
-            "interactive": interactive,
-        }
-        try:
-            self.source = self._read_source(source, read_only)
-            self._add_companions(signature, verity)
-            if userns is None and idmap in (None, "namespace") and in_user_namespace():
-                userns = "/proc/self/ns/user"
-            if userns not in (None, "none"):
-                self.parameters["userNamespaceFileDescriptor"] = self._add(open_image(str(userns)))
-        except BaseException:
-            self.close()
-            raise
-
-    def _read_source(self, source: str, read_only: bool) -> dict[str, object]:
-        if source.startswith(TMPFS):
-            return {"tmpfs": {"size": parse_size(source.removeprefix(TMPFS))}}
-        if source.startswith((STORED, OCI)):
-            if not is_text(source):
-                raise InvalidParameter("SOURCE", "it is no text")
-            return {"reference": source}
-        try:
-            return {"imageFileDescriptor": self._add(open_image(source, writable=not read_only))}
-        except OSError as error:
-            if read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
-                raise
-            reason = f"{source}: {error.strerror}"
-            raise OptionNotPermitted("rw", reason, hint="ask for a read-only mount") from None
-
-    def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
-        if (signature or verity) and "imageFileDescriptor" not in self.source:
-            raise InvalidParameter("SOURCE", "a signature and dm-verity go with the file of an image only")
-        if signature is not None:
-            self.source["signature"] = read_signature(signature)
-        if verity is not None:
-            data, root_hash, of_root_hash = verity
-            self.source["verity"] = given(
-                {
-                    "dataFileDescriptor": self._add(open_image(data)),
-                    "rootHash": root_hash,
-                    "signature": None if of_root_hash is None else read_signature(of_root_hash),
-                }
-            )
-
-    def add_namespace(self, userns: OwnedFd) -> None:
-        """Have ids mapped into this user namespace, which is taken over."""
-        self.parameters["userNamespaceFileDescriptor"] = self._add(userns)
-
-    def add_target(self, target: OwnedFd) -> None:
-        """Have the mount attached at this directory, which is taken over: for Attach."""
-        self.parameters["targetFileDescriptor"] = self._add(target)
-
-    def _add(self, fd: OwnedFd) -> int:
-        self.fds.append(fd)
-        return len(self.fds) - 1
-
-    def close(self) -> None:
-        """Close the descriptors."""
-        close_all(self.fds)
-
-    def __enter__(self) -> Request:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def read_signature(path: str) -> str:
-    """Return a detached signature in base64. Raises NotFound, InvalidParameter, OSError."""
-    with open_image(path) as fd:
-        data = os.read(fd.fileno(), MAXIMUM_SIGNATURE + 1)
-    if not 0 < len(data) <= MAXIMUM_SIGNATURE:
-        raise InvalidParameter("signature", f"{path} has not 1 to {MAXIMUM_SIGNATURE} bytes")
-    return binascii.b2a_base64(data, newline=False).decode()
-
-
 __all__ = [
+    "IDMAPS",
+    "OCI",
+    "STORED",
+    "TMPFS",
     "Client",
     "MountReply",
     "MountdError",

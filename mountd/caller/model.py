@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 # What the kernel shows for every id that the reader's namespace has no mapping for: it may be anybody.
 OVERFLOW_ID = 65534
+# Ids that no user and no container ever has: what belongs to them is used through mounts that map them
+# (the foreign UID range of systemd, systemd.io/UIDS-GIDS).
+FOREIGN = range(2147352576, 2147352576 + 65536)
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,7 +126,7 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "source",
         metavar="SOURCE",
-        help="an image, stored:sha256:…, oci:HOST/REPO@sha256:…, or tmpfs:SIZE, such as tmpfs:64M",
+        help="an image, a directory, stored:sha256:…, oci:HOST/REPO@sha256:…, or tmpfs:SIZE (tmpfs:64M)",
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from mountd.kernel.abi import statx as statx_struct
-    from mountd.source.model import BackingFile
+    from mountd.source.model import BackingFile, Directory
 
     Identity = tuple[int, int, int, int]  # device, inode, mount
 
@@ -52,8 +52,11 @@ class Walker:
     def __init__(self) -> None:
         self._held: dict[str, tuple[OwnedFd, Identity]] = {}
 
-    def walk(self, backing: BackingFile, name_paths: bool) -> str:
-        """Return the path if every component of it proves to be root's. Raises NotThere, SyscallError."""
+    def walk(self, backing: BackingFile | Directory, name_paths: bool, kind: int = stat.S_IFREG) -> str:
+        """Return the path if every component of it proves to be root's, and it leads to a file of `kind`.
+
+        Raises NotThere, SyscallError.
+        """
         hint = backing.path_hint
         if hint is None or not hint.startswith("/"):
             raise NotThere("it has no path")
@@ -70,7 +73,7 @@ class Walker:
             at, status = self._enter(path, at, name, shown, status.stx_mnt_id)
         status = check(at, last, hint if name_paths else "a part of its path", status.stx_mnt_id)
         dev = os.makedev(status.stx_dev_major, status.stx_dev_minor)
-        if (dev, status.stx_ino) != (backing.dev, backing.ino) or not stat.S_ISREG(status.stx_mode):
+        if (dev, status.stx_ino) != (backing.dev, backing.ino) or stat.S_IFMT(status.stx_mode) != kind:
             raise NotThere("another file is at its path, in the mount namespace of mountd")
         return hint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,6 +70,19 @@ class Provenance:
     time: int
 
 
+class Ownership(StrEnum):
+    """Whose a directory is, from the caller's point of view; the first three can be trusted by a rule.
+
+    ROOT: root's, and nobody else can write to any directory above it. CALLER: the caller's own. FOREIGN: of
+    the range that belongs to nobody, below a directory of the caller's.
+    """
+
+    ROOT = "root"
+    CALLER = "caller"
+    FOREIGN = "foreign"
+    OTHER = "other"
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """The facts about one source.
@@ -82,6 +96,8 @@ class Evidence:
     kind, by name, why it was not. `digest` is that of the image's bytes, where it is known. `signers` are
     the signatures that came along and hold, `signature_error` is what is wrong with one that does not.
     `signed_partitions` are the designators of the partitions whose root hash one of them covers.
+
+    `ownership` is there for a directory, and `ownership_problem` says of OTHER why it is nothing better.
     """
 
     root_owned_path: str | None
@@ -94,3 +110,5 @@ class Evidence:
     signature_error: MountdError | None = None
     provenance: Provenance | None = None
     signed_partitions: frozenset[str] = frozenset()
+    ownership: Ownership | None = None
+    ownership_problem: str | None = None

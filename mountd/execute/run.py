@@ -12,14 +12,15 @@ import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from mountd.errors import SyscallError
+from mountd.errors import BadFileDescriptor, SyscallError
 from mountd.execute import verity
-from mountd.kernel import loop_device, mount_api, namespaces
+from mountd.kernel import cloning, loop_device, mount_api, namespaces
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.paths import statx
 from mountd.plan.operations import (
     Backing,
+    CloneTree,
     CreateSuperblock,
     MakeMount,
     MapRanges,
@@ -43,6 +44,7 @@ HERE = nullcontext()
 # File systems whose drivers remember the name of their device, and follow it again later.
 OPENED_AGAIN = frozenset({"btrfs"})
 SEAL = Seal()
+DIRECTORY = "source.directoryFileDescriptor"
 
 
 class Sealer(Protocol):
@@ -56,9 +58,9 @@ class Sealer(Protocol):
 
 
 class Inputs:
-    """What the operations refer to, all borrowed: image, hash data, user namespace, and who seals."""
+    """What the operations refer to, all borrowed: image or directory, hash data, namespaces, who seals."""
 
-    __slots__ = ("hash_fd", "image_fd", "naming", "note", "seal", "userns_fd")
+    __slots__ = ("hash_fd", "image_fd", "mount_namespace_fd", "naming", "note", "seal", "userns_fd")
 
     def __init__(
         self,
@@ -69,11 +71,14 @@ class Inputs:
         hash_fd: int | None = None,
         note: Callable[[OwnedFd], None] | None = None,
         naming: Naming | None = None,
+        mount_namespace_fd: int | None = None,
     ) -> None:
         """`hash_fd` is the hash data of dm-verity, where the plan has it; `naming` names sources.
 
-        `note` is shown the mount, borrowed, while its ids are those of the file system.
+        `note` is shown the mount, borrowed, while its ids are those of the file system. `mount_namespace_fd`
+        is where a directory, which is `image_fd` then, may lie.
         """
+        self.mount_namespace_fd = mount_namespace_fd
         self.naming = naming
         self.image_fd = image_fd
         self.hash_fd = hash_fd
@@ -85,7 +90,8 @@ class Inputs:
 def run(plan: Plan, inputs: Inputs) -> OwnedFd:
     """Carry out `plan` and return the mount. Nothing is left of it if that fails.
 
-    Raises SyscallError, NotSupported, and InvalidImage for an image that does not fit its root hash.
+    Raises SyscallError, NotSupported, InvalidImage for an image that does not fit its root hash, and
+    BadFileDescriptor for a directory that is not the one that was judged.
     """
     context: FsContext | None = None
     mount: OwnedFd | None = None
@@ -103,6 +109,8 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
             elif isinstance(operation, MakeMount):
                 mount = _needed(context).mount(operation.attributes)
                 _show(mount, inputs)
+            elif isinstance(operation, CloneTree):
+                mount = clone(operation, inputs)
             elif isinstance(operation, Seal):
                 # The old descriptor is the sealer's now, whether it succeeds or not.
                 unsealed, mount = _needed(mount), None
@@ -172,6 +180,37 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
         return _create_named(operation, inputs, loop.fd.fileno())
     finally:
         loop.close()
+
+
+def clone(operation: CloneTree, inputs: Inputs) -> OwnedFd:
+    """Return a mount of the directory that was judged. Raises BadFileDescriptor for what is another."""
+    try:
+        mount = cloning.clone_directory(
+            _needed(inputs.image_fd), operation.attributes, _needed(inputs.mount_namespace_fd)
+        )
+    except SyscallError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise BadFileDescriptor(
+            DIRECTORY,
+            "it lies in a mount namespace that is not the caller's, or something is mounted below it that "
+            "the caller may not look behind",
+        ) from None
+    try:
+        status = statx(mount.fileno(), "")
+        found = os.makedev(status.stx_dev_major, status.stx_dev_minor), status.stx_ino
+        if found != (operation.dev, operation.ino):
+            raise BadFileDescriptor(DIRECTORY, "it is not the directory that was judged")
+        if (status.stx_uid, status.stx_gid) != (operation.uid, operation.gid):
+            raise BadFileDescriptor(
+                DIRECTORY,
+                f"it is shown as {operation.uid}:{operation.gid}'s by an idmapped mount, and belongs to "
+                f"{status.stx_uid}:{status.stx_gid}",
+            )
+    except BaseException:
+        mount.close()
+        raise
+    return mount
 
 
 def refuse_lease(image_fd: int) -> None:

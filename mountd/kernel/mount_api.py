@@ -40,10 +40,11 @@ def open_tree_attr(
     *,
     set: MountAttr = NO_CHANGE,
     clear: MountAttr = NO_CHANGE,
+    propagation: "Propagation | None" = None,
     userns_fd: int = 0,
 ) -> OwnedFd:
     """As `open_tree`, with the attributes of the copy changed before anybody can see it (Linux 6.15)."""
-    attr = mount_attr(set, clear, 0, userns_fd)
+    attr = mount_attr(set, clear, propagation or 0, userns_fd)
     flags |= OpenTree.CLOEXEC
     return OwnedFd(call("open_tree_attr", dir_fd, path_bytes(path), flags, byref(attr), sizeof(attr)))
 

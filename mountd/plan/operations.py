@@ -111,6 +111,25 @@ class MakeMount:
 
 
 @dataclass(frozen=True, slots=True)
+class CloneTree:
+    """Make a detached mount of a directory, without what is mounted below it.
+
+    It has the attributes from its first moment on. `dev`, `ino`, `uid` and `gid` are what was judged, and
+    what the clone has to have.
+    """
+
+    attributes: MountAttr
+    dev: int
+    ino: int
+    uid: int
+    gid: int
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        return f"clone the directory of {self.uid}:{self.gid} with attributes {self.attributes!r}"
+
+
+@dataclass(frozen=True, slots=True)
 class MapToNamespace:
     """Map ids as the user namespace that the caller gave does."""
 
@@ -152,7 +171,7 @@ class Seal:
         return "lock the attributes"
 
 
-Operation = CreateSuperblock | MakeMount | MapToNamespace | MapRanges | MapRootOwner | Seal
+Operation = CreateSuperblock | MakeMount | CloneTree | MapToNamespace | MapRanges | MapRootOwner | Seal
 
 
 @dataclass(frozen=True, slots=True)

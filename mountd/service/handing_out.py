@@ -70,7 +70,7 @@ class Entry:
         parts = [(use.type, use.read_only) for use in judged.decision.uses]
         parts = parts or [(file_system_of(judged), judged.decision.read_only)]
         for place, watching, (id, device), (type, read_only) in zip(
-            self._places, self._watches, found, parts, strict=False
+            self._places, self._watches or [0] * len(found), found, parts, strict=False
         ):
             if self._book is not None and watching and type in OWN_DEVICES:
                 device = watch.watched(self._book.watches_fd).get(watching, device)
@@ -81,9 +81,11 @@ class Entry:
         self, id: int, watch: int, device: tuple[int, int], type: str, *, read_only: bool, sent: bool
     ) -> Record:
         judged, decision, caller = self._judged, self._judged.decision, self._judged.caller
+        # A directory's is there without us, and has mounts that are none of ours.
+        superblock = judged.inspected.source.directory is None
         return Record(
             id=id,
-            watch=watch,
+            watch=watch if superblock else 0,
             device=device,
             uid=caller.uid,
             owner=caller.owner_uid,
@@ -93,7 +95,8 @@ class Entry:
             read_only=read_only,
             id_map=described(judged),
             since=int(time.time()),
-            shared=read_only,
+            superblock=superblock,
+            shared=superblock and read_only,
             sent=sent,
             unit=caller.unit,
             rule=decision.rule,
@@ -108,8 +111,10 @@ handing_out = Entry
 
 def file_system_of(judged: Judged) -> str:
     """Return the type of the file system that is mounted."""
-    found = judged.inspected.source.file_system
-    return "tmpfs" if found is None else found.type
+    source = judged.inspected.source
+    if source.directory is not None:
+        return source.directory.file_system
+    return "tmpfs" if source.file_system is None else source.file_system.type
 
 
 def described(judged: Judged) -> str:

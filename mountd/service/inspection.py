@@ -26,7 +26,7 @@ from mountd.evidence.digest import sha256_of
 from mountd.evidence.location import locate
 from mountd.evidence.model import Evidence, Proof
 from mountd.plan.operations import Verity
-from mountd.service import signatures
+from mountd.service import directories, signatures
 from mountd.service.images import MAXIMUM_SHOWN, not_found, owner_of, transfer_seconds
 from mountd.service.phase import Phase
 from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
@@ -88,6 +88,8 @@ def inspect(
         named = request.stored
         digest = named if isinstance(named, str) else pulled_digest(named, context)
         return inspect_stored(digest, caller, fds, context)
+    if request.directory_fd is not None:
+        return Inspected(*directories.look_at(request.directory_fd, caller, context))
     if request.image_fd is None:
         context.notes["source"] = "tmpfs"
         return Inspected(Source(SourceKind.TMPFS, None, None, request.tmpfs), NO_PLACE)

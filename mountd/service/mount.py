@@ -17,7 +17,7 @@ from mountd.execute.run import Inputs, run_all
 from mountd.fds import close_all
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mounts
-from mountd.service import disks
+from mountd.service import directories, disks
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
@@ -204,6 +204,8 @@ def make(
     `note` is shown each before ids are mapped.
     """
     inspected = judged.inspected
+    if inspected.source.directory is not None:
+        return [directories.make(judged, context)]
     plans = plan_mounts(
         inspected.source,
         judged.decision,
@@ -241,6 +243,8 @@ def file_system_type(source: Source) -> str:
     """Return the type of the source's file system, or of its partition table."""
     if source.disk is not None:
         return "gpt"
+    if source.directory is not None:
+        return source.directory.file_system
     return source.file_system.type if source.file_system is not None else "tmpfs"
 
 
@@ -296,6 +300,7 @@ def facts(judged: Judged) -> dict[str, str]:
         shown = consent.details(judged.source, decision)
         found["polkit action"] = consent.action_of(source, decision)
         found["polkit details"] = ", ".join(f"{name} {value}" for name, value in shown.items())
+    found |= directories.facts(judged)
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

@@ -45,8 +45,9 @@ SOURCES = (
     "network",
     "contextFileDescriptor",
 )
+DIRECTORY_FIELD = "source.directoryFileDescriptor"
 COMPANIONS = ("verity", "signature")  # of imageFileDescriptor
-SUPPORTED_SOURCES = ("imageFileDescriptor", "reference", "tmpfs")
+SUPPORTED_SOURCES = ("imageFileDescriptor", "directoryFileDescriptor", "reference", "tmpfs")
 DEFAULT_TMPFS_MODE = 0o755
 TMPFS_MODE_BITS = 0o1777
 
@@ -56,8 +57,8 @@ class MountRequest:
     """A call of Mount, Explain or Attach. The descriptors are borrowed from the message.
 
     Of `image_fd`, `stored` (the digest of an image of the store, or a name in a registry with the digest of
-    a manifest) and `tmpfs`, one is not None. `verity` and the bytes of `signature` may go with `image_fd`.
-    `target_fd` is for Attach. `interactive` is whether a person may be asked.
+    a manifest), `tmpfs` and `directory_fd`, one is not None. `verity` and the bytes of `signature` may go
+    with `image_fd`. `target_fd` is for Attach. `interactive` is whether a person may be asked.
     """
 
     kind: SourceKind
@@ -71,6 +72,7 @@ class MountRequest:
     verity: VerityRequest | None = None
     target_fd: int | None = None
     interactive: bool = False
+    directory_fd: int | None = None
 
     @classmethod
     def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
@@ -78,8 +80,11 @@ class MountRequest:
         table = Descriptors(fds)
         source = parameters["source"]
         image_fd, tmpfs, stored = read_source(source, table)
+        directory = source.get("directoryFileDescriptor")
+        directory_fd = table.optional(directory, DIRECTORY_FIELD)
         verity = read_verity(source.get("verity"), table)
         kind = SourceKind.TMPFS if tmpfs is not None else SourceKind.IMAGE
+        kind = SourceKind.DIRECTORY if directory_fd is not None else kind
         userns_fd = table.optional(parameters.get(NAMESPACE_FIELD), NAMESPACE_FIELD)
         idmap = read_idmap(parameters.get("idMap"), namespace_given=userns_fd is not None)
         target_fd = table.optional(parameters.get(TARGET_FIELD), TARGET_FIELD)
@@ -98,6 +103,8 @@ class MountRequest:
             idmap_kind=idmap.kind.value,
             namespace_given=userns_fd is not None,
             image_policy=None if demanded is None else image_policy.parse(demanded),
+            disk_uids=tuple((each.first, each.count) for each in idmap.uid_ranges),
+            disk_gids=tuple((each.first, each.count) for each in idmap.gid_ranges),
         )
         interactive = parameters.get("interactive") is True
         return cls(
@@ -112,6 +119,7 @@ class MountRequest:
             verity,
             target_fd,
             interactive,
+            directory_fd,
         )
 
 
@@ -157,7 +165,10 @@ class Descriptors:
 def read_source(
     source: Mapping[str, Any], table: Descriptors
 ) -> tuple[int | None, Tmpfs | None, str | Reference | None]:
-    """Read the one source that a request has: an image, a tmpfs or what names a stored image."""
+    """Read the one source that a request has: an image, a tmpfs or what names a stored image.
+
+    A directory is none of these.
+    """
     given = [name for name in SOURCES if source.get(name) is not None]
     if len(given) != 1:
         raise InvalidParameter("source", f"exactly one of {', '.join(SOURCES)} has to be given")
@@ -168,6 +179,8 @@ def read_source(
             raise InvalidParameter(f"source.{name}", "it goes with imageFileDescriptor only")
     if given[0] == "tmpfs":
         return None, read_tmpfs(source["tmpfs"]), None
+    if given[0] == "directoryFileDescriptor":
+        return None, None, None
     if given[0] == "reference":
         return None, None, read_reference(source["reference"])
     return table.take(source["imageFileDescriptor"], IMAGE_FIELD), None, None

@@ -15,6 +15,7 @@ class SourceKind(StrEnum):
 
     IMAGE = "image"
     TMPFS = "tmpfs"
+    DIRECTORY = "directory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +148,33 @@ class Tmpfs:
 
 
 @dataclass(frozen=True, slots=True)
+class Directory:
+    """A directory, as statx(2) describes its descriptor; `mount` is the id of the mount that it lies in.
+
+    `uid` and `gid` are as that mount shows them. `opened` is false for a descriptor that proves no access
+    (O_PATH), `read_only` is whether the mount or its file system is. `path_hint` is for messages and for a
+    search: the path may name another directory by now.
+    """
+
+    dev: int
+    ino: int
+    mount: int
+    uid: int
+    gid: int
+    opened: bool
+    read_only: bool
+    file_system: str
+    path_hint: str | None
+
+    def __hash__(self) -> int:
+        """Of what tells one from another, as that of an image."""
+        return hash((self.dev, self.ino, self.mount))
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """What is to be mounted: `backing` is there for an image, with `file_system` or, where the image has
-    partitions, `disk`; `tmpfs` is there for a tmpfs.
+    partitions, `disk`; `tmpfs` is there for a tmpfs, `directory` for a directory.
     """
 
     kind: SourceKind
@@ -157,3 +182,4 @@ class Source:
     file_system: FileSystem | None
     tmpfs: Tmpfs | None
     disk: Disk | None = None
+    directory: Directory | None = None

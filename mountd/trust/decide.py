@@ -30,18 +30,18 @@ from mountd.errors import (
     UnsupportedFileSystem,
 )
 from mountd.source.model import SourceKind
-from mountd.trust import image_policy, options, partitions
+from mountd.trust import image_policy, options, owned, partitions
 from mountd.trust.case import Case
 from mountd.trust.match import caller_mismatch, copy_hint, image_mismatch, location_problem, shorten
 from mountd.trust.partitions import WRITABLE
-from mountd.trust.policy import ROOT_OWNED, TMPFS, Access, Verdict
+from mountd.trust.policy import DIRECTORY, ROOT_OWNED, TMPFS, Access, Verdict
 from mountd.trust.requirements import TRUSTED_BECAUSE, check_integrity, check_vouching
 from mountd.trust.vouching import bound_signers
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller
     from mountd.evidence.model import Evidence
-    from mountd.source.model import FileSystem, Source, Tmpfs
+    from mountd.source.model import Directory, FileSystem, Source, Tmpfs
     from mountd.trust.partitions import Use
     from mountd.trust.policy import Grant, Policy, Rule
     from mountd.trust.wishes import MountWishes
@@ -118,6 +118,8 @@ def decide(
         mismatch = image_mismatch(rule.image, source, evidence) or caller_mismatch(
             rule.caller, caller, namespace_given=wishes.namespace_given
         )
+        if mismatch is None and source.directory is not None:
+            mismatch = owned.not_meant(rule)
         if mismatch is None:
             rest = not_reached(policy.rules[number:], f"rule “{rule.name}” decides")
             return apply(rule, case, tuple(steps), rest)
@@ -136,6 +138,8 @@ def apply(rule: Rule, case: Case, before: tuple[Step, ...], rest: tuple[Step, ..
         grant = allowing_grant(rule)
         if case.source.tmpfs is not None and case.source.kind is SourceKind.TMPFS:
             trust = judge_tmpfs(rule, grant, case, case.source.tmpfs)
+        elif case.source.directory is not None:
+            trust = judge_directory(rule, grant, case, case.source.directory)
         else:
             trust = judge_image(rule, grant, case)
         attributes = locked_attributes(grant, case)
@@ -292,6 +296,27 @@ def check_read_write(rule: Rule, grant: Grant, case: Case, types: list[str], kin
         raise BadFileDescriptor("source.imageFileDescriptor", "it is open read-only, but readOnly is false")
 
 
+def judge_directory(rule: Rule, grant: Grant, case: Case, directory: Directory) -> Trust:
+    """Raise unless a directory satisfies what `rule` requires and grants; return why it does."""
+    ownership = owned.check_ownership(rule, case, directory)
+    wished = case.wishes.file_system_type
+    if wished not in (None, directory.file_system):
+        raise UnsupportedFileSystem(
+            f"{options.shown(wished or '')} was asked for, but the directory is on {directory.file_system}",
+            file_system_type=directory.file_system,
+        )
+    if not case.asked.read_only:
+        owned.check_writable(ownership, directory)
+        check_access(rule, grant)
+    check_common(rule, grant, case, DIRECTORY)
+    owned.check_ids(rule, case, ownership, directory)
+    if case.wishes.image_policy is not None:
+        raise DeniedByPolicy(
+            "imagePolicy is about images, and the source is a directory", rule=rule.name, hint="leave it out"
+        )
+    return Trust(owned.TRUSTED_BECAUSE[ownership], f"{ownership}-owned")
+
+
 def judge_tmpfs(rule: Rule, grant: Grant, case: Case, tmpfs: Tmpfs) -> Trust:
     """Raise unless a tmpfs is within what `rule` grants; return that it is."""
     if grant.max_size is None:
@@ -371,11 +396,13 @@ def no_rule(policy: Policy, case: Case) -> DeniedByPolicy:
         return DeniedByPolicy("the policy has no rules", hint=ADD_A_RULE)
     if case.source.kind is SourceKind.TMPFS:
         return DeniedByPolicy("no rule lets this caller have a tmpfs", hint=ADD_A_RULE)
+    if case.source.kind is SourceKind.DIRECTORY:
+        return owned.no_rule(policy, case, ADD_A_RULE)
     matches = [
         rule.image
         for rule in policy.rules
         if rule.verdict is not Verdict.DENY
-        and rule.image.kind != TMPFS
+        and rule.image.kind not in (TMPFS, DIRECTORY)
         and caller_mismatch(rule.caller, case.caller, namespace_given=case.wishes.namespace_given) is None
     ]
     if not matches:

@@ -10,7 +10,6 @@ from mountd.caller.model import OVERFLOW_ID
 from mountd.source.model import SourceKind
 from mountd.trust import location, registry
 from mountd.trust.options import shown
-from mountd.trust.policy import IMAGE
 from mountd.trust.vouching import digests_of_bytes, is_bound
 
 if TYPE_CHECKING:
@@ -22,6 +21,11 @@ if TYPE_CHECKING:
     from mountd.trust.policy import CallerMatch, ImageMatch
 
 MAXIMUM_SHOWN = 5
+NAMES = {
+    SourceKind.IMAGE: "an image",
+    SourceKind.TMPFS: "a tmpfs",
+    SourceKind.DIRECTORY: "a directory",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +40,15 @@ def image_mismatch(match: ImageMatch, source: Source, evidence: Evidence) -> Mis
     """Return why `match` is not about the source, None if it is."""
     if match.any:
         return None
-    is_tmpfs = source.kind is SourceKind.TMPFS
     if match.kind is not None:
-        found = "a tmpfs" if is_tmpfs else "an image"
-        wanted = "an image" if match.kind == IMAGE else f"a {match.kind}"
-        return None if wanted == found else Mismatch(f"it is about {wanted}, and the source is {found}")
-    if is_tmpfs:
-        return Mismatch("it is about images, and the source is a tmpfs")
+        found, wanted = NAMES[source.kind], NAMES[SourceKind(match.kind)]
+        if wanted != found:
+            return Mismatch(f"it is about {wanted}, and the source is {found}")
+        return location_mismatch(match.location, source, evidence) if match.location else None
+    # Where a directory lies is a place as that of an image is: what a rule denies there, it denies.
+    placed = source.kind is SourceKind.DIRECTORY and match.location and evidence.root_owned_path is not None
+    if source.kind is not SourceKind.IMAGE and not placed:
+        return Mismatch(f"it is about images, and the source is {NAMES[source.kind]}")
     if match.signed is not None:
         return signed_mismatch(match.signed, evidence)
     if match.digest:
@@ -99,15 +105,17 @@ def registry_mismatch(patterns: tuple[str, ...], evidence: Evidence) -> Mismatch
 def location_mismatch(patterns: tuple[str, ...], source: Source, evidence: Evidence) -> Mismatch | None:
     """Return why the image is not proven to lie at one of `patterns`, None if it is."""
     hint = copy_hint(patterns)
+    what = "the directory" if source.kind is SourceKind.DIRECTORY else "the image"
     if evidence.root_owned_path is not None:
         if any(location.matches(pattern, evidence.root_owned_path) for pattern in patterns):
             return None
-        return Mismatch(f"the image does not lie at {shorten(patterns)}", hint)
+        return Mismatch(f"{what} does not lie at {shorten(patterns)}", hint)
     problem = location_problem(evidence)
-    seems = source.backing.path_hint if source.backing is not None else None
+    found = source.backing or source.directory
+    seems = found.path_hint if found is not None else None
     if seems is not None and any(location.matches(pattern, seems) for pattern in patterns):
-        return Mismatch(f"the image seems to lie at {shorten(patterns)}, but {problem}", hint)
-    return Mismatch(f"the image is not proven to lie at {shorten(patterns)}: {problem}", hint)
+        return Mismatch(f"{what} seems to lie at {shorten(patterns)}, but {problem}", hint)
+    return Mismatch(f"{what} is not proven to lie at {shorten(patterns)}: {problem}", hint)
 
 
 def caller_mismatch(match: CallerMatch, caller: Caller, *, namespace_given: bool) -> Mismatch | None:

@@ -29,6 +29,7 @@ MAXIMUM_NAME = 255
 FILE_SYSTEMS = ("btrfs", "erofs", "ext4", "squashfs", "xfs")
 TMPFS = "tmpfs"
 IMAGE = "image"
+DIRECTORY = "directory"
 ROOT_OWNED = "root-owned"
 # The kinds of immutability, as they are called in `require.integrity` and as `Proof.kind`.
 INTEGRITY = (ROOT_OWNED, "sealed", "dm-verity", "fs-verity", "stored")
@@ -39,6 +40,8 @@ KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 UNIT = re.compile(r"[A-Za-z0-9:_.\\@*-]+\.(service|scope)")
 SLICE = re.compile(r"-|[A-Za-z0-9:_.\\@]+(-[A-Za-z0-9:_.\\@]+)*")
+# Whose directories a rule can trust, as in `Evidence.ownership`.
+OWNERSHIP = ("root", "caller", "foreign")
 CONTAINER_MANAGERS = ("containerd", "cri-o", "docker", "lxc", "nspawn", "podman")
 MAXIMUM_MOUNTS = 1 << 20
 
@@ -92,7 +95,8 @@ class ImageMatch:
 
     Images at one of the `location` patterns; images that the key named `signed` has signed; images whose
     bytes have one of the digests `digest` ("sha256:HEX"); images that were pulled from one of the `registry`
-    patterns; a `kind` of source; or `any` source at all.
+    patterns; a `kind` of source; or `any` source at all. With the kind “directory”, those at one of the
+    `location` patterns, if there are any.
     """
 
     location: tuple[str, ...] = ()
@@ -104,13 +108,15 @@ class ImageMatch:
 
     def __post_init__(self) -> None:
         named = (self.location, self.digest, self.registry)
-        if sum(map(bool, named)) + (self.kind is not None) + (self.signed is not None) + self.any != 1:
+        # A rule about directories may say where they lie.
+        kind = self.kind is not None and not (self.kind == DIRECTORY and self.location)
+        if sum(map(bool, named)) + kind + (self.signed is not None) + self.any != 1:
             raise PolicyValueError(
                 "image", "give exactly one of location, signed, digest, registry, kind and any = true"
             )
-        if self.kind not in (None, TMPFS, IMAGE):
+        if self.kind not in (None, TMPFS, IMAGE, DIRECTORY):
             raise PolicyValueError(
-                "image.kind", f"“{self.kind}” is {NOT_SUPPORTED}; “{IMAGE}” and “{TMPFS}” are"
+                "image.kind", f"“{self.kind}” is {NOT_SUPPORTED}; “{IMAGE}”, “{DIRECTORY}” and “{TMPFS}” are"
             )
         check_patterns("image.location", self.location, location_pattern.check_pattern)
         check_patterns("image.registry", self.registry, registry_pattern.check_pattern)
@@ -215,14 +221,18 @@ class Require:
     signed it, or is CONTAINERS_POLICY: then it has to come from a registry, and a requirement of
     containers-policy.json(5) that checks a signature has to have been met. `min_strength` is who has to
     vouch for it at least.
+
+    Of a directory, `ownership` says whose it has to be, and nothing else can be required.
     """
 
     integrity: tuple[str, ...]
     signature: str | None = None
     min_strength: Strength | None = None
+    ownership: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.integrity:
+        self.check_ownership()
+        if not self.integrity and not self.ownership:
             raise PolicyValueError(
                 "require.integrity", f"the list is empty; name some of {', '.join(INTEGRITY)}"
             )
@@ -231,6 +241,20 @@ class Require:
                 raise PolicyValueError(
                     "require.integrity", f"“{shown(name)}” is unknown; {', '.join(INTEGRITY)} are known"
                 )
+
+    def check_ownership(self) -> None:
+        """Refuse what directories cannot be required to have."""
+        for name in self.ownership:
+            if name not in OWNERSHIP:
+                raise PolicyValueError(
+                    "require.ownership", f"“{shown(name)}” is unknown; {', '.join(OWNERSHIP)} are known"
+                )
+        if self.ownership and (
+            self.integrity or self.signature is not None or self.min_strength is not None
+        ):
+            raise PolicyValueError(
+                "require.ownership", "it is about directories, and nothing else is required of these"
+            )
 
     @property
     def names_bytes(self) -> bool:
@@ -304,6 +328,8 @@ class Rule:
             raise PolicyValueError("grant", "it is missing; say what the rule grants")
         elif self.image.kind == TMPFS:
             self.check_tmpfs(self.grant)
+        elif self.image.kind == DIRECTORY:
+            self.check_directory(self.grant)
         else:
             self.check_image(self.grant)
 
@@ -311,6 +337,10 @@ class Rule:
         """Refuse what a rule about images cannot have, and what it cannot lack."""
         if self.require is None:
             raise PolicyValueError("require", f'it is missing; give integrity = ["{ROOT_OWNED}"]')
+        if self.require.ownership:
+            raise PolicyValueError(
+                "require.ownership", f'it is about directories; give image = {{ kind = "{DIRECTORY}" }}'
+            )
         if grant.access is Access.READ_WRITE:
             self.check_writable(self.require)
         if not grant.file_systems:
@@ -320,6 +350,28 @@ class Rule:
             **{"grant.max-size": grant.max_size, "grant.max-inodes": grant.max_inodes},
         )
         self.check_options(grant, grant.file_systems)
+
+    def check_directory(self, grant: Grant) -> None:
+        """Refuse what a rule about directories cannot have, and what it cannot lack."""
+        if self.require is None or not self.require.ownership:
+            raise PolicyValueError(
+                "require.ownership", f"it is missing; say whose directories: {', '.join(OWNERSHIP)}"
+            )
+        if self.image.location and self.require.ownership != ("root",):
+            raise PolicyValueError(
+                "require.ownership", 'where a directory lies proves something of root\'s only; give ["root"]'
+            )
+        if grant.access is Access.READ_WRITE and self.require.ownership == ("root",):
+            raise PolicyValueError("grant.access", "what is root's is never writable; remove it")
+        self.check_absent(
+            "a directory has none",
+            **{
+                "grant.file-systems": grant.file_systems or None,
+                "grant.options": grant.options or None,
+                "grant.max-size": grant.max_size,
+                "grant.max-inodes": grant.max_inodes,
+            },
+        )
 
     def check_tmpfs(self, grant: Grant) -> None:
         """Refuse what a rule about a tmpfs cannot have, and what it cannot lack."""

@@ -390,7 +390,10 @@ def make_image(table: ImageTable) -> ImageMatch:
 def make_require(table: RequireTable) -> Require:
     """Return what `require` of a rule requires."""
     strength = Strength(table.min_strength) if table.min_strength is not None else None
-    return Require(tuple(table.integrity), table.signature, strength)
+    for key, names in (("integrity", table.integrity), ("ownership", table.ownership)):
+        if names == []:
+            raise PolicyValueError(f"require.{key}", "the list is empty; name something")
+    return Require(tuple(table.integrity or ()), table.signature, strength, tuple(table.ownership or ()))
 
 
 def make_grant(table: GrantTable, kind: str | None) -> Grant:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mountd.trust.policy import CONTAINERS_POLICY, IMAGE, ROOT_OWNED, TMPFS, Strength, Verdict
+from mountd.trust.policy import CONTAINERS_POLICY, DIRECTORY, IMAGE, ROOT_OWNED, TMPFS, Strength, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +53,8 @@ def lint(policy: Policy) -> list[Finding]:
 
 def hides(earlier: Rule, later: Rule) -> bool:
     """Whether `earlier` matches whenever `later` does."""
+    if later.image.kind == DIRECTORY != earlier.image.kind and earlier.verdict is not Verdict.DENY:
+        return False  # a rule about anything says nothing of directories, unless it denies
     return image_covers(earlier.image, later.image) and caller_covers(earlier.caller, later.caller)
 
 
@@ -63,7 +65,12 @@ def image_covers(wide: ImageMatch, narrow: ImageMatch) -> bool:
     if narrow.any:
         return False
     if wide.kind is not None:
-        return wide.kind == IMAGE and narrow.kind != TMPFS
+        if wide.kind == IMAGE:
+            return narrow.kind not in (TMPFS, DIRECTORY)
+        # One about all directories is about those at a place, too.
+        return wide.kind == narrow.kind and not wide.location
+    if narrow.kind is not None:
+        return False
     lists = (
         (wide.location, narrow.location),
         (wide.digest, narrow.digest),

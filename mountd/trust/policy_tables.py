@@ -91,7 +91,8 @@ class CallerTable(Table):
 class RequireTable(Table):
     """`require` of a rule."""
 
-    integrity: list[str]
+    integrity: list[str] | None = None
+    ownership: list[str] | None = None
     signature: str | None = None
     min_strength: Literal["signed", "digest", "location"] | None = None
 

@@ -17,7 +17,8 @@ class MountWishes:
 
     `idmap_kind` is one of IDMAP_KINDS. `namespace_given` is whether the request came with a user namespace
     that `ids.authorize_ids` accepted; one that it did not accept must not get this far. `image_policy` is
-    what the request itself demands of its image.
+    what the request itself demands of its image. `disk_uids` and `disk_gids` are the ids on disk, first and
+    number, that the idmap “ranges” is to make somebody's.
     """
 
     read_only: bool
@@ -26,3 +27,5 @@ class MountWishes:
     idmap_kind: str
     namespace_given: bool
     image_policy: ImagePolicy | None = None
+    disk_uids: tuple[tuple[int, int], ...] = ()
+    disk_gids: tuple[tuple[int, int], ...] = ()

@@ -8,7 +8,7 @@ import pytest
 
 from mountd.client import ENVIRONMENT, SOCKETS, Client, Request, socket_paths
 from mountd.errors import InvalidParameter, NotFound, Unreachable
-from mountd.text import parse_size
+from mountd.request import parse_size
 
 
 @pytest.mark.parametrize(

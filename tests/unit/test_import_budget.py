@@ -25,7 +25,7 @@ CLIENTS = [
     "mountd.cli.umount_helper",
     "mountd.cli.mountctl",
 ]
-LEAN_ROOMS = ("errors", "fds", "version", "kernel", "wire", "wire.framing", "text", "client", "cli")
+LEAN_ROOMS = ("errors", "fds", "version", "kernel", "wire", "wire.framing", "request", "client", "cli")
 
 
 def lean_modules() -> list[str]:

@@ -272,7 +272,7 @@ def test_the_schema_has_every_key_and_no_other(capfd: pytest.CaptureFixture[str]
         "ImageTable": {"location", "signed", "digest", "registry", "kind", "any"},
         "CallerTable": {"any", "users", "groups", "units", "slices", "containers", "user-namespace", "host",
                         "nested"},
-        "RequireTable": {"integrity", "signature", "min-strength"},
+        "RequireTable": {"integrity", "signature", "min-strength", "ownership"},
         "GrantTable": {"file-systems", "access", "options", "flags", "idmap", "max-size", "max-inodes",
                        "attach", "max-mounts"},
         "KeyTable": {"x509", "ed25519", "ecdsa", "sigstore", "gpg"},

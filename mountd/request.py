@@ -1,0 +1,198 @@
+"""What a command line asks for, as the parameters and descriptors of a call."""
+
+from __future__ import annotations
+
+import binascii
+import errno
+import os
+
+from mountd.errors import InvalidParameter, NotFound, OptionNotPermitted
+from mountd.fds import OwnedFd, close_all
+from mountd.wire.framing import is_text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    # The path of the hash data, the root hash in hexadecimal, the path of a signature of the root hash.
+    Verity = tuple[str, str, str | None]
+
+HOST_ID_MAP = ["0", "0", "4294967295"]
+IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
+TMPFS = "tmpfs:"
+STORED = "stored:"
+OCI = "oci:"
+MAXIMUM_SIGNATURE = 256 << 10  # bytes
+MAXIMUM_INTEGER = (1 << 63) - 1
+
+
+def open_image(path: str, *, writable: bool = False) -> OwnedFd:
+    """Open an image to hand it over. Raises NotFound, OSError."""
+    access = os.O_RDWR if writable else os.O_RDONLY
+    try:
+        # Not to be held up by a pipe, or by a lease on the file.
+        return OwnedFd(os.open(path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK))
+    except FileNotFoundError:
+        raise NotFound(path) from None
+
+
+def open_directory(path: str) -> OwnedFd:
+    """Open a directory to hand it over; one that cannot be read, in a way that proves no access."""
+    flags = os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return OwnedFd(os.open(path, flags | os.O_RDONLY))
+    except PermissionError:
+        return OwnedFd(os.open(path, flags | os.O_PATH))
+
+
+def in_user_namespace() -> bool:
+    """Tell whether this process is in a user namespace that does not map all ids, as the host's does."""
+    with open("/proc/self/uid_map", encoding="utf-8") as file:
+        return file.read().split() != HOST_ID_MAP
+
+
+class Request:
+    """What a command line asked for, turned into the parameters of Mount and Explain.
+
+    Owns the descriptors that go along.
+    """
+
+    __slots__ = ("fds", "parameters", "source")
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        read_only: bool | None = None,
+        file_system_type: str | None = None,
+        options: Sequence[str] = (),
+        userns: str | None = None,
+        idmap: str | None = None,
+        image_policy: str | None = None,
+        signature: str | None = None,
+        verity: Verity | None = None,
+        interactive: bool | None = None,
+    ) -> None:
+        """Open what has to be opened.
+
+        `source` is the path of an image or of a directory, "stored:sha256:…" for one of mountd's store,
+        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE".
+        `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
+        of a user namespace, "none" for none, None for that of this process if it is not the host's.
+        `image_policy` is in the grammar of systemd.image-policy(7), `signature` the path of a detached
+        signature of the image, `verity` the paths of hash data and of the signature of the root hash. With
+        `interactive` an administrator may be asked, where the policy wants that. Raises
+        NotFound, InvalidParameter, OptionNotPermitted and OSError.
+        """
+        check_text(options, file_system_type)
+        if image_policy is not None and not is_text(image_policy):
+            raise InvalidParameter("imagePolicy", "it is no text")
+        if read_only is None:
+            read_only = not source.startswith(TMPFS)
+        self.fds: list[OwnedFd] = []
+        self.parameters: dict[str, object] = {
+            "readOnly": read_only,
+            "fileSystemType": file_system_type,
+            "options": list(options) or None,
+            "idMap": {"kind": idmap} if idmap else None,
+            "imagePolicy": image_policy,
+            "interactive": interactive,
+        }
+        try:
+            self.source = self._read_source(source, read_only)
+            self._add_companions(signature, verity)
+            if userns is None and idmap in (None, "namespace") and in_user_namespace():
+                userns = "/proc/self/ns/user"
+            if userns not in (None, "none"):
+                self.parameters["userNamespaceFileDescriptor"] = self._add(open_image(str(userns)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_source(self, source: str, read_only: bool) -> dict[str, object]:
+        if source.startswith(TMPFS):
+            return {"tmpfs": {"size": parse_size(source.removeprefix(TMPFS))}}
+        if source.startswith((STORED, OCI)):
+            if not is_text(source):
+                raise InvalidParameter("SOURCE", "it is no text")
+            return {"reference": source}
+        try:
+            if os.path.isdir(source):
+                return {"directoryFileDescriptor": self._add(open_directory(source))}
+            return {"imageFileDescriptor": self._add(open_image(source, writable=not read_only))}
+        except OSError as error:
+            if read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
+                raise
+            reason = f"{source}: {error.strerror}"
+            raise OptionNotPermitted("rw", reason, hint="ask for a read-only mount") from None
+
+    def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
+        if (signature or verity) and "imageFileDescriptor" not in self.source:
+            raise InvalidParameter("SOURCE", "a signature and dm-verity go with the file of an image only")
+        if signature is not None:
+            self.source["signature"] = read_signature(signature)
+        if verity is not None:
+            data, root_hash, of_root_hash = verity
+            self.source["verity"] = given(
+                {
+                    "dataFileDescriptor": self._add(open_image(data)),
+                    "rootHash": root_hash,
+                    "signature": None if of_root_hash is None else read_signature(of_root_hash),
+                }
+            )
+
+    def add_namespace(self, userns: OwnedFd) -> None:
+        """Have ids mapped into this user namespace, which is taken over."""
+        self.parameters["userNamespaceFileDescriptor"] = self._add(userns)
+
+    def add_target(self, target: OwnedFd) -> None:
+        """Have the mount attached at this directory, which is taken over: for Attach."""
+        self.parameters["targetFileDescriptor"] = self._add(target)
+
+    def _add(self, fd: OwnedFd) -> int:
+        self.fds.append(fd)
+        return len(self.fds) - 1
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        close_all(self.fds)
+
+    def __enter__(self) -> Request:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_signature(path: str) -> str:
+    """Return a detached signature in base64. Raises NotFound, InvalidParameter, OSError."""
+    with open_image(path) as fd:
+        data = os.read(fd.fileno(), MAXIMUM_SIGNATURE + 1)
+    if not 0 < len(data) <= MAXIMUM_SIGNATURE:
+        raise InvalidParameter("signature", f"{path} has not 1 to {MAXIMUM_SIGNATURE} bytes")
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
+def given(parameters: Mapping[str, object]) -> dict[str, object]:
+    """Return the parameters that are not None."""
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def check_text(options: Sequence[str], file_system_type: str | None) -> None:
+    """Raise OptionNotPermitted or InvalidParameter for what cannot be said on the wire, which is UTF-8."""
+    for option in options:
+        if not is_text(option):
+            raise OptionNotPermitted(option, "it is no text", hint="write it in UTF-8")
+    if file_system_type is not None and not is_text(file_system_type):
+        raise InvalidParameter("fileSystemType", "it is no text")
+
+
+def parse_size(text: str) -> int:
+    """Return a number of bytes; K, M, G and T are powers of 1024. Raises InvalidParameter."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    unit = units.get(text[-1:].upper(), 1)
+    digits = text[:-1] if unit > 1 else text
+    size = int(digits) * unit if digits.isdecimal() and len(digits) <= 18 else 0
+    if not 0 < size <= MAXIMUM_INTEGER:
+        raise InvalidParameter("SOURCE", f"“tmpfs:{text}” has no size such as 64M")
+    return size
