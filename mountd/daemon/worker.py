@@ -207,6 +207,7 @@ class Worker:
     def _clean_up(self) -> None:
         """Let go of everything that the last requests have left."""
         self._seal.clear()
+        self._seal.expire()
         if self._ledger is not None:
             self._ledger.collect()
         close_all(self._left_over)

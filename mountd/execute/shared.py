@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from mountd.fds import OwnedFd
 
-SLOTS = 8
+SLOTS = 96  # of one worker: what it keeps, and room for all that it serves in a row
+KEPT = 32
 NAMES = "names"
 NOTHING_KNOWN = StatxMask(0)
 
@@ -125,10 +126,16 @@ class SharedMounts:
         return max(0.0, self._seconds - max(ages))
 
     def expire(self, seconds: float | None = None) -> None:
-        """Take away what was not used for `seconds`, or the usual. Raises SyscallError, OSError."""
+        """Take away what was not used for `seconds`, or the usual, and all but the latest KEPT of the rest.
+
+        Raises SyscallError, OSError.
+        """
         limit = self._seconds if seconds is None else seconds
+        ages = {slot: self._age(path, slot) for slot, path in self._kept.items()}
+        if len(ages) > KEPT:
+            limit = min(limit, sorted(ages.values())[KEPT])
         for slot, path in list(self._kept.items()):
-            if self._age(path, slot) >= limit:
+            if ages[slot] >= limit:
                 if self._is_own(path, slot):
                     with suppress(FileNotFoundError):
                         os.unlink(path)

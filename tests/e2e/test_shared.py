@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mountd.execute.shared import KEPT
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
 from mountd.kernel.flags import MountAttr
@@ -182,7 +183,7 @@ def test_a_worker_that_ends_takes_what_it_keeps_along(
 
 
 def test_more_than_there_is_room_for(start: Callable[..., Daemon], place: Path) -> None:
-    """What is not kept is mounted all the same."""
+    """Only the latest are kept, and all are mounted all the same."""
     directory = place / "many"
     directory.mkdir(mode=0o755)
     tree = build_tree(place / "tree-many")
@@ -190,10 +191,15 @@ def test_more_than_there_is_room_for(start: Callable[..., Daemon], place: Path) 
     for number in range(1, 60):
         (directory / f"{number}.raw").write_bytes(first)
     daemon = start(trusting(directory), *LONG)
+    before = daemon.held()["mounts"]
+    assert isinstance(before, int)
     for _ in range(2):
         for number in range(60):
             with ask_as(daemon, directory / f"{number}.raw", USER) as one:
                 assert "hello" in names(one)
+    kept = daemon.held()["mounts"]
+    assert isinstance(kept, int)
+    assert 0 < kept - before <= KEPT * len(daemon.workers)
 
 
 def test_a_hundred_containers_have_the_page_cache_once(
