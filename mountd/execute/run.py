@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mountd.errors import BadFileDescriptor, SyscallError
-from mountd.execute import verity
+from mountd.execute import overlay, verity
 from mountd.kernel import cloning, loop_device, mount_api, namespaces
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
@@ -23,6 +23,7 @@ from mountd.plan.operations import (
     CloneTree,
     CreateSuperblock,
     MakeMount,
+    MakeOverlay,
     MapRanges,
     MapRootOwner,
     MapToNamespace,
@@ -60,7 +61,16 @@ class Sealer(Protocol):
 class Inputs:
     """What the operations refer to, all borrowed: image or directory, hash data, namespaces, who seals."""
 
-    __slots__ = ("hash_fd", "image_fd", "mount_namespace_fd", "naming", "note", "seal", "userns_fd")
+    __slots__ = (
+        "hash_fd",
+        "image_fd",
+        "layers",
+        "mount_namespace_fd",
+        "naming",
+        "note",
+        "seal",
+        "userns_fd",
+    )
 
     def __init__(
         self,
@@ -72,12 +82,14 @@ class Inputs:
         note: Callable[[OwnedFd], None] | None = None,
         naming: Naming | None = None,
         mount_namespace_fd: int | None = None,
+        layers: Sequence[int] = (),
     ) -> None:
         """`hash_fd` is the hash data of dm-verity, where the plan has it; `naming` names sources.
 
         `note` is shown the mount, borrowed, while its ids are those of the file system. `mount_namespace_fd`
-        is where a directory, which is `image_fd` then, may lie.
+        is where a directory, which is `image_fd` then, may lie. `layers` are the mounts of an overlay.
         """
+        self.layers = layers
         self.mount_namespace_fd = mount_namespace_fd
         self.naming = naming
         self.image_fd = image_fd
@@ -115,6 +127,8 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
                 # The old descriptor is the sealer's now, whether it succeeds or not.
                 unsealed, mount = _needed(mount), None
                 mount = inputs.seal(unsealed, plan.shared)
+            elif isinstance(operation, MakeOverlay):
+                context = overlay.create(operation, inputs.layers)
             else:
                 map_ids(operation, _needed(mount).fileno(), inputs)
         done, mount = _needed(mount), None

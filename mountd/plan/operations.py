@@ -111,6 +111,26 @@ class MakeMount:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeOverlay:
+    """Make an overlay of mounts, the topmost first. It has no upper directory, and so is read-only.
+
+    `options` are names with their value. Raises ValueError for fewer than two layers.
+    """
+
+    layers: int
+    options: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        if self.layers < 2:
+            raise ValueError("an overlay without an upper directory has two layers or more")
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        options = ",".join(f"{name}={value}" for name, value in self.options)
+        return f"make a read-only overlay of {self.layers} layers ({options})"
+
+
+@dataclass(frozen=True, slots=True)
 class CloneTree:
     """Make a detached mount of a directory, without what is mounted below it.
 
@@ -171,7 +191,9 @@ class Seal:
         return "lock the attributes"
 
 
-Operation = CreateSuperblock | MakeMount | CloneTree | MapToNamespace | MapRanges | MapRootOwner | Seal
+Operation = (
+    CreateSuperblock | MakeOverlay | MakeMount | CloneTree | MapToNamespace | MapRanges | MapRootOwner | Seal
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,8 +301,8 @@ def take_out(caller: Caller, fds: list[OwnedFd], context: RequestContext) -> Non
 
     The descriptors of the request are closed for that.
     """
-    if context.put_in is not None and context.store is not None:
+    if context.put_in and context.store is not None:
         close_all(fds)
-        with contextlib.suppress(MountdError, OSError):
-            context.store.remove(context.put_in, owner_of(caller).uid)
-        context.put_in = None
+        while context.put_in:
+            with contextlib.suppress(MountdError, OSError):
+                context.store.remove(context.put_in.pop(), owner_of(caller).uid)

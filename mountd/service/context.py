@@ -128,7 +128,7 @@ class RequestContext:
     ledger: Book | None = None
     questions: Path | None = None
     called_off: int = -1
-    put_in: str | None = None
+    put_in: list[str] = field(default_factory=list)
     asked_for: float = 0.0
     _caller: Caller | None = None
     _decision: Decision | None = None

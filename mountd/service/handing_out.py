@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mountd.kernel import compat, watch
 from mountd.ledger.record import Record
 from mountd.plan.idmap import IdMapKind
+from mountd.source.model import SourceKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +97,7 @@ class Entry:
             id_map=described(judged),
             since=int(time.time()),
             superblock=superblock,
-            shared=superblock and read_only,
+            shared=superblock and read_only and not judged.layers,
             sent=sent,
             unit=caller.unit,
             rule=decision.rule,
@@ -114,6 +115,8 @@ def file_system_of(judged: Judged) -> str:
     source = judged.inspected.source
     if source.directory is not None:
         return source.directory.file_system
+    if source.kind is SourceKind.STACK:
+        return "overlay"
     return "tmpfs" if source.file_system is None else source.file_system.type
 
 

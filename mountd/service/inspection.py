@@ -332,7 +332,7 @@ def put_in(
         return copy
     if record is None or not record.belongs_to(owner.uid):
         record = stored(copy, backing, owner, context)
-        context.put_in = record.digest
+        context.put_in.append(record.digest)
     inspected = inspect_stored(record.digest, caller, fds, context)
     signers = tuple(dict.fromkeys((*copy.evidence.signers, *inspected.evidence.signers)))
     return replace(inspected, evidence=replace(inspected.evidence, signers=signers))

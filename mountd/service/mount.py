@@ -17,13 +17,14 @@ from mountd.execute.run import Inputs, run_all
 from mountd.fds import close_all
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mounts
-from mountd.service import directories, disks
+from mountd.service import directories, disks, stacks
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
+from mountd.service.layers import at_layer
 from mountd.service.phase import Phase
 from mountd.service.requests import STORED_PREFIX, MountRequest
-from mountd.source.model import Source
+from mountd.source.model import Source, SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust.ids import authorize_extents, authorize_ids
 from mountd.trust.policy import Verdict
@@ -53,6 +54,7 @@ class Judged:
     uids: Extents
     gids: Extents
     source: str | None  # for people
+    layers: tuple[Judged, ...] = ()  # of a stack, the topmost first
 
 
 def mount(
@@ -114,6 +116,12 @@ def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judg
         return judged
     from mountd.service import consent
 
+    if judged.layers:
+        layers = []
+        for number, layer in enumerate(judged.layers):
+            with at_layer(number):
+                layers.append(allowed(layer, fds, context))
+        return of_layers(replace(judged, layers=tuple(layers)), context)
     action = consent.action_of(judged.inspected.source, judged.decision)
     about = consent.details(judged.source, judged.decision)
     interactive, rule = judged.request.interactive, judged.decision.rule
@@ -164,12 +172,64 @@ def judge(
             hint="call as a user that the user namespace maps",
         )
     uids, gids = authorize(request, caller)
+
+    def judge_source(each: MountRequest) -> Judged:
+        return judge_one(each, caller, (uids, gids), fds, context, may_change=may_change)
+
+    if not request.layers:
+        return judge_source(request)
+    try:
+        layers = stacks.judge_layers(request.layers, judge_source, context)
+        judged = Judged(
+            request,
+            caller,
+            stacks.NOTHING,
+            layers[0].decision,
+            uids,
+            gids,
+            context.notes.get("source"),
+            layers,
+        )
+        judged = of_layers(judged, context)
+    except BaseException:
+        take_out(caller, fds, context)
+        raise
+    if judged.decision.verdict is Verdict.DENY:
+        take_out(caller, fds, context)
+    return judged
+
+
+def of_layers(judged: Judged, context: RequestContext) -> Judged:
+    """Return a stack with what was decided about its layers."""
+    decision = stacks.decision_of(judged.layers)
+    context.note_decision(decision, stacks.OVERLAY)
+    return replace(judged, decision=decision)
+
+
+def take_out(caller: Caller, fds: list[OwnedFd], context: RequestContext) -> None:
+    """Take out of the store what was put there for one layer, where another one is refused."""
+    if context.put_in:
+        from mountd.service import consent
+
+        consent.take_out(caller, fds, context)
+
+
+def judge_one(
+    request: MountRequest,
+    caller: Caller,
+    ids: tuple[Extents, Extents],
+    fds: list[OwnedFd],
+    context: RequestContext,
+    *,
+    may_change: bool,
+) -> Judged:
+    """Find out the facts about one source and decide, as `judge` does."""
     inspected = inspect(request, caller, fds, context, may_change=may_change)
     if inspected.source.disk is not None:
         inspected = disks.settle(inspected, request, caller, context)
     decision = context.policy.decide(caller, inspected.source, inspected.evidence, request.wishes)
     context.note_decision(decision, file_system_type(inspected.source))
-    return Judged(request, caller, inspected, decision, uids, gids, context.notes.get("source"))
+    return Judged(request, caller, inspected, decision, *ids, context.notes.get("source"))
 
 
 def authorize(request: MountRequest, caller: Caller) -> tuple[Extents, Extents]:
@@ -204,6 +264,8 @@ def make(
     `note` is shown each before ids are mapped.
     """
     inspected = judged.inspected
+    if judged.layers:
+        return [stacks.make(judged, context, make, note)]
     if inspected.source.directory is not None:
         return [directories.make(judged, context)]
     plans = plan_mounts(
@@ -245,6 +307,8 @@ def file_system_type(source: Source) -> str:
         return "gpt"
     if source.directory is not None:
         return source.directory.file_system
+    if source.kind is SourceKind.STACK:
+        return stacks.OVERLAY
     return source.file_system.type if source.file_system is not None else "tmpfs"
 
 
@@ -294,13 +358,13 @@ def facts(judged: Judged) -> dict[str, str]:
             found["signed with"] = evidence.provenance.signer
         if evidence.root_owned_path is not None and caller.on_host:
             found["path"] = evidence.root_owned_path
-    if decision.verdict is Verdict.ASK:
+    if decision.verdict is Verdict.ASK and not judged.layers:
         from mountd.service import consent
 
         shown = consent.details(judged.source, decision)
         found["polkit action"] = consent.action_of(source, decision)
         found["polkit details"] = ", ".join(f"{name} {value}" for name, value in shown.items())
-    found |= directories.facts(judged)
+    found |= directories.facts(judged) | stacks.facts(judged, facts)
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mountd.errors import InvalidParameter, NotSupported
+from mountd.errors import InvalidParameter, LimitExceeded, NotSupported
 from mountd.plan.idmap import IdMapKind, IdMapWish, IdRange
+from mountd.service.layers import at_layer
 from mountd.source.model import SourceKind, Tmpfs
 from mountd.store import reference as registry_reference
 from mountd.store.record import hex_of
@@ -47,7 +48,12 @@ SOURCES = (
 )
 DIRECTORY_FIELD = "source.directoryFileDescriptor"
 COMPANIONS = ("verity", "signature")  # of imageFileDescriptor
-SUPPORTED_SOURCES = ("imageFileDescriptor", "directoryFileDescriptor", "reference", "tmpfs")
+SUPPORTED_SOURCES = ("imageFileDescriptor", "directoryFileDescriptor", "layers", "reference", "tmpfs")
+LAYERS_FIELD = "source.layers"
+# Each is a superblock of its own, and may take a loop device.
+MAXIMUM_LAYERS = 32
+MINIMUM_LAYERS = 2
+OVERLAY = "overlay"
 DEFAULT_TMPFS_MODE = 0o755
 TMPFS_MODE_BITS = 0o1777
 
@@ -58,7 +64,8 @@ class MountRequest:
 
     Of `image_fd`, `stored` (the digest of an image of the store, or a name in a registry with the digest of
     a manifest), `tmpfs` and `directory_fd`, one is not None. `verity` and the bytes of `signature` may go
-    with `image_fd`. `target_fd` is for Attach. `interactive` is whether a person may be asked.
+    with `image_fd`. A stack has none of these but `layers`, the topmost first, which are requests with the
+    same wishes. `target_fd` is for Attach. `interactive` is whether a person may be asked.
     """
 
     kind: SourceKind
@@ -73,28 +80,19 @@ class MountRequest:
     target_fd: int | None = None
     interactive: bool = False
     directory_fd: int | None = None
+    layers: tuple[MountRequest, ...] = ()
 
     @classmethod
     def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
         """Read the parameters. Raises InvalidParameter and NotSupported."""
         table = Descriptors(fds)
-        source = parameters["source"]
-        image_fd, tmpfs, stored = read_source(source, table)
-        directory = source.get("directoryFileDescriptor")
-        directory_fd = table.optional(directory, DIRECTORY_FIELD)
-        verity = read_verity(source.get("verity"), table)
-        kind = SourceKind.TMPFS if tmpfs is not None else SourceKind.IMAGE
-        kind = SourceKind.DIRECTORY if directory_fd is not None else kind
+        what = read_what(parameters["source"], table)
+        layers = tuple(what.layers)
         userns_fd = table.optional(parameters.get(NAMESPACE_FIELD), NAMESPACE_FIELD)
         idmap = read_idmap(parameters.get("idMap"), namespace_given=userns_fd is not None)
         target_fd = table.optional(parameters.get(TARGET_FIELD), TARGET_FIELD)
         table.check_all_named()
         demanded = parameters.get("imagePolicy")
-        signature = read_signature(source.get("signature"), SIGNATURE_FIELD)
-        if verity is not None and verity.signature is not None:
-            if signature is not None:
-                raise InvalidParameter(SIGNATURE_FIELD, "the root hash has one already; give one of them")
-            signature = verity.signature
         read_only = parameters.get("readOnly")
         wishes = MountWishes(
             read_only=True if read_only is None else read_only,
@@ -106,21 +104,59 @@ class MountRequest:
             disk_uids=tuple((each.first, each.count) for each in idmap.uid_ranges),
             disk_gids=tuple((each.first, each.count) for each in idmap.gid_ranges),
         )
-        interactive = parameters.get("interactive") is True
-        return cls(
-            kind,
-            image_fd,
-            tmpfs,
-            stored,
+        made = cls(
+            what.kind,
+            what.image_fd,
+            what.tmpfs,
+            what.stored,
             userns_fd,
             idmap,
             wishes,
-            signature,
-            verity,
+            what.signature,
+            what.verity,
             target_fd,
-            interactive,
-            directory_fd,
+            parameters.get("interactive") is True,
+            what.directory_fd,
         )
+        return made.stacked(layers) if layers else made
+
+    def stacked(self, layers: tuple[What, ...]) -> MountRequest:
+        """Return this request as one of a stack with these layers. Raises InvalidParameter, NotSupported."""
+        wishes = self.wishes
+        if wishes.file_system_type not in (None, OVERLAY):
+            raise InvalidParameter("fileSystemType", f"a stack is an {OVERLAY}")
+        if not wishes.read_only:
+            raise NotSupported("a stack to write to", hint="mount it read-only, and put an overlay on it")
+        each = replace(self, target_fd=None, wishes=replace(wishes, file_system_type=None))
+        return replace(
+            self,
+            layers=tuple(
+                replace(
+                    each,
+                    kind=layer.kind,
+                    image_fd=layer.image_fd,
+                    stored=layer.stored,
+                    signature=layer.signature,
+                    verity=layer.verity,
+                    directory_fd=layer.directory_fd,
+                )
+                for layer in layers
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class What:
+    """One source, or the layers of a stack; the fields are those of `MountRequest`."""
+
+    kind: SourceKind
+    image_fd: int | None = None
+    tmpfs: Tmpfs | None = None
+    stored: str | Reference | None = None
+    directory_fd: int | None = None
+    signature: bytes | None = None
+    verity: VerityRequest | None = None
+    layers: tuple[What, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +198,46 @@ class Descriptors:
                 raise InvalidParameter("fileDescriptors", f"no field names descriptor {index}")
 
 
+def read_what(source: Mapping[str, Any], table: Descriptors) -> What:
+    """Read a source with all that goes with it, or those of a stack."""
+    image_fd, tmpfs, stored = read_source(source, table)
+    if source.get("layers") is not None:
+        return What(SourceKind.STACK, layers=read_layers(source["layers"], table))
+    directory_fd = table.optional(source.get("directoryFileDescriptor"), DIRECTORY_FIELD)
+    verity = read_verity(source.get("verity"), table)
+    signature = read_signature(source.get("signature"), SIGNATURE_FIELD)
+    if verity is not None and verity.signature is not None:
+        if signature is not None:
+            raise InvalidParameter(SIGNATURE_FIELD, "the root hash has one already; give one of them")
+        signature = verity.signature
+    kind = SourceKind.TMPFS if tmpfs is not None else SourceKind.IMAGE
+    kind = SourceKind.DIRECTORY if directory_fd is not None else kind
+    return What(kind, image_fd, tmpfs, stored, directory_fd, signature, verity)
+
+
+def read_layers(layers: Sequence[Mapping[str, Any]], table: Descriptors) -> tuple[What, ...]:
+    """Read the layers of a stack. Raises InvalidParameter, NotSupported, LimitExceeded."""
+    if len(layers) > MAXIMUM_LAYERS:
+        raise LimitExceeded("layers of a stack", MAXIMUM_LAYERS)
+    if len(layers) < MINIMUM_LAYERS:
+        raise InvalidParameter(LAYERS_FIELD, f"a stack has {MINIMUM_LAYERS} layers or more")
+    found = []
+    for number, layer in enumerate(layers):
+        with at_layer(number):
+            for name in ("layers", "tmpfs"):
+                if layer.get(name) is not None:
+                    reason = "a layer is an image, a directory or a reference"
+                    raise InvalidParameter(f"source.{name}", reason)
+            found.append(read_what(layer, table))
+    return tuple(found)
+
+
 def read_source(
     source: Mapping[str, Any], table: Descriptors
 ) -> tuple[int | None, Tmpfs | None, str | Reference | None]:
     """Read the one source that a request has: an image, a tmpfs or what names a stored image.
 
-    A directory is none of these.
+    A directory is none of these, nor are layers.
     """
     given = [name for name in SOURCES if source.get(name) is not None]
     if len(given) != 1:
@@ -179,7 +249,7 @@ def read_source(
             raise InvalidParameter(f"source.{name}", "it goes with imageFileDescriptor only")
     if given[0] == "tmpfs":
         return None, read_tmpfs(source["tmpfs"]), None
-    if given[0] == "directoryFileDescriptor":
+    if given[0] in ("directoryFileDescriptor", "layers"):
         return None, None, None
     if given[0] == "reference":
         return None, None, read_reference(source["reference"])

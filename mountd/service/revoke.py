@@ -58,7 +58,10 @@ def is_meant(record: Record, name: str, value: object) -> bool:
     """Tell whether a mount is one of those to be revoked: of an owner, all of its containers' as well."""
     if name == "uid":
         return value in (record.uid, record.owner)
-    return bool({"id": record.id, "digest": record.digest}[name] == value)
+    if name == "digest":
+        # Of a stack, each layer's.
+        return value in (record.digest or "").split(", ")
+    return record.id == value
 
 
 def detach(place: Attachment, record: Record) -> bool:

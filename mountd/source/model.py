@@ -16,6 +16,7 @@ class SourceKind(StrEnum):
     IMAGE = "image"
     TMPFS = "tmpfs"
     DIRECTORY = "directory"
+    STACK = "stack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,8 @@ class Directory:
 @dataclass(frozen=True, slots=True)
 class Source:
     """What is to be mounted: `backing` is there for an image, with `file_system` or, where the image has
-    partitions, `disk`; `tmpfs` is there for a tmpfs, `directory` for a directory.
+    partitions, `disk`; `tmpfs` is there for a tmpfs, `directory` for a directory. A stack has none of these,
+    but layers, which are sources of their own.
     """
 
     kind: SourceKind
