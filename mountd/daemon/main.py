@@ -29,7 +29,7 @@ from mountd.daemon.limits import (
 )
 from mountd.daemon.listener import ForkServerGone, Listener
 from mountd.errors import SyscallError
-from mountd.kernel import watch
+from mountd.kernel import capabilities, watch
 from mountd.kernel.libc import call
 from mountd.kernel.namespaces import PR_SET_DUMPABLE
 from mountd.ledger.book import Book
@@ -288,6 +288,7 @@ def main() -> None:
     if os.geteuid() != 0:
         sys.exit("mountd: it makes mounts for others, and has to be started as root")
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+    capabilities.put_aside()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         os.umask(0o022)

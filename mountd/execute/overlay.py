@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from mountd.errors import NotSupported, SyscallError
+from mountd.kernel import capabilities
 from mountd.kernel.fs_context import FsContext
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ def create(operation: MakeOverlay, layers: Sequence[int]) -> FsContext:
             context.set_string(name, value)
         for number, layer in enumerate(layers):
             add(context, layer, first=number == 0)
-        context.create()
+        # The overlay keeps the rights of this moment.
+        with capabilities.reading_everything():
+            context.create()
     except BaseException:
         context.close()
         raise

@@ -37,6 +37,7 @@ _SYSCALLS = {
 }
 # Calls that are as old as glibc itself and have another number on each architecture.
 _FUNCTIONS = {
+    "capget": "pp",
     "capset": "pp",
     "fstatfs": "np",
     "getsockopt": "nnnpp",

@@ -203,7 +203,14 @@ def test_with_the_capabilities_of_the_unit(place: Path, images: dict[str, Path])
     unit = (ROOT / "units/systemd/mountd.service").read_text()
     line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
     names = line.partition("=")[2].split()
-    numbers = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_CHROOT": 18, "CAP_SYS_PTRACE": 19}
+    numbers = {
+        "CAP_DAC_READ_SEARCH": 2,
+        "CAP_KILL": 5,
+        "CAP_SETGID": 6,
+        "CAP_SETUID": 7,
+        "CAP_SYS_CHROOT": 18,
+        "CAP_SYS_PTRACE": 19,
+    }
     kept = {numbers.get(name, 21) for name in names}
 
     def drop() -> None:

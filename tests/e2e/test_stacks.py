@@ -17,17 +17,27 @@ from mountd.client import Client, MountReply
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
 from mountd.kernel.flags import MountAttr
+from mountd.kernel.libc import call
 from mountd.service.requests import MAXIMUM_LAYERS
 from tests.container import USER, as_user, in_container
-from tests.daemon import Daemon
+from tests.daemon import ROOT, Daemon
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
 from tests.e2e.test_sources import loops_over, wait_until_dropped
 from tests.images import build_image
-from tests.rogue import eventually
+from tests.rogue import eventually, settled
 
 OVERLAY = "trusted.overlay"
-NOSYMFOLLOW = 0x2000  # ST_NOSYMFOLLOW
+CAPBSET_DROP, CAP_LAST = 24, 40  # linux/prctl.h
+CAPABILITIES = {
+    "CAP_DAC_READ_SEARCH": 2,
+    "CAP_KILL": 5,
+    "CAP_SETGID": 6,
+    "CAP_SETUID": 7,
+    "CAP_SYS_CHROOT": 18,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+}
 
 
 def directory(path: Path, files: dict[str, str]) -> Path:
@@ -78,11 +88,22 @@ def layers(place: Path) -> Iterator[dict[str, Path]]:
 
 
 @pytest.fixture(scope="module")
-def serving(place: Path, layers: dict[str, Path]) -> Iterator[Daemon]:
+def one_daemon(place: Path, layers: dict[str, Path]) -> Iterator[tuple[Daemon, dict[str, object]]]:
+    """A daemon, and what it held in the beginning."""
     daemon = Daemon(place / "stacks", trusting(place / "stacked"))
-    yield daemon
+    yield daemon, settled(daemon)
     assert daemon.stop() == 0, daemon.log
     assert "internal error" not in daemon.log
+
+
+@pytest.fixture
+def serving(one_daemon: tuple[Daemon, dict[str, object]], layers: dict[str, Path]) -> Iterator[Daemon]:
+    """The daemon; nothing is left of what it made, whatever came of it."""
+    daemon, before = one_daemon
+    yield daemon
+    assert eventually(lambda: daemon.held() == before, 10), (before, daemon.held())
+    for image in layers.values():
+        wait_until_dropped(image)
 
 
 def stack(paths: list[Path]) -> tuple[dict[str, object], list[int]]:
@@ -97,7 +118,7 @@ def ask(
     paths: list[Path],
     *,
     own: bool = False,
-    call: Callable[..., object] = mount_fds,
+    method: Callable[..., object] = mount_fds,
     **f: object,
 ) -> object:
     """Ask for a stack, as USER; with `own`, as who runs this, for its own user namespace."""
@@ -105,9 +126,9 @@ def ask(
     try:
         if own:
             fds.append(os.open("/proc/self/ns/user", os.O_RDONLY))
-            return call(daemon.socket, source, fds, userNamespaceFileDescriptor=len(fds) - 1, **f)
+            return method(daemon.socket, source, fds, userNamespaceFileDescriptor=len(fds) - 1, **f)
         with user():
-            return call(daemon.socket, source, fds, **f)
+            return method(daemon.socket, source, fds, **f)
     finally:
         for fd in fds:
             os.close(fd)
@@ -219,11 +240,10 @@ def test_one_refused_layer_refuses_the_stack(serving: Daemon, layers: dict[str, 
     stray = place / "stray-layer.raw"
     shutil.copy(layers["erofs"], stray)
     paths = [layers["ext4"], stray, layers["squashfs"]]
-    before = serving.settled()
     name, text = refusal(serving, paths)
     assert name == "DeniedByPolicy"
     assert "source.layers[1]: " in text
-    told = ask(serving, paths, call=explain)
+    told = ask(serving, paths, method=explain)
     assert isinstance(told, dict)
     assert told["decision"]["verdict"] == "deny"
     assert told["decision"]["reason"].startswith("source.layers[1]: ")
@@ -232,19 +252,17 @@ def test_one_refused_layer_refuses_the_stack(serving: Daemon, layers: dict[str, 
     }
     assert told["facts"]["layers"] == "3"
     assert told["facts"]["layers[2]: file system"] == "squashfs"
-    assert eventually(lambda: serving.settled() == before)
     wait_until_dropped(layers["ext4"])
     stray.unlink()
 
 
 def test_several_rules_allow_a_stack_together(start: Callable[..., Daemon], layers: dict[str, Path]) -> None:
     """None of them alone answers for it; an option that one of them does not grant is not granted."""
-    rules = trusting(layers["ext4"], flags='["nosymfollow"]').replace("/*", "")
+    rules = trusting(layers["ext4"], flags='["noexec"]').replace("/*", "")
     daemon = start(rules.replace("trusted in", "other in") + trusting(layers["erofs"].parent))
-    with mounted(daemon, all_layers(layers), options=["noexec"]) as reply:
-        assert os.fstatvfs(reply.mount.fileno()).f_flag & os.ST_NOEXEC
+    with mounted(daemon, all_layers(layers)) as reply:
         # What one rule locks is locked for all.
-        assert os.fstatvfs(reply.mount.fileno()).f_flag & NOSYMFOLLOW
+        assert os.fstatvfs(reply.mount.fileno()).f_flag & os.ST_NOEXEC
         assert reply.decision["rule"] == "trusted in the test, other in the test"
     name, text = refusal(daemon, all_layers(layers), options=["acl"])
     assert name == "OptionNotPermitted"
@@ -272,11 +290,9 @@ def test_numbers_and_kinds_of_layers(serving: Daemon, layers: dict[str, Path]) -
 
 def test_an_image_twice_is_no_stack(serving: Daemon, layers: dict[str, Path]) -> None:
     """The kernel refuses an overlay of a directory on itself; nothing is left of what was made."""
-    before = serving.settled()
     name, text = refusal(serving, [layers["ext4"]] * 2)
     assert name in ("", "MountFailed"), text
     wait_until_dropped(layers["ext4"])
-    assert eventually(lambda: serving.settled() == before)
 
 
 def test_a_layer_that_cannot_be_mounted_leaves_nothing(
@@ -287,13 +303,11 @@ def test_a_layer_that_cannot_be_mounted_leaves_nothing(
     data = bytearray(layers["squashfs"].read_bytes())
     data[96:] = bytes(len(data) - 96)
     broken.write_bytes(data)
-    before = serving.settled()
     name, text = refusal(serving, [layers["ext4"], broken])
     assert name in ("MountFailed", "InvalidImage"), text
     assert "source.layers[1]" in text
     wait_until_dropped(layers["ext4"])
     wait_until_dropped(broken)
-    assert eventually(lambda: serving.settled() == before)
     broken.unlink()
 
 
@@ -320,3 +334,31 @@ def test_it_is_listed_and_revoked(serving: Daemon, layers: dict[str, Path]) -> N
         left = client.call("List", {"all": True}, [])[0]["mounts"]
         assert isinstance(left, list)
         assert id not in [each["id"] for each in left]
+
+
+def test_with_the_capabilities_of_the_unit(
+    start: Callable[..., Daemon], layers: dict[str, Path], containers: None
+) -> None:
+    """Files of others can be read by them; the daemon has the capability for that in effect only then."""
+    unit = (ROOT / "units/systemd/mountd.service").read_text()
+    line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
+    kept = {CAPABILITIES[name] for name in line.partition("=")[2].split()}
+
+    def drop() -> None:
+        for number in range(CAP_LAST + 1):
+            if number not in kept:
+                call("prctl", CAPBSET_DROP, number, 0, 0, 0)
+
+    daemon = start(trusting(layers["erofs"].parent), preexec_fn=drop)
+
+    def work() -> str:
+        with mounted(daemon, all_layers(layers), own=True) as reply:
+            os.seteuid(1000)
+            return read(reply.mount, "private")
+
+    assert in_container(work) == "of 1000\n"
+    with mounted(daemon, all_layers(layers)):
+        for pid in daemon.workers:
+            status = Path(f"/proc/{pid}/status").read_text()
+            effective = int(status.partition("CapEff:")[2].split()[0], 16)
+            assert effective == sum(1 << each for each in kept - {CAPABILITIES["CAP_DAC_READ_SEARCH"]})
