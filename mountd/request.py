@@ -72,6 +72,7 @@ class Request:
         signature: str | None = None,
         verity: Verity | None = None,
         interactive: bool | None = None,
+        layers: Sequence[str] = (),
     ) -> None:
         """Open what has to be opened.
 
@@ -79,6 +80,7 @@ class Request:
         "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE".
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
         of a user namespace, "none" for none, None for that of this process if it is not the host's.
+        `layers` are such sources as well, which come over it, the topmost first.
         `image_policy` is in the grammar of systemd.image-policy(7), `signature` the path of a detached
         signature of the image, `verity` the paths of hash data and of the signature of the root hash. With
         `interactive` an administrator may be asked, where the policy wants that. Raises
@@ -100,6 +102,9 @@ class Request:
         }
         try:
             self.source = self._read_source(source, read_only)
+            if layers:
+                above = [self._read_source(each, read_only) for each in layers]
+                self.source = {"layers": [*above, self.source]}
             self._add_companions(signature, verity)
             if userns is None and idmap in (None, "namespace") and in_user_namespace():
                 userns = "/proc/self/ns/user"

@@ -112,6 +112,12 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("-t", "--type", help="refuse to mount another type of file system")
     verb.add_argument("-o", "--options", metavar="OPTION[,…]", action="append", help="mount options")
     verb.add_argument("--idmap", choices=IDMAPS, help="how to map ids")
+    verb.add_argument(
+        "--layer",
+        metavar="SOURCE",
+        action="append",
+        help="lay this over SOURCE; may be repeated, the topmost comes first",
+    )
     verb.add_argument("--signature", metavar="FILE", help="a detached signature of the image")
     verb.add_argument("--image-policy", metavar="POLICY", help="what to demand: systemd.image-policy(7)")
     verb.add_argument("--verity", metavar="FILE", help="hash data of dm-verity, with --root-hash")
@@ -183,6 +189,7 @@ def request_of(options: argparse.Namespace) -> Request:
         image_policy=options.image_policy,
         interactive=options.interactive,
         signature=options.signature,
+        layers=options.layer or (),
         verity=None
         if options.verity is None
         else (options.verity, options.root_hash, options.root_hash_signature),

@@ -88,10 +88,17 @@ class Book:
         self._since_collected = 0
         self.watches_fd = watches_fd
 
-    def reserve(self, owner: int | None, rule: str | None, maximum: int | None) -> Reservation:
+    def reserve(
+        self,
+        owner: int | None,
+        rule: str | None,
+        maximum: int | None,
+        *more: tuple[str | None, int | None],
+    ) -> Reservation:
         """Return a place for a mount of `owner`; `maximum` is how many it may have by the rule, if bounded.
 
-        None is for the host's root, who only has to leave room for others.
+        `more` are other rules with theirs, that the mount is one of as well. None for the owner is for the
+        host's root, who only has to leave room for others.
 
         Raises LimitExceeded, SyscallError.
         """
@@ -99,15 +106,16 @@ class Book:
         name = ROOT if owner is None else str(owner)
         bound = MAXIMUM_OF_ROOT if owner is None else self._maximum
         fd, path = self._place(f"{self._directory}/{name}", bound, LIMIT)
-        if maximum is None:
-            return Reservation(fd, [path])
-        mark = hashlib.sha256((rule or "").encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        names = [path]
         try:
-            second = self._link(path, f"{self._directory}/{name}.{mark}", maximum)
+            for each, most in ((rule, maximum), *more):
+                if most is not None:
+                    mark = hashlib.sha256((each or "").encode("utf-8", "surrogateescape")).hexdigest()[:32]
+                    names.append(self._link(path, f"{self._directory}/{name}.{mark}", most))
         except BaseException:
-            Reservation(fd, [path]).give_back()
+            Reservation(fd, names).give_back()
             raise
-        return Reservation(fd, [path, second])
+        return Reservation(fd, names)
 
     def watch(self, mount: OwnedFd) -> int:
         """Watch the superblock of a mount that has no ids mapped yet; return the watch, 0 for none."""
@@ -164,11 +172,20 @@ class Book:
         self._since_collected = 0
         self.records()
         with named("clearing the ledger"):
-            for path in self._paths(rules=True):
-                # The other name of a place that was freed.
-                with contextlib.suppress(FileNotFoundError):
-                    if os.stat(path).st_nlink == 1:
-                        os.unlink(path)
+            # The other names first: what has one afterwards had a place before.
+            others = self._inodes(rules=True)
+            places = set(self._inodes().values()) if others else set()
+            for path, inode in others.items():
+                if inode not in places:
+                    self._unlink(path)  # of a place that was freed
+
+    def _inodes(self, *, rules: bool = False) -> dict[str, int]:
+        """Return the inode of each place that is taken, or of each other name."""
+        found = {}
+        for path in self._paths(rules=rules):
+            with contextlib.suppress(FileNotFoundError):
+                found[path] = os.stat(path).st_ino
+        return found
 
     def _place(self, directory: str, maximum: int, limit: str) -> tuple[int, str]:
         """Return a new file in one of `maximum` places of a directory, and its path."""

@@ -40,8 +40,11 @@ class Entry:
         decision, caller = judged.decision, judged.caller
         owner = None if caller.is_host_root else caller.owner_uid
         try:
+            # A stack is one mount, and one by each rule that has allowed a layer of it.
+            layers = [layer.decision for layer in judged.layers] or [decision]
+            (rule, maximum), *more = dict.fromkeys((each.rule, each.max_mounts) for each in layers)
             for _ in decision.uses or (None,):
-                self._places.append(self._book.reserve(owner, decision.rule, decision.max_mounts))
+                self._places.append(self._book.reserve(owner, rule, maximum, *more))
         except BaseException:
             self._give_back()
             raise

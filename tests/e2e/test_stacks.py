@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -362,3 +363,38 @@ def test_with_the_capabilities_of_the_unit(
             status = Path(f"/proc/{pid}/status").read_text()
             effective = int(status.partition("CapEff:")[2].split()[0], 16)
             assert effective == sum(1 << each for each in kept - {CAPABILITIES["CAP_DAC_READ_SEARCH"]})
+
+
+def test_a_stack_counts_for_each_rule_that_allows_a_layer(
+    start: Callable[..., Daemon], layers: dict[str, Path]
+) -> None:
+    """And for a rule once, however many layers it allows."""
+    rules = trusting(layers["ext4"], max_mounts="2").replace("/*", "").replace("trusted in", "few in")
+    daemon = start(rules + trusting(layers["erofs"].parent, max_mounts="3"))
+    mixed, others = [layers["erofs"], layers["ext4"]], [layers["erofs"], layers["squashfs"]]
+    with mounted(daemon, mixed), mounted(daemon, mixed):
+        assert refusal(daemon, mixed)[0] == "LimitExceeded"
+        with mounted(daemon, others):
+            assert refusal(daemon, others)[0] == "LimitExceeded"
+    # What was refused or is gone has no place any more.
+    with mounted(daemon, mixed), mounted(daemon, mixed), mounted(daemon, others):
+        pass
+
+
+def test_from_the_command_line(serving: Daemon, layers: dict[str, Path], containers: None) -> None:
+    """The topmost layer comes first, the source lies below all."""
+
+    def work() -> tuple[str, str]:
+        command = [sys.executable, "-m", "mountd.cli.mountctl", "mount"]
+        above = ["--layer", str(layers["erofs"]), "--layer", str(layers["squashfs"])]
+        done = subprocess.run(
+            [*command, *above, str(layers["ext4"]), "/mnt"],
+            cwd=ROOT,
+            env={"MOUNTD_SOCKET": str(serving.socket), "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stderr, " ".join(sorted(os.listdir("/mnt/merged")))
+
+    assert in_container(work, uids=((0, 0, 65536),), owner=0) == ("", "bottom middle top")

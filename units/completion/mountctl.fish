@@ -57,6 +57,7 @@ complete -c mountctl -n $request -s w -l read-write -d 'ask for a writable mount
 complete -c mountctl -n $request -s t -l type -x -a 'erofs squashfs ext4 xfs btrfs tmpfs' -d 'refuse another type'
 complete -c mountctl -n $request -s o -l options -x -a 'ro rw nosuid nodev noexec nosymfollow noatime nodiratime' -d 'mount options'
 complete -c mountctl -n $request -l idmap -x -a 'none namespace caller' -d 'how to map ids'
+complete -c mountctl -n $request -l layer -r -F -d 'what to lay over it'
 complete -c mountctl -n $request -l signature -r -F -d 'a detached signature of the image'
 complete -c mountctl -n $request -l image-policy -x -d 'what to demand of the image'
 complete -c mountctl -n $request -l verity -r -F -d 'hash data of dm-verity'

@@ -26,6 +26,7 @@ _mountctl_request=(
   '(-t --type)'{-t,--type}'[refuse another type of file system]:type:(erofs squashfs ext4 xfs btrfs tmpfs)'
   '*'{-o,--options}'[mount options]:option:(ro rw nosuid nodev noexec nosymfollow noatime nodiratime)'
   '--idmap[how to map ids]:kind:(none namespace caller)'
+  '*--layer[what to lay over it]:file:_files'
   '--signature[a detached signature of the image]:file:_files'
   '--image-policy[what to demand of the image]:policy:'
   '--verity[hash data of dm-verity]:file:_files'

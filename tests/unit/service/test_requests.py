@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mountd.errors import InvalidParameter, NotSupported
+from mountd.errors import InvalidParameter, LimitExceeded, NotSupported
 from mountd.fds import OwnedFd, close_all
 from mountd.plan.idmap import IdMapKind, IdRange
-from mountd.service.requests import SOURCES, SUPPORTED_SOURCES, MountRequest
+from mountd.service.requests import MAXIMUM_LAYERS, SOURCES, SUPPORTED_SOURCES, MountRequest
 from mountd.source.model import SourceKind, Tmpfs
 from mountd.store.reference import Reference
 
@@ -168,3 +168,50 @@ def test_what_does_not_go_together(
 def test_an_image_policy_that_is_not_understood_is_refused(fds: list[OwnedFd], text: str) -> None:
     with pytest.raises(InvalidParameter, match="imagePolicy"):
         request(fds, imagePolicy=text)
+
+
+LAYERS = {"layers": [{"imageFileDescriptor": 0}, {"directoryFileDescriptor": 1}]}
+STORED = {"reference": "stored:sha256:" + "0a" * 32}
+
+
+def test_a_stack(fds: list[OwnedFd]) -> None:
+    found = request(fds, 2, source=LAYERS, options=["noexec"], idMap={"kind": "caller"})
+    assert (found.kind, found.image_fd, found.stored) == (SourceKind.STACK, None, None)
+    top, bottom = found.layers
+    assert (top.kind, top.image_fd) == (SourceKind.IMAGE, fds[0].fileno())
+    assert (bottom.kind, bottom.directory_fd) == (SourceKind.DIRECTORY, fds[1].fileno())
+    for layer in found.layers:
+        assert layer.wishes == found.wishes
+        assert layer.idmap == found.idmap
+        assert layer.layers == ()
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "parameter"),
+    [
+        ([], 0, "source.layers"),
+        ([STORED], 0, "source.layers"),
+        ([STORED, {}], 0, "source"),
+        ([STORED, {"tmpfs": {"size": 1}}], 0, "source.layers[1].tmpfs"),
+        ([{"layers": [STORED, STORED]}, STORED], 0, "source.layers[0].layers"),
+        ([IMAGE, IMAGE], 1, "source.layers[1].imageFileDescriptor"),
+        ([STORED, {**IMAGE, "signature": "!"}], 1, "source.layers[1].signature"),
+        ([{"reference": "stored:sha256:0"}, STORED], 0, "source.layers[0].reference"),
+        ([STORED, STORED], 1, "fileDescriptors"),
+    ],
+)
+def test_no_stack(fds: list[OwnedFd], layers: list[dict[str, Any]], count: int, parameter: str) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        request(fds, count, source={"layers": layers})
+    assert caught.value.parameters["parameter"] == parameter
+
+
+def test_a_stack_is_bounded_read_only_and_an_overlay(fds: list[OwnedFd]) -> None:
+    with pytest.raises(LimitExceeded):
+        request(fds, 0, source={"layers": [STORED] * (MAXIMUM_LAYERS + 1)})
+    with pytest.raises(NotSupported, match="write"):
+        request(fds, 0, source={"layers": [STORED] * 2}, readOnly=False)
+    with pytest.raises(InvalidParameter, match="fileSystemType"):
+        request(fds, 0, source={"layers": [STORED] * 2}, fileSystemType="erofs")
+    found = request(fds, 0, source={"layers": [STORED] * 2}, fileSystemType="overlay")
+    assert found.layers[0].wishes.file_system_type is None
