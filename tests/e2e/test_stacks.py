@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,13 +26,17 @@ from mountd.kernel.libc import call
 from mountd.service.requests import MAXIMUM_LAYERS
 from tests.container import USER, as_user, in_container
 from tests.daemon import ROOT, Daemon
+from tests.e2e.attaching import user_of
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
 from tests.e2e.test_sources import loops_over, wait_until_dropped
+from tests.e2e.test_trust_stored import STORED
+from tests.e2e.trust import Case, Makers, digest_of, key_sections, source, users_file
 from tests.images import build_image
 from tests.rogue import eventually, settled
 
 OVERLAY = "trusted.overlay"
+KILLS = 40
 CAPBSET_DROP, CAP_LAST = 24, 40  # linux/prctl.h
 CAPABILITIES = {
     "CAP_DAC_READ_SEARCH": 2,
@@ -398,3 +406,95 @@ def test_from_the_command_line(serving: Daemon, layers: dict[str, Path], contain
         return done.stderr, " ".join(sorted(os.listdir("/mnt/merged")))
 
     assert in_container(work, uids=((0, 0, 65536),), owner=0) == ("", "bottom middle top")
+
+
+def test_a_stack_is_attached_where_all_rules_grant_it(
+    start: Callable[..., Daemon], layers: dict[str, Path], place: Path
+) -> None:
+    grounds = place / "stack-grounds"
+    grounds.mkdir(mode=0o755)
+    rules = trusting(layers["ext4"]).replace("/*", "").replace("trusted in", "nowhere in")
+    daemon = start(rules + trusting(layers["erofs"].parent, attach=f'["{grounds}/$UID/**"]'))
+    own = user_of(daemon, grounds, USER)
+    target = own.directory("stack")
+    with own.attached(layers["squashfs"], target, layers=[str(layers["erofs"])]):
+        assert (target / "both").read_text() == "top"
+        assert set(os.listdir(target / "merged")) == {"top", "middle"}
+    name, _, _ = own.attach(layers["ext4"], target, layers=[str(layers["erofs"])])
+    assert name == "AttachNotPermitted"
+    shutil.rmtree(grounds)
+
+
+def test_a_refused_stack_leaves_no_copy_of_a_layer(
+    begin: Callable[[str], Case], makers: Makers, place: Path, other: bytes
+) -> None:
+    """The first layer can be had by a copy in the store, the second one not at all."""
+    case = begin(key_sections(makers.keys) + STORED)
+    signature, of_other = (source(makers.own["ed25519"](each)) for each in (case.data, other))
+
+    def work(second: dict[str, object]) -> Outcome:
+        with (
+            OwnedFd(os.open(path, os.O_RDONLY)) as fd,
+            OwnedFd(os.open(stray, os.O_RDONLY)) as another,
+        ):
+            fds = [fd.fileno(), another.fileno()]
+            above = {"layers": [signature, {**second, "imageFileDescriptor": 1}]}
+            return outcome(lambda: mount_fds(case.daemon.socket, above, fds))
+
+    with users_file(place, case.data) as path, users_file(place, other) as stray:
+        name, text = as_user(lambda: work({}))
+        assert name, text
+        assert "source.layers[1]" in text
+        assert case.stored() == []
+        assert as_user(lambda: work(of_other)) == ("", "")
+        assert case.stored() == sorted(digest_of(each) for each in (case.data, other))
+
+
+def test_a_stack_is_revoked_by_the_digest_of_any_layer(
+    begin: Callable[[str], Case], makers: Makers, place: Path, other: bytes
+) -> None:
+    case = begin(key_sections(makers.keys) + STORED)
+    with users_file(place, case.data) as one, users_file(place, other) as two:
+        fds = [os.open(path, os.O_RDONLY) for path in (one, two)]
+        signatures = [source(makers.own["ed25519"](each)) for each in (case.data, other)]
+        both = {"layers": [{**each, "imageFileDescriptor": n} for n, each in enumerate(signatures)]}
+        with user():
+            reply = mount_fds(case.daemon.socket, both, fds)
+        with reply, Client(str(case.daemon.socket)) as client:
+            assert reply.decision["trustedBy"] == "stored"
+            for each in (case.data, other):
+                told = client.call("io.mountd.Admin.Revoke", {"digest": digest_of(each)}, [])[0]
+                assert told["held"]
+        for fd in fds:
+            os.close(fd)
+
+
+def test_workers_are_killed_at_any_moment(start: Callable[..., Daemon], layers: dict[str, Path]) -> None:
+    """What a worker had made of a stack goes with it."""
+    daemon, dice = start(trusting(layers["erofs"].parent)), random.Random(41)
+    before = settled(daemon)
+    begun = time.perf_counter()
+    mounted(daemon, all_layers(layers)).close()
+    longest = time.perf_counter() - begun
+    ends = {"": 0}
+    for _ in range(KILLS):
+        assert eventually(lambda: len(daemon.workers) >= 1)
+        killer = threading.Timer(dice.uniform(0, longest), kill_workers, (daemon,))
+        killer.start()
+        try:
+            name, _ = refusal(daemon, all_layers(layers))
+        finally:
+            killer.join()
+        ends[name] = ends.get(name, 0) + 1
+    assert set(ends) <= {"", "SyscallError", "MountFailed", "Unreachable", "RemoteError"}, ends
+    assert sum(ends.values()) > ends[""] > 0, ends
+    assert refusal(daemon, all_layers(layers)) == ("", "")
+    assert eventually(lambda: daemon.held() == before, 10), (before, daemon.held())
+    for image in layers.values():
+        wait_until_dropped(image)
+
+
+def kill_workers(daemon: Daemon) -> None:
+    for pid in daemon.workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
