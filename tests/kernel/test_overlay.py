@@ -1,0 +1,87 @@
+"""An overlay of mounts that are attached nowhere, and the capability that it is made with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mountd.errors import SyscallError
+from mountd.execute import overlay
+from mountd.execute.run import Inputs, run
+from mountd.fds import OwnedFd, close_all
+from mountd.kernel import capabilities, libc, mount_api
+from mountd.kernel.flags import MountAttr
+from mountd.plan.operations import MakeMount, MakeOverlay, Plan
+from mountd.plan.stack import FORCED
+from tests.container import forked
+from tests.sealing import Unsealed
+
+PLAN = Plan((MakeOverlay(2, FORCED), MakeMount(MountAttr.RDONLY)))
+
+
+@pytest.fixture
+def trees(scratch: Path) -> Iterator[list[Path]]:
+    made = [scratch / name for name in ("upper", "lower")]
+    for path in made:
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    yield made
+    for path in made:
+        shutil.rmtree(path)
+
+
+def made_of(trees: list[Path]) -> OwnedFd:
+    mounts = [mount_api.clone_mount(str(tree)) for tree in trees]
+    try:
+        inputs = Inputs(
+            image_fd=None, userns_fd=None, seal=Unsealed(), layers=[mount.fileno() for mount in mounts]
+        )
+        return run(PLAN, inputs)
+    finally:
+        close_all(mounts)
+
+
+def test_the_first_is_the_topmost_and_all_can_be_closed(trees: list[Path]) -> None:
+    with made_of(trees) as mount:
+        fd = os.open("file", os.O_RDONLY, dir_fd=mount.fileno())
+        assert os.read(fd, 9) == b"upper"
+        os.close(fd)
+
+
+def test_every_step_can_fail_and_leaves_nothing(trees: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.listdir("/proc/self/fd")
+    for name in ("fsopen", "fsconfig", "fsmount", "capget"):
+        with monkeypatch.context() as patch:
+            patch.setitem(libc.inject, name, 5)
+            with pytest.raises(SyscallError):
+                made_of(trees)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_not_as_many_as_planned() -> None:
+    with pytest.raises(ValueError, match="as many"):
+        overlay.create(MakeOverlay(2, FORCED), [0])
+
+
+def test_the_capability_is_in_effect_for_a_while() -> None:
+    def effective() -> bool:
+        status = Path("/proc/self/status").read_text()
+        return bool(int(status.partition("CapEff:")[2].split()[0], 16) & capabilities.BIT)
+
+    def work() -> list[bool]:
+        found = [effective()]
+        with capabilities.reading_everything():
+            found.append(effective())
+        found.append(effective())
+        capabilities.put_aside()
+        found.append(effective())
+        with capabilities.reading_everything():
+            found.append(effective())
+        found.append(effective())
+        return found
+
+    assert forked(work) == [True, True, True, False, True, False]
