@@ -29,6 +29,7 @@ from tests.daemon import ROOT, Daemon
 from tests.e2e.attaching import user_of
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
+from tests.e2e.test_directories import rule
 from tests.e2e.test_sources import loops_over, wait_until_dropped
 from tests.e2e.test_trust_stored import STORED
 from tests.e2e.trust import Case, Makers, digest_of, key_sections, source, users_file
@@ -498,3 +499,28 @@ def kill_workers(daemon: Daemon) -> None:
     for pid in daemon.workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_a_directory_of_the_callers_over_an_image(
+    start: Callable[..., Daemon], layers: dict[str, Path], place: Path, containers: None
+) -> None:
+    """Its owner is the root of a container there, as in a mount of its own; nobody else can be seen."""
+    daemon = start(trusting(layers["ext4"].parent) + rule("own", '"caller"'))
+    home = directory(Path(tempfile.mkdtemp(prefix="layer-", dir=place)), {"both": "home", "roots": "root's"})
+    os.chown(home, USER, USER)
+    os.chown(home / "both", USER, USER)
+    (home / "roots").chmod(0o600)
+
+    with mounted(daemon, [home, layers["ext4"]]) as reply:
+        fd = reply.mount.fileno()
+        assert reply.decision["trustedBy"] == "caller-owned, root-owned"
+        assert names(reply.mount) >= {"both", "roots", "secret"}
+        assert read(reply.mount, "both") == "home"
+        assert errno_of(lambda: os.unlink("both", dir_fd=fd)) == "EROFS"
+        opened = as_user(lambda: errno_of(lambda: os.close(os.open("roots", os.O_RDONLY, dir_fd=fd))))
+        assert opened == "EACCES"
+    os.chown(home, USER + 1, USER + 1)
+    name, text = refusal(daemon, [layers["ext4"], home])
+    assert name == "DeniedByPolicy"
+    assert "source.layers[1]" in text
+    shutil.rmtree(home)
