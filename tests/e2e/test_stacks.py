@@ -489,7 +489,7 @@ def test_workers_are_killed_at_any_moment(start: Callable[..., Daemon], layers: 
         ends[name] = ends.get(name, 0) + 1
     assert set(ends) <= {"", "SyscallError", "MountFailed", "Unreachable", "RemoteError"}, ends
     assert sum(ends.values()) > ends[""] > 0, ends
-    # The last ones may have been killed when they had nothing to do, and one be asked before that is noticed.
+    # The last ones may have been killed at rest, and one be asked before that is noticed.
     settled(daemon)
     assert eventually(lambda: refusal(daemon, all_layers(layers)) == ("", ""))
     assert eventually(lambda: daemon.held() == before, 10), (before, daemon.held())
