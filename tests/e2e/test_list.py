@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,6 +162,48 @@ def test_one_container_does_not_see_another_of_its_owner(
         os.waitpid(pid, 0)
         for fd in (reader, writer, goon, stay):
             os.close(fd)
+
+
+@contextlib.contextmanager
+def busy_container(daemon: Daemon, image: Path, number: int) -> Iterator[None]:
+    """A container that root has made, and that holds as many mounts."""
+    ours, theirs = socket.socketpair()
+
+    def work() -> None:
+        mounts = [mount(daemon.socket, image).mount for _ in range(number)]
+        theirs.send(b"!")
+        theirs.recv(1)
+        del mounts
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            in_container(work, owner=0)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        assert ours.recv(1) == b"!"
+        yield
+    os.waitpid(pid, 0)
+
+
+def test_containers_that_root_has_made_are_nothing_to_each_other(
+    start: Callable[..., Daemon], images: dict[str, Path], containers: None
+) -> None:
+    """Though their owner is one, and the ids that they map are: limits, superblocks, lists."""
+    daemon = start(trusting(images["erofs"].parent), "--max-mounts", "2", *LONG)
+
+    def other() -> tuple[list[int], list[int], int]:
+        before = [each["id"] for each in listed(daemon)]
+        with mounted(daemon.socket, images["erofs"]) as reply:
+            return before, [each["id"] for each in listed(daemon)], mount_id(reply.mount.fileno())
+
+    with busy_container(daemon, images["erofs"], 2):
+        before, after, id = in_container(other, owner=0)
+        assert (before, after) == ([], [id])
+        assert len({each["owner"] for each in listed(daemon, everybody=True)}) == 1
 
 
 def test_what_is_closed_at_once_and_what_never_arrives(serving: Daemon, images: dict[str, Path]) -> None:
