@@ -89,7 +89,7 @@ class Book:
         self.watches_fd = watches_fd
 
     def reserve(self, owner: tuple[int, int] | None, rule: str | None, maximum: int | None) -> Reservation:
-        """Return a place for a mount of `owner` (`Caller.payer`), who may have `maximum` by the rule, if given.
+        """Return a place for a mount of `owner` (`Caller.payer`), who may have `maximum` by the rule.
 
         None is for the host's root, who only has to leave room for others.
 
@@ -132,6 +132,11 @@ class Book:
                     continue
                 found.append(record)
             return sorted(found, key=lambda record: (record.since, record.id))
+
+    def is_there(self, record: Record) -> bool:
+        """Tell whether the superblock that a record has a watch on is there by now. Raises SyscallError."""
+        with named("reading the ledger"):
+            return watch.watched(self.watches_fd).get(record.watch) == record.device
 
     def forget(self, ids: set[int]) -> None:
         """Remove the records of mounts that are gone. Raises SyscallError."""

@@ -20,6 +20,7 @@ from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone
 from mountd.kernel.mount_info import mount_id
+from mountd.ledger import live
 from tests.container import USER, as_user, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mount, mounted, outcome
@@ -270,6 +271,24 @@ def test_a_daemon_that_starts_again_knows_what_is_left(
     wait_for(lambda: listed_as(serving, USER) == ids[:1])
     held.append(ask_as(serving, images["squashfs"], USER))
     assert listed_as(serving, USER) == [ids[0], mount_id(held[1].fileno())]
+
+
+def test_what_no_process_seems_to_have_open_is_still_there(
+    start: Callable[..., Daemon], images: dict[str, Path]
+) -> None:
+    """A descriptor on its way between two sockets keeps a mount, and /proc does not show it."""
+    daemon = start(trusting(images["erofs"].parent), "--max-mounts", "1")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with ask_as(daemon, images["erofs"], USER) as sent:
+            id = mount_id(sent.fileno())
+            socket.send_fds(ours, [b"x"], [sent.fileno()])
+        # Longer than a mount may be on its way to who asked for it, and than one is kept.
+        time.sleep(live.YOUNG + 1.5)
+        assert listed_as(daemon, USER) == [id]
+        with pytest.raises(LimitExceeded):
+            ask_as(daemon, images["squashfs"], USER)
+    wait_for(lambda: not listed_as(daemon, USER))
 
 
 class TestLimits:
