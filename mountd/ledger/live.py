@@ -25,10 +25,14 @@ YOUNG = 5.0  # seconds in which a mount may be on its way to who asked for it
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """A mount that is there, and where it, or a copy of it, is attached."""
+    """A mount that is there, and where it, or a copy of it, is attached.
+
+    `kept` is whether mountd keeps the superblock for those who may ask for the same again.
+    """
 
     record: Record
     attached: tuple[Attachment, ...]
+    kept: bool = False
 
 
 def settled(book: Book, records: list[Record]) -> list[Live]:
@@ -60,7 +64,9 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
     if gone:
         book.forget(gone)
     living = [record for record in records if record.id not in gone]
-    return [Live(record, tuple(belonging(record, living, attached))) for record in living]
+    return [
+        Live(record, tuple(belonging(record, living, attached)), record.device in kept) for record in living
+    ]
 
 
 def held_unseen(book: Book, records: list[Record], gone: set[int], kept: set[Device]) -> set[int]:
