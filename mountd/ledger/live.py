@@ -50,7 +50,9 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
     seen = {each.id for each in attached}
     if any(record.id not in seen for record in unsure):
         # A descriptor of it keeps a mount that is attached nowhere.
-        seen |= {use.id for use in find.uses({record.device for record in unsure})}
+        # btrfs has other device numbers for files than for the superblock.
+        uses, complete = find.uses({record.device for record in unsure}, {record.id for record in unsure})
+        seen |= {use.id for use in uses} if complete else ids
     copied = {each.device for each in copies}
     now = time.time()
     gone = {

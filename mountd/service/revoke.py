@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FIELDS = ("id", "digest", "uid")
 UNSEEN = "no process shows it: a descriptor on its way, a mapping, or a file system that was made from it"
+NOT_ALL = "there may be others: so many files are open on this system that not all were looked at"
 PATIENCE_SECONDS = 0.2  # until a superblock that nobody has any more is gone
 ROUNDS = 3  # in which what was copied meanwhile is detached as well
 
@@ -87,11 +88,14 @@ def holders(left: list[Live]) -> list[dict[str, object]]:
     sure = {each.record.device for each in left if each.record.superblock and each.record.watch}
     ids = {each.record.id for each in left}
     devices = {each.record.device for each in left}
+    uses, complete = find.uses(devices, ids)
     found: list[dict[str, object]] = [
         {"pid": use.pid, "command": use.command, "what": use.what}
-        for use in find.uses(devices)
+        for use in uses
         if use.device in sure or use.id in ids
     ]
+    if left and not complete:
+        found.append({"pid": 0, "command": "", "what": NOT_ALL})
     for each in left:
         for place in each.attached:
             what = f"attached at {place.mount_point} in mount namespace {place.namespace}"

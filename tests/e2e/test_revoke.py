@@ -89,8 +89,9 @@ def test_detached_everywhere(serving: Daemon, images: dict[str, Path], container
     wait_for(lambda: not listed(serving, everybody=True))
 
 
-def test_what_is_open_is_named(serving: Daemon, images: dict[str, Path]) -> None:
-    with ask_as(serving, images["erofs"], USER) as mount:
+@pytest.mark.parametrize("type", ["erofs", "btrfs"])
+def test_what_is_open_is_named(serving: Daemon, images: dict[str, Path], type: str) -> None:
+    with ask_as(serving, images[type], USER) as mount:
         reply = revoke(serving, id=mount_id(mount.fileno()))
         assert reply["detached"] == []
         assert {"pid": os.getpid(), "what": f"fd {mount.fileno()}"} in [
