@@ -210,6 +210,8 @@ class Worker:
         self._seal.expire()
         if self._ledger is not None:
             self._ledger.collect()
+        if self._attachments is not None:
+            self._attachments.tidy()
         close_all(self._left_over)
 
     def _send(self, connection: socket.socket, reply: bytes, fds: list[OwnedFd]) -> bool:

@@ -37,7 +37,7 @@ class Entry:
         if self._book is None:
             return
         decision, caller = judged.decision, judged.caller
-        owner = None if caller.is_host_root else caller.owner_uid
+        owner = None if caller.is_host_root else caller.payer
         try:
             for _ in decision.uses or (None,):
                 self._places.append(self._book.reserve(owner, decision.rule, decision.max_mounts))
@@ -89,6 +89,7 @@ class Entry:
             device=device,
             uid=caller.uid,
             owner=caller.owner_uid,
+            roots_namespace=caller.roots_namespace,
             pid=caller.pid,
             source=self._context.notes.get("source", UNKNOWN),
             file_system=type,
