@@ -117,6 +117,31 @@ def parse_flags(text: str) -> frozenset[str]:
     return frozenset(flags)
 
 
+def described(policy: ImagePolicy) -> str:
+    """Return a policy as text, as short as it can be."""
+    for text, flags in WHOLE.items():
+        if policy.default == flags and all(each == flags for each in policy.partitions.values()):
+            return text
+    named = dict(policy.partitions)
+    for designator, flags in policy.partitions.items():
+        others = {name: each for name, each in named.items() if name != designator}
+        # Hash data and signatures of what is named, and what is as everything else.
+        if ImagePolicy(others, policy.default).flags(designator) == flags:
+            named = others
+    rules = [f"{designator}={described_flags(flags)}" for designator, flags in named.items()]
+    if policy.default != IGNORE:
+        rules.append(f"={described_flags(policy.default)}")
+    return ":".join(rules)
+
+
+def described_flags(flags: frozenset[str]) -> str:
+    """Return the flags of one rule as text, without the groups of which all are allowed."""
+    words = [OPEN] if flags >= USES else sorted(flags & USES)
+    for group in GROUPS[1:]:
+        words += [] if flags >= group else sorted(flags & group)
+    return "+".join(words)
+
+
 def intersect(first: ImagePolicy, second: ImagePolicy) -> ImagePolicy:
     """Return the policy that allows what both allow."""
     named = {*first.partitions, *second.partitions}
