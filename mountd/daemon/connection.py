@@ -28,7 +28,7 @@ class Connection:
     def __init__(
         self, connection: socket.socket, namespace: tuple[int, int], owner: Owner, entrance: Entrance
     ) -> None:
-        """`namespace` identifies the user namespace that the peer was in, `entrance` is where it connected."""
+        """`namespace` is the user namespace of the peer, `entrance` is where it has connected."""
         self._socket = connection
         self.entrance = entrance
         self.namespace = namespace

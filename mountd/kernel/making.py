@@ -17,6 +17,7 @@ from mountd.kernel.child import end_with_parent
 from mountd.kernel.cloning import by_a_child
 from mountd.kernel.flags import Clone, Resolve
 from mountd.kernel.libc import call
+from mountd.kernel.mount_api import path_bytes
 from mountd.kernel.paths import openat2
 
 CALLER, OWNER = 0, 1  # the two ids in the namespace
@@ -52,7 +53,9 @@ def make_directory(
             made = openat2(parent_fd, temporary, DIRECTORY, WHERE)
             os.fchmod(made.fileno(), mode)
             os.fchown(made.fileno(), OWNER, OWNER)
-            call("renameat2", parent_fd, temporary, parent_fd, name, RENAME_NOREPLACE)
+            call(
+                "renameat2", parent_fd, path_bytes(temporary), parent_fd, path_bytes(name), RENAME_NOREPLACE
+            )
         except BaseException:
             with suppress(OSError):
                 os.rmdir(temporary, dir_fd=parent_fd)

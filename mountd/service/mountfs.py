@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mountd.caller.identify import host_namespace
 from mountd.caller.model import FOREIGN, OVERFLOW_ID
 from mountd.errors import (
+    DeniedByPolicy,
     InvalidParameter,
     MountdError,
     OptionNotPermitted,
@@ -174,7 +175,12 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     }
     count = len(fields.given)
     try:
-        judged = allowed(judged_as_granted(request, fields.given, context), fields.given, context)
+        judged = judged_as_granted(request, fields.given, context)
+        unsigned = judged.inspected.evidence.signature_error
+        if unsigned is not None and isinstance(judged.decision.error, DeniedByPolicy):
+            # Their names tell what is wrong with a signature from what is wrong without one.
+            raise unsigned
+        judged = allowed(judged, fields.given, context)
         made = handed_out(judged, context, userns)
     finally:
         fields.give_back(count)

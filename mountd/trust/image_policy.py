@@ -128,10 +128,17 @@ def described(policy: ImagePolicy) -> str:
         # Hash data and signatures of what is named, and what is as everything else.
         if ImagePolicy(others, policy.default).flags(designator) == flags:
             named = others
-    rules = [f"{designator}={described_flags(flags)}" for designator, flags in named.items()]
+    rules = [
+        f"{designator}={described_flags(flags)}" for designator, flags in sorted(named.items(), key=in_order)
+    ]
     if policy.default != IGNORE:
         rules.append(f"={described_flags(policy.default)}")
     return ":".join(rules)
+
+
+def in_order(rule: tuple[str, frozenset[str]]) -> int:
+    """Tell the place of a rule among those of a policy."""
+    return DESIGNATORS.index(rule[0])
 
 
 def described_flags(flags: frozenset[str]) -> str:
