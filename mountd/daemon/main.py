@@ -47,12 +47,8 @@ MAXIMUM_RESTARTS = 3  # of the fork server, within RESTART_SECONDS
 RESTART_SECONDS = 10.0
 
 
-def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="mountd", description="Mounts trusted images for callers who may not mount."
-    )
-    parser.add_argument("--version", action="version", version=f"mountd {VERSION}")
+def add_sockets(parser: argparse.ArgumentParser) -> None:
+    """Add what says where to listen."""
     parser.add_argument(
         "--socket", metavar="PATH", help="where to listen; default: RUNTIME-DIR/io.mountd.Mount"
     )
@@ -61,6 +57,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="where to listen for callers of io.systemd.MountFileSystem, without systemd; default: nowhere",
     )
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="mountd", description="Mounts trusted images for callers who may not mount."
+    )
+    parser.add_argument("--version", action="version", version=f"mountd {VERSION}")
+    add_sockets(parser)
     parser.add_argument(
         "--policy-dir",
         metavar="DIR",
@@ -109,9 +114,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     # The working directory is not the same for ever.
     options.runtime_dir, options.state_dir = options.runtime_dir.absolute(), options.state_dir.absolute()
     options.policy_dir = [each.absolute() for each in options.policy_dir or POLICY_DIRS]
-    options.socket = os.path.abspath(options.socket) if options.socket else None
-    if options.mountfs_socket is not None:
-        options.mountfs_socket = os.path.abspath(options.mountfs_socket)
+    for name in ("socket", "mountfs_socket"):
+        path = getattr(options, name)
+        setattr(options, name, os.path.abspath(path) if path else None)
     return options
 
 

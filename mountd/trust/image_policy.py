@@ -119,14 +119,15 @@ def parse_flags(text: str) -> frozenset[str]:
 
 def described(policy: ImagePolicy) -> str:
     """Return a policy as text, as short as it can be."""
+    wanted = all_flags(policy)
     for text, flags in WHOLE.items():
-        if policy.default == flags and all(each == flags for each in policy.partitions.values()):
+        if policy.default == flags and set(wanted) == {flags}:
             return text
     named = dict(policy.partitions)
-    for designator, flags in policy.partitions.items():
+    for designator in policy.partitions:
+        # Such as hash data and signatures of what is named, and what is as everything else.
         others = {name: each for name, each in named.items() if name != designator}
-        # Hash data and signatures of what is named, and what is as everything else.
-        if ImagePolicy(others, policy.default).flags(designator) == flags:
+        if all_flags(ImagePolicy(others, policy.default)) == wanted:
             named = others
     rules = [
         f"{designator}={described_flags(flags)}" for designator, flags in sorted(named.items(), key=in_order)
@@ -134,6 +135,11 @@ def described(policy: ImagePolicy) -> str:
     if policy.default != IGNORE:
         rules.append(f"={described_flags(policy.default)}")
     return ":".join(rules)
+
+
+def all_flags(policy: ImagePolicy) -> list[frozenset[str]]:
+    """Return what is allowed of each kind of partition."""
+    return [policy.flags(designator) for designator in DESIGNATORS]
 
 
 def in_order(rule: tuple[str, frozenset[str]]) -> int:

@@ -117,8 +117,8 @@ class Dispatcher:
         """`handlers` maps full method names ("io.mountd.Mount.Mount"), whose interfaces are then offered.
 
         `on_bug` gets every exception that no error reply stands for. `translate` says errors in the words of
-        another interface. Raises ValueError for a handler whose
-        method is not declared, OSError for an interface file that cannot be read.
+        another interface. Raises ValueError for a handler whose method is not declared, OSError for an
+        interface file that cannot be read.
         """
         self._on_bug = on_bug
         self._translate = translate or (lambda error: error)
