@@ -51,6 +51,9 @@ def make_directory(
         os.mkdir(temporary, 0o700, dir_fd=parent_fd)
         try:
             made = openat2(parent_fd, temporary, DIRECTORY, WHERE)
+            if os.fstat(made.fileno()).st_uid != CALLER:
+                # Put there in place of the new one, and somebody else's.
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
             os.fchmod(made.fileno(), mode)
             os.fchown(made.fileno(), OWNER, OWNER)
             call(

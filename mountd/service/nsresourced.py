@@ -11,7 +11,7 @@ import errno
 import time
 from typing import TYPE_CHECKING
 
-from mountd.errors import MountFailed, UserNamespaceNotPermitted
+from mountd.errors import MountFailed, ProtocolError, UserNamespaceNotPermitted
 from mountd.kernel import sockets
 from mountd.wire.framing import decode, encode
 
@@ -63,7 +63,10 @@ def add(connection: socket.socket, userns: OwnedFd, mount: OwnedFd, deadline: fl
         received += more
         if not more or len(received) > MAXIMUM_REPLY:
             raise MountFailed(f"{METHOD}: there is no answer", "EPROTO")
-    said = decode(received[:-1]).get("error")
+    try:
+        said = decode(received[:-1]).get("error")
+    except ProtocolError as error:
+        raise MountFailed(f"{METHOD}: {error}", "EPROTO") from None
     if said is None or said == NOT_REGISTERED:
         return said is None
     raise MountFailed(f"{METHOD}: {said}", "EIO")
