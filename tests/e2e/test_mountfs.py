@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from mountd.caller.model import FOREIGN
+from mountd.daemon.limits import MAXIMUM_CONNECTIONS_PER_OWNER
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import mount_api, namespaces, sockets
 from mountd.kernel.flags import Clone, MountAttr, Propagation
@@ -767,3 +768,19 @@ def test_swapping_what_is_made(serving: Daemon, home: Path, place: Path) -> None
         thread.join()
     assert precious.stat().st_uid == 0
     assert stat.S_IMODE(precious.stat().st_mode) == 0o755
+
+
+def test_the_listener_speaks_their_words_too(serving: Daemon) -> None:
+    """It answers by itself, having read nothing, whoever has too many connections of either kind."""
+    with contextlib.ExitStack() as stack:
+        half = MAXIMUM_CONNECTIONS_PER_OWNER // 2
+        for kind in (Theirs, Raw):
+            raws = [stack.enter_context(kind(serving, USER)) for _ in range(half)]
+            # Then those before it were taken in as well.
+            assert "error" not in info(raws[-1], OWN)
+        reply = stack.enter_context(Theirs(serving)).reply()
+        assert reply is not None
+        assert (reply["error"], reply["parameters"]["errnoName"]) == ("io.systemd.System", "EUSERS")
+        reply = stack.enter_context(Raw(serving, USER)).reply()
+        assert reply is not None
+        assert reply["error"] == "io.mountd.Mount.LimitExceeded"
