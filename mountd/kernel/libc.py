@@ -46,6 +46,7 @@ _FUNCTIONS = {
     "mount": "sssns",
     "pivot_root": "ss",
     "prctl": "nnnnn",
+    "renameat2": "nsnsn",
     "setfsgid": "n",
     "setfsuid": "n",
     "setns": "nn",
