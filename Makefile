@@ -47,7 +47,8 @@ install:
 	install -m 0644 -t $(LIB)/mountd/policy.d units/policy.d/*.toml
 	install -m 0644 -t $(LIB)/tmpfiles.d units/tmpfiles.d/mountd.conf
 	install -m 0644 -t $(LIB)/sysusers.d units/sysusers.d/mountd.conf
-	install -m 0644 -t $(LIB)/systemd/system units/systemd/mountd.socket units/systemd/mountd-pull.socket
+	install -m 0644 -t $(LIB)/systemd/system units/systemd/mountd.socket units/systemd/mountd-pull.socket \
+	  units/systemd/mountd-mountfsd.socket
 	for unit in mountd mountd-pull; do \
 	  sed 's|@SBINDIR@|$(PREFIX)/sbin|' units/systemd/$$unit.service > $(LIB)/systemd/system/$$unit.service && \
 	  chmod 0644 $(LIB)/systemd/system/$$unit.service || exit; \

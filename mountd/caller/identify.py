@@ -83,6 +83,7 @@ def identify(
         slice=place.slice,
         container=place.container,
         cgroup=place.path,
+        roots_namespace=chain[-1][1] if chain and chain[-1][2] == 0 else 0,
     )
 
 

@@ -52,6 +52,7 @@ class UserNamespace:
 class Caller:
     """The process that connected; `owner_uid` is who pays for it: the owner of its outermost namespace.
 
+    `roots_namespace` is the inode of that namespace if it is root who made it, 0 otherwise (`payer`).
     `sys_admin` is whether a process on the host has CAP_SYS_ADMIN there.
     `unit` and `slice` are systemd's, `container` is "MANAGER:NAME": what the path of its control group says
     as far as it is root's word (caller.cgroup). `cgroup` is that path, for messages. None is “not known”,
@@ -69,6 +70,7 @@ class Caller:
     slice: str | None = None
     container: str | None = None
     cgroup: str | None = None
+    roots_namespace: int = 0
 
     def __hash__(self) -> int:
         """Of what tells one from another, as that of a user namespace."""
@@ -78,6 +80,11 @@ class Caller:
     def on_host(self) -> bool:
         """Whether it is in the daemon's own user namespace."""
         return self.user_namespace.is_host
+
+    @property
+    def payer(self) -> tuple[int, int]:
+        """Whom its requests count for: an owner; and what root has made belongs to different people."""
+        return self.owner_uid, self.roots_namespace
 
     @property
     def is_host_root(self) -> bool:

@@ -84,8 +84,14 @@ def umount(options: argparse.Namespace) -> int:
     by = "this process"
     if not (can_attach() and detach_here(options.target, lazy=options.lazy)):
         by = "mountd"
-        with Client() as client:
-            client.detach(id, lazy=options.lazy)
+        try:
+            with Client() as client:
+                client.detach(id, lazy=options.lazy)
+        except NotFound as error:
+            # Nobody knows a mount by its id.
+            raise NotFound(
+                f"a mount at {options.target} that is attached for you", hint=error.hint
+            ) from None
     if options.json:
         show_json({"target": options.target, "detachedBy": by, "id": id})
     else:
@@ -97,7 +103,11 @@ def mount_at(path: str) -> int:
     """Return the unique id of what is mounted at `path`. Raises NotFound, OSError."""
     from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
 
-    with open_target(path) as root:
+    try:
+        root = open_target(path)
+    except NotFound:
+        raise NotFound(path) from None  # without the hint to make it
+    with root:
         # Not asking its file system: who mounted it may not answer any more.
         status = statx(root.fileno(), "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)
     if not status.stx_attributes & STATX_ATTR_MOUNT_ROOT:

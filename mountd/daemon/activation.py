@@ -1,4 +1,4 @@
-"""The listening socket: from systemd (sd_listen_fds(3)), or bound here where there is no systemd."""
+"""The listening sockets: from systemd (sd_listen_fds(3)), or bound here where there is no systemd."""
 
 from __future__ import annotations
 
@@ -6,34 +6,68 @@ import contextlib
 import os
 import socket
 import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from mountd.daemon.channel import Entrance
 from mountd.fds import OwnedFd
 from mountd.kernel import watch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MODE = 0o666  # decisions guard it, not file modes
 BACKLOG = 4096
 WATCHES_NAME = "watches"  # FDNAME= of the ledger's inotify descriptor
+# FileDescriptorName= of the socket whose peers may call io.systemd.MountFileSystem only.
+MOUNT_FILE_SYSTEM_ONLY = {"io.systemd.MountFileSystem": Entrance.MOUNT_FILE_SYSTEM}
 
 
 class StartFailure(Exception):
     """Why the daemon cannot start, in one line."""
 
 
-def listening_socket(path: str) -> tuple[socket.socket, bool, OwnedFd | None]:
-    """Return the socket to accept from, whether it was bound here, at `path`, and the watches of the ledger.
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """What is accepted from, by what it leads to; the paths of what was bound here; the ledger's watches.
 
-    Those are there if a service manager has kept them, and then they are the caller's. Raises StartFailure.
+    Those are there if a service manager has kept them, and then they are the caller's.
     """
+
+    listening: dict[Entrance, socket.socket]
+    bound: tuple[str, ...]
+    kept: OwnedFd | None
+
+    def close(self) -> None:
+        """Close the sockets, and remove those that were bound here."""
+        for each in self.listening.values():
+            each.close()
+        for path in self.bound:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def listening_sockets(paths: Mapping[Entrance, str]) -> Sockets:
+    """Return the sockets to accept from: what was passed to the process, and what of `paths` was not.
+
+    Who was passed one gets no other but its own: that of io.systemd.MountFileSystem is the service
+    manager's to give. Raises StartFailure.
+    """
+    listening: dict[Entrance, socket.socket] = {}
+    kept = None
     if "LISTEN_FDS" in os.environ or "LISTEN_PID" in os.environ:
         listening, kept = inherited()
-        if listening is not None:
-            return listening, False, kept
-        return bound(path), True, kept
-    return bound(path), True, None
+    wanted = {Entrance.OWN: paths[Entrance.OWN]} if listening else paths
+    made = []
+    for entrance, path in wanted.items():
+        if entrance not in listening:
+            listening[entrance] = bound(path)
+            made.append(path)
+    return Sockets(listening, tuple(made), kept)
 
 
-def inherited() -> tuple[socket.socket | None, OwnedFd | None]:
-    """Return the socket that systemd has passed, and what it has kept. Raises StartFailure for all else.
+def inherited() -> tuple[dict[Entrance, socket.socket], OwnedFd | None]:
+    """Return the sockets that systemd has passed, and what it has kept. Raises StartFailure for all else.
 
     A service that was not started by its socket may have been handed what was kept only.
     """
@@ -45,6 +79,8 @@ def inherited() -> tuple[socket.socket | None, OwnedFd | None]:
     except OSError as error:
         raise StartFailure(f"LISTEN_FDS, LISTEN_PID: no such numbers ({error.strerror})") from None
     kept = None
+    passed: dict[Entrance, int] = {}
+    names += [""] * len(fds)
     for fd, name in zip(list(fds), names, strict=False):
         if name == WATCHES_NAME and watch.is_inotify(fd):
             os.set_inheritable(fd, False)
@@ -52,14 +88,17 @@ def inherited() -> tuple[socket.socket | None, OwnedFd | None]:
             if kept is not None:
                 kept.close()
             kept = OwnedFd(fd)
+        else:
+            passed.setdefault(MOUNT_FILE_SYSTEM_ONLY.get(name, Entrance.OWN), fd)
     if not fds and kept is not None:
-        return None, kept
-    if len(fds) != 1:
+        return {}, kept
+    if not fds or len(passed) != len(fds):
         raise StartFailure(f"LISTEN_FDS: exactly one socket is needed, {len(fds)} came for this process")
-    if not daemon.is_socket_unix(fds[0], socket.SOCK_STREAM, 1):
-        raise StartFailure("LISTEN_FDS: what came is no listening AF_UNIX stream socket")
-    os.set_inheritable(fds[0], False)
-    return socket.socket(fileno=fds[0]), kept
+    for fd in fds:
+        if not daemon.is_socket_unix(fd, socket.SOCK_STREAM, 1):
+            raise StartFailure("LISTEN_FDS: what came is no listening AF_UNIX stream socket")
+        os.set_inheritable(fd, False)
+    return {entrance: socket.socket(fileno=fd) for entrance, fd in passed.items()}, kept
 
 
 def bound(path: str) -> socket.socket:

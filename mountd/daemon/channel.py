@@ -18,8 +18,16 @@ from mountd.fds import OwnedFd, close_all
 from mountd.kernel import sockets
 
 COMMAND = struct.Struct("=Ii")  # Word, number
-REQUEST = struct.Struct("=QQ")  # device and inode of the user namespace that the peer connected from
+# Device and inode of the user namespace that the peer connected from, and where it did.
+REQUEST = struct.Struct("=QQB")
 MAXIMUM_TEXT = 4096
+
+
+class Entrance(IntEnum):
+    """The socket that a peer has connected to, which says what it may call."""
+
+    OWN = 0  # the interfaces of mountd
+    MOUNT_FILE_SYSTEM = 1  # io.systemd.MountFileSystem, and nothing else
 
 
 class Word(IntEnum):
@@ -56,8 +64,11 @@ def wait(channel: socket.socket, seconds: float | None) -> bool:
     return seconds is None or bool(select.select([channel], [], [], seconds)[0])
 
 
-def next_request(channel: socket.socket) -> tuple[OwnedFd, tuple[int, int]] | None:
-    """Receive a request: the connection, owned, and the user namespace it is from; None at the end."""
+def next_request(channel: socket.socket) -> tuple[OwnedFd, tuple[int, int], Entrance] | None:
+    """Receive a request: the connection, owned, the user namespace it is from, and where it came in.
+
+    None at the end.
+    """
     try:
         data, fds, _ = sockets.receive(channel, REQUEST.size, 1)
     except ConnectionResetError:
@@ -65,8 +76,8 @@ def next_request(channel: socket.socket) -> tuple[OwnedFd, tuple[int, int]] | No
     if len(data) != REQUEST.size or len(fds) != 1:
         close_all(fds)
         return None
-    dev, ino = REQUEST.unpack(data)
-    return fds[0], (dev, ino)
+    dev, ino, entrance = REQUEST.unpack(data)
+    return fds[0], (dev, ino), Entrance(entrance)
 
 
 def hear(channel: socket.socket) -> tuple[Word, int, str, list[OwnedFd]] | None:

@@ -11,6 +11,8 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from mountd.daemon.channel import Entrance
+from mountd.service.mountfs_errors import in_their_words
 from mountd.wire.framing import encode, error_body
 
 if TYPE_CHECKING:
@@ -21,11 +23,14 @@ if TYPE_CHECKING:
 class Connection:
     """Owns the socket."""
 
-    __slots__ = ("_socket", "namespace", "owner", "since")
+    __slots__ = ("_socket", "entrance", "namespace", "owner", "since")
 
-    def __init__(self, connection: socket.socket, namespace: tuple[int, int], owner: Owner) -> None:
-        """`namespace` identifies the user namespace that the peer connected from."""
+    def __init__(
+        self, connection: socket.socket, namespace: tuple[int, int], owner: Owner, entrance: Entrance
+    ) -> None:
+        """`namespace` is the user namespace of the peer, `entrance` is where it has connected."""
         self._socket = connection
+        self.entrance = entrance
         self.namespace = namespace
         self.owner = owner
         self.since = time.monotonic()
@@ -36,7 +41,7 @@ class Connection:
 
     def answer(self, error: MountdError) -> None:
         """Send an error reply, if there is room for it without waiting."""
-        answer(self._socket, error)
+        answer(self._socket, error, self.entrance)
 
     def close(self) -> None:
         """End the connection for everybody: a worker that hangs may hold it, too."""
@@ -45,7 +50,9 @@ class Connection:
         self._socket.close()
 
 
-def answer(connection: socket.socket, error: MountdError) -> None:
+def answer(connection: socket.socket, error: MountdError, entrance: Entrance) -> None:
     """Send an error reply without waiting for room."""
+    if entrance is Entrance.MOUNT_FILE_SYSTEM:
+        error = in_their_words(error)
     with contextlib.suppress(OSError):
         connection.send(encode(error_body(error)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

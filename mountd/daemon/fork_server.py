@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mountd.daemon import channel, journal
 from mountd.daemon.around import Daemon, Facts, report
-from mountd.daemon.channel import Word
+from mountd.daemon.channel import Entrance, Word
 from mountd.daemon.counters import Figure, Tally
 from mountd.daemon.journal import POLICY_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import MAXIMUM_MOUNTS, SHARED_SECONDS, SLOTS
@@ -44,6 +44,8 @@ from mountd.service.context import PolicyInForce, PolicyOrigin
 from mountd.service.images import METHODS as IMAGE_METHODS
 from mountd.service.listing import METHODS as LIST_METHODS
 from mountd.service.mount import METHODS
+from mountd.service.mountfs import METHODS as MOUNTFS_METHODS
+from mountd.service.mountfs_errors import in_their_words
 from mountd.service.pulls import FOR_OTHERS
 from mountd.service.pulls import METHODS as PULL_METHODS
 from mountd.service.revoke import METHODS as REVOKE_METHODS
@@ -118,8 +120,12 @@ class ForkServer:
         self._questions = None if only_pull else places.staging.with_name(QUESTIONS_FILE)
         others = {**METHODS, **LIST_METHODS, **ATTACH_METHODS, **IMAGE_METHODS, **PULL_METHODS}
         methods = {**(FOR_OTHERS if only_pull else others), **ADMIN_METHODS, **REVOKE_METHODS}
-        counters.name_methods([*methods, *QUESTIONS])
-        self._dispatcher = Dispatcher(interface_directory(), methods, report_bug)
+        theirs = {} if only_pull else MOUNTFS_METHODS
+        counters.name_methods([*methods, *theirs, *QUESTIONS])
+        self._dispatchers = {Entrance.OWN: Dispatcher(interface_directory(), methods, report_bug)}
+        self._dispatchers[Entrance.MOUNT_FILE_SYSTEM] = Dispatcher(
+            interface_directory(), theirs, report_bug, in_their_words
+        )
         namespaces.pidfd_open(os.getpid()).close()  # where that is not possible, nothing is
         self._policy = self._first_policy()
         self._store = open_store(places.state_dir)
@@ -242,7 +248,7 @@ class ForkServer:
             Worker(
                 own,
                 enter,
-                self._dispatcher,
+                self._dispatchers,
                 self._policy,
                 seal,
                 self._store,

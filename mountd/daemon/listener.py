@@ -39,9 +39,10 @@ from mountd.errors import LimitExceeded, MountdError, MountFailed, ShuttingDown
 from mountd.fds import close_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mountd.daemon.board import Board
+    from mountd.daemon.channel import Entrance
     from mountd.daemon.counters import Counters
     from mountd.fds import OwnedFd
 
@@ -66,7 +67,7 @@ class Listener:
 
     def __init__(
         self,
-        listening: socket.socket,
+        listening: Mapping[Entrance, socket.socket],
         control: socket.socket,
         board: Board,
         counters: Counters,
@@ -76,7 +77,7 @@ class Listener:
         notify: Callable[[str], None],
     ) -> None:
         """`listening` and `control` (to the fork server) are borrowed; `notify` is sd_notify(3)."""
-        self._listening = listening
+        self._listening = {each.fileno(): (each, entrance) for entrance, each in listening.items()}
         self._control = control
         self._maximum_connections = maximum_connections
         self._idle_exit = idle_exit
@@ -99,8 +100,9 @@ class Listener:
         self._asked_again: list[OwnedFd] = []
         self._next_house_keeping = 0.0
         self._epoll = select.epoll()
-        listening.setblocking(False)
-        self._epoll.register(listening, select.EPOLLIN)
+        for each in listening.values():
+            each.setblocking(False)
+            self._epoll.register(each, select.EPOLLIN)
         self._epoll.register(control, select.EPOLLIN)
         self._channels: dict[int, Worker] = {}
         self._woken: socket.socket | None = None
@@ -142,8 +144,7 @@ class Listener:
         answer_reloads(self._asked_again)  # by their ends: nothing is read any more
         self._notify("STOPPING=1")
         if not self._listening_paused:
-            self._epoll.unregister(self._listening)
-            self._listening_paused = True
+            self._stop_listening()
         self._pool.call_questions_off()
         for connection in self._queue.drain():
             self._refuse(connection, ShuttingDown())
@@ -156,8 +157,8 @@ class Listener:
         Raises ForkServerGone.
         """
         for fd, _ in self._epoll.poll(max(0.0, self._next_time(until) - time.monotonic())):
-            if fd == self._listening.fileno():
-                self._accept()
+            if fd in self._listening:
+                self._accept(*self._listening[fd])
             elif fd == self._control.fileno():
                 self._hear()
             elif fd in self._channels:
@@ -196,11 +197,13 @@ class Listener:
             times.append(time.monotonic() + 0.1)
         return min(each for each in times if each is not None)
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket, entrance: Entrance) -> None:
         """Take connections in, a few at a time."""
+        if self._listening_paused:
+            return  # by the other socket, a moment ago
         for _ in range(ACCEPT_AT_ONCE):
             try:
-                accepted, _ = self._listening.accept()
+                accepted, _ = listening.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -208,21 +211,26 @@ class Listener:
                     self._pause_listening(error)
                     return
                 continue  # this one has gone already
-            self._welcome(accepted)
+            self._welcome(accepted, entrance)
 
     def _pause_listening(self, error: OSError) -> None:
         """Let them wait in the queue of the socket for a moment, or until somebody has left."""
         self._seldom.log(Priority.WARNING, f"cannot take another connection in: {error.strerror}")
-        self._epoll.unregister(self._listening)
-        self._listening_paused = True
+        self._stop_listening()
         self._listen_again = time.monotonic() + PAUSE_SECONDS
+
+    def _stop_listening(self) -> None:
+        for fd in self._listening:
+            self._epoll.unregister(fd)
+        self._listening_paused = True
 
     def _resume_listening(self) -> None:
         if self._listening_paused and self._draining_until is None:
-            self._epoll.register(self._listening, select.EPOLLIN)
+            for fd in self._listening:
+                self._epoll.register(fd, select.EPOLLIN)
             self._listening_paused = False
 
-    def _welcome(self, accepted: socket.socket) -> None:
+    def _welcome(self, accepted: socket.socket, entrance: Entrance) -> None:
         uid = None
         try:
             namespace, key = peer_namespace(accepted)
@@ -237,12 +245,12 @@ class Listener:
         except (MountdError, OSError) as error:
             if isinstance(error, OSError):
                 error = MountFailed("taking the connection in", errno.errorcode.get(error.errno or 0, "EIO"))
-            answer(accepted, error)
+            answer(accepted, error, entrance)
             accepted.close()
             self._counters.count_for(None, error.wire_name)
             self._note_refusal(uid, error)
             return
-        connection = Connection(accepted, namespace, owner)
+        connection = Connection(accepted, namespace, owner, entrance)
         owner.connections += 1
         self._connections[connection.fileno()] = connection
         self._counters.add(Figure.ACCEPTED)

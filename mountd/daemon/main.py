@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import resource
 import signal
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mountd.daemon import channel
-from mountd.daemon.activation import WATCHES_NAME, StartFailure, listening_socket
+from mountd.daemon.activation import WATCHES_NAME, StartFailure, listening_sockets
 from mountd.daemon.board import Board
+from mountd.daemon.channel import Entrance
 from mountd.daemon.counters import Counters
 from mountd.daemon.journal import WORKER_ID, Priority, log, open_journal
 from mountd.daemon.limits import (
@@ -47,15 +47,25 @@ MAXIMUM_RESTARTS = 3  # of the fork server, within RESTART_SECONDS
 RESTART_SECONDS = 10.0
 
 
+def add_sockets(parser: argparse.ArgumentParser) -> None:
+    """Add what says where to listen."""
+    parser.add_argument(
+        "--socket", metavar="PATH", help="where to listen; default: RUNTIME-DIR/io.mountd.Mount"
+    )
+    parser.add_argument(
+        "--mountfs-socket",
+        metavar="PATH",
+        help="where to listen for callers of io.systemd.MountFileSystem, without systemd; default: nowhere",
+    )
+
+
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="mountd", description="Mounts trusted images for callers who may not mount."
     )
     parser.add_argument("--version", action="version", version=f"mountd {VERSION}")
-    parser.add_argument(
-        "--socket", metavar="PATH", help="where to listen; default: RUNTIME-DIR/io.mountd.Mount"
-    )
+    add_sockets(parser)
     parser.add_argument(
         "--policy-dir",
         metavar="DIR",
@@ -104,7 +114,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     # The working directory is not the same for ever.
     options.runtime_dir, options.state_dir = options.runtime_dir.absolute(), options.state_dir.absolute()
     options.policy_dir = [each.absolute() for each in options.policy_dir or POLICY_DIRS]
-    options.socket = os.path.abspath(options.socket) if options.socket else None
+    for name in ("socket", "mountfs_socket"):
+        path = getattr(options, name)
+        setattr(options, name, os.path.abspath(path) if path else None)
     return options
 
 
@@ -123,8 +135,12 @@ class Daemon:
         self._attached = options.runtime_dir / "attached"
         self.path = options.socket or str(options.runtime_dir / SOCKET_NAME)
         self._maximum_mounts = options.max_mounts
-        self._listening, self._bound, kept = listening_socket(self.path)
-        self._ledger, self._watches = open_ledger(options.runtime_dir, kept)
+        paths = {Entrance.OWN: self.path}
+        if options.mountfs_socket is not None:
+            paths[Entrance.MOUNT_FILE_SYSTEM] = options.mountfs_socket
+        self._sockets = listening_sockets(paths)
+        self._others = tuple(path for path in self._sockets.bound if path != self.path)
+        self._ledger, self._watches = open_ledger(options.runtime_dir, self._sockets.kept)
         self._maximum_connections = raise_descriptor_limit()
         self._signals: set[int] = set()
         self._counters = Counters(SLOTS)  # for longer than a fork server lives
@@ -148,10 +164,7 @@ class Daemon:
                         return 1
                     log(Priority.ERROR, "the fork server has ended; starting another", message_id=WORKER_ID)
         finally:
-            self._listening.close()
-            if self._bound:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path)
+            self._sockets.close()
 
     def _serve(self) -> None:
         """Start a fork server and run the listener over it. Raises ForkServerGone."""
@@ -169,7 +182,7 @@ class Daemon:
                 self._pull_socket,
                 self._attached,
                 listener=os.getppid(),
-                sockets=(self.path,),
+                sockets=(self.path, *self._others),
                 ledger=self._ledger,
                 watches_fd=self._watches.fileno(),
                 shared_seconds=self._shared_seconds,
@@ -178,7 +191,7 @@ class Daemon:
             serve(theirs, board, self._counters, places, only_pull=self._only_pull)
         theirs.close()
         listener = Listener(
-            self._listening,
+            self._sockets.listening,
             ours,
             board,
             self._counters,

@@ -217,7 +217,8 @@ class Pool:
         self._counters.set_slot(worker.slot, Slot.BUSY)
         try:
             with OwnedFd(_duplicate(connection.fileno())) as theirs:
-                sockets.send(worker.channel, channel.REQUEST.pack(*connection.namespace), [theirs])
+                request = channel.REQUEST.pack(*connection.namespace, connection.entrance)
+                sockets.send(worker.channel, request, [theirs])
         except OSError:
             self._counters.set_slot(worker.slot, Slot.IDLE)
             raise

@@ -14,7 +14,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from mountd.daemon import channel
-from mountd.daemon.channel import Word
+from mountd.daemon.channel import Entrance, Word
 from mountd.daemon.counters import DONE
 from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import (
@@ -30,10 +30,12 @@ from mountd.fds import close_all
 from mountd.kernel import sockets
 from mountd.service.context import PolicyInForce, RequestContext
 from mountd.service.conversation import Conversation
+from mountd.service.mountfs_errors import in_their_words
 from mountd.service.phase import Phase
 from mountd.wire.framing import encode, error_body, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from mountd.daemon.counters import Tally
@@ -55,7 +57,7 @@ class Worker:
         self,
         own: socket.socket,
         enter: Enter,
-        dispatcher: Dispatcher,
+        dispatchers: Mapping[Entrance, Dispatcher],
         policy: PolicyInForce,
         seal: Seal | NoSeal,
         store: Store | None,
@@ -73,7 +75,7 @@ class Worker:
         """
         self._own = own
         self._enter = enter
-        self._dispatcher = dispatcher
+        self._dispatchers = dispatchers
         self._policy = policy
         self._seal = seal
         self._store = store
@@ -87,6 +89,7 @@ class Worker:
         self._healthy = True
         self._may_linger = False  # after the last request
         self._served = 0
+        self._entrance = Entrance.OWN  # of the connection that is served
         self._left_over: list[OwnedFd] = []
 
     def run(self) -> None:
@@ -104,7 +107,7 @@ class Worker:
                 request = channel.next_request(self._own)
                 if request is None:
                     return
-                fd = request[0].take()
+                fd, self._entrance = request[0].take(), request[2]
                 with (
                     socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection,
                     Conversation(connection, request[1]) as held,
@@ -185,7 +188,9 @@ class Worker:
         if self._tally is not None:
             self._tally.begin(str(message.body.get("method")))
         try:
-            reply, fds = self._dispatcher.handle(message, context, lambda data: send_ahead(connection, data))
+            reply, fds = self._dispatchers[self._entrance].handle(
+                message, context, lambda data: send_ahead(connection, data)
+            )
             if self._tally is not None:
                 # Before the answer: who asks for the counters after it finds it there.
                 result = error_name(reply) or context.verdict or DONE
@@ -210,6 +215,8 @@ class Worker:
         self._seal.expire()
         if self._ledger is not None:
             self._ledger.collect()
+        if self._attachments is not None:
+            self._attachments.tidy()
         close_all(self._left_over)
 
     def _send(self, connection: socket.socket, reply: bytes, fds: list[OwnedFd]) -> bool:
@@ -225,7 +232,8 @@ class Worker:
         if self._tally is not None:
             self._tally.begin("")
             self._tally.count(error.wire_name.rpartition(".")[2], 0.0)
-        self._send(connection, encode(error_body(error)), [])
+        said = in_their_words(error) if self._entrance is Entrance.MOUNT_FILE_SYSTEM else error
+        self._send(connection, encode(error_body(said)), [])
         uid = sockets.peer_credentials(connection).uid
         if not self._throttle.may_write(uid):
             return

@@ -49,7 +49,7 @@ def clone_directory(fd: int, attributes: MountAttr, namespace_fd: int) -> OwnedF
         namespaces.setns(namespace_fd, Clone.NEWNS)
         return _clone(fd, attributes)
 
-    return _by_a_child(there, {fd, namespace_fd})
+    return by_a_child(there, {fd, namespace_fd})
 
 
 def open_parent(fd: int, uid: int) -> OwnedFd:
@@ -68,10 +68,10 @@ def open_parent(fd: int, uid: int) -> OwnedFd:
         os.seteuid(uid)
         return openat2(fd, "..", PARENT, Resolve.NO_XDEV)
 
-    return _by_a_child(as_owner, {fd})
+    return by_a_child(as_owner, {fd})
 
 
-def _by_a_child(work: "Callable[[], OwnedFd]", keep: set[int]) -> OwnedFd:
+def by_a_child(work: "Callable[[], OwnedFd]", keep: set[int]) -> OwnedFd:
     """Return what a throw-away child makes, which has nothing but the descriptors `keep`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     with ours:

@@ -47,6 +47,7 @@ _FUNCTIONS = {
     "mount": "sssns",
     "pivot_root": "ss",
     "prctl": "nnnnn",
+    "renameat2": "nsnsn",
     "setfsgid": "n",
     "setfsuid": "n",
     "setns": "nn",

@@ -90,12 +90,12 @@ class Book:
 
     def reserve(
         self,
-        owner: int | None,
+        owner: tuple[int, int] | None,
         rule: str | None,
         maximum: int | None,
         *more: tuple[str | None, int | None],
     ) -> Reservation:
-        """Return a place for a mount of `owner`; `maximum` is how many it may have by the rule, if bounded.
+        """Return a place for a mount of `owner` (`Caller.payer`), who may have `maximum` by the rule.
 
         `more` are other rules with theirs, that the mount is one of as well. None for the owner is for the
         host's root, who only has to leave room for others.
@@ -103,7 +103,7 @@ class Book:
         Raises LimitExceeded, SyscallError.
         """
         self._since_collected += 1
-        name = ROOT if owner is None else str(owner)
+        name = ROOT if owner is None else directory_of(*owner)
         bound = MAXIMUM_OF_ROOT if owner is None else self._maximum
         fd, path = self._place(f"{self._directory}/{name}", bound, LIMIT)
         names = [path]
@@ -140,6 +140,11 @@ class Book:
                     continue
                 found.append(record)
             return sorted(found, key=lambda record: (record.since, record.id))
+
+    def is_there(self, record: Record) -> bool:
+        """Tell whether the superblock that a record has a watch on is there by now. Raises SyscallError."""
+        with named("reading the ledger"):
+            return watch.watched(self.watches_fd).get(record.watch) == record.device
 
     def forget(self, ids: set[int]) -> None:
         """Remove the records of mounts that are gone. Raises SyscallError."""
@@ -267,6 +272,11 @@ class Book:
     def _unlink(path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def directory_of(owner: int, roots_namespace: int) -> str:
+    """Return the name of the directory of who pays for a mount."""
+    return f"{owner}-{roots_namespace}" if roots_namespace else str(owner)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 WANTED = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.MNT_POINT
 IDENTITY = StatxMask.MNT_ID_UNIQUE
+LONGEST_LOOK = 5.0  # seconds
 GONE = ("ENOENT", "ESRCH", "EINVAL")
 
 
@@ -100,28 +102,37 @@ def ended_is_empty(namespace: int) -> list[int]:
         raise
 
 
-def uses(devices: set[Device]) -> list[Use]:
-    """Return what processes have open of these superblocks, their own working directories included.
+def uses(devices: set[Device], ids: set[int], seconds: float = LONGEST_LOOK) -> tuple[list[Use], bool]:
+    """Return what processes have open of these superblocks and mounts, working directories included.
 
-    No file system is asked anything for it, so that none can hold it up. A process that this one may not
-    look into has nothing, by this.
+    And whether that is all: any user can have more descriptors open than anybody has the time to look at, so
+    that it ends after `seconds`. No file system is asked anything for it, so that none can hold it up. A
+    process that this one may not look into has nothing, by this.
     """
     found: list[Use] = []
+    deadline = time.monotonic() + seconds
     for name in os.listdir("/proc"):
         if name.isdecimal():
             # It may end at any moment.
             with contextlib.suppress(OSError):
-                found += _uses_of(int(name), devices)
-    return found
+                for use in _uses_of(int(name), devices, ids):
+                    if use is not None:
+                        found.append(use)
+                    if time.monotonic() > deadline:
+                        return found, False
+    return found, True
 
 
-def _uses_of(pid: int, devices: set[Device]) -> Iterator[Use]:
+def _uses_of(pid: int, devices: set[Device], ids: set[int]) -> Iterator[Use | None]:
+    """Yield the uses of one process, and None for whatever else it has open."""
     directory = f"/proc/{pid}"
     places = [("cwd", "cwd"), ("root", "root"), ("exe", "exe")]
     places += [(f"fd/{number}", f"fd {number}") for number in os.listdir(f"{directory}/fd")]
     for place, what in places:
         status = _identity(f"{directory}/{place}")
-        if status is not None and status[1] in devices:
+        if status is None or (status[1] not in devices and status[0] not in ids):
+            yield None
+        else:
             with open(f"{directory}/comm", encoding="utf-8", errors="replace") as file:
                 yield Use(pid, file.read().strip(), what, *status)
 

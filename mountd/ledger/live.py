@@ -3,7 +3,8 @@
 A superblock may have been cloned for several mounts, and is kept for a while for those to come; and what was
 not mounted by mountd, such as a directory, has a superblock that stays. Then a mount is there if it is
 attached somewhere, or something of it is open. A copy of it that the receiver has made has another id; while
-there are copies of a superblock that belong to nobody, no mount of it is taken for gone.
+there are copies of a superblock that belong to nobody, no mount of it is taken for gone; nor while it is
+there, and nothing tells why.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from mountd.ledger import find
 
 if TYPE_CHECKING:
     from mountd.ledger.book import Book
-    from mountd.ledger.find import Attachment
+    from mountd.ledger.find import Attachment, Device
     from mountd.ledger.record import Record
 
 YOUNG = 5.0  # seconds in which a mount may be on its way to who asked for it
@@ -24,10 +25,14 @@ YOUNG = 5.0  # seconds in which a mount may be on its way to who asked for it
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """A mount that is there, and where it, or a copy of it, is attached."""
+    """A mount that is there, and where it, or a copy of it, is attached.
+
+    `kept` is whether mountd keeps the superblock for those who may ask for the same again.
+    """
 
     record: Record
     attached: tuple[Attachment, ...]
+    kept: bool = False
 
 
 def settled(book: Book, records: list[Record]) -> list[Live]:
@@ -37,13 +42,17 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
     """
     devices = {record.device for record in records if has_device(record)}
     ids = {record.id for record in records}
-    attached = find.attachments(devices, ids, book.hidden) if records else []
+    everywhere = find.attachments(devices, ids, frozenset()) if records else []
+    attached = [each for each in everywhere if each.namespace not in book.hidden]
+    kept = {each.device for each in everywhere if each.namespace in book.hidden}
     copies = [each for each in attached if each.id not in ids]
     unsure = [record for record in records if not record.watch or record.shared]
     seen = {each.id for each in attached}
     if any(record.id not in seen for record in unsure):
         # A descriptor of it keeps a mount that is attached nowhere.
-        seen |= {use.id for use in find.uses({record.device for record in unsure})}
+        # btrfs has other device numbers for files than for the superblock.
+        uses, complete = find.uses({record.device for record in unsure}, {record.id for record in unsure})
+        seen |= {use.id for use in uses} if complete else ids
     copied = {each.device for each in copies}
     now = time.time()
     gone = {
@@ -53,10 +62,24 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
         and not (has_device(record) and record.device in copied)
         and not (record.sent and now - record.since <= YOUNG)
     }
+    gone -= held_unseen(book, records, gone, kept)
     if gone:
         book.forget(gone)
     living = [record for record in records if record.id not in gone]
-    return [Live(record, tuple(belonging(record, living, attached))) for record in living]
+    return [
+        Live(record, tuple(belonging(record, living, attached)), record.device in kept) for record in living
+    ]
+
+
+def held_unseen(book: Book, records: list[Record], gone: set[int], kept: set[Device]) -> set[int]:
+    """Return the ids of those in `gone` whose superblock is there for no reason that could be found.
+
+    It is not one that mountd keeps (`kept`). There is much that keeps a mount and that nobody can list: a
+    descriptor on its way between two sockets, a mapping of a file, another file system made from it.
+    """
+    found = {record.device for record in records if record.id not in gone} | kept
+    lost = [record for record in records if record.id in gone and has_device(record)]
+    return {record.id for record in lost if record.device not in found and book.is_there(record)}
 
 
 def belonging(record: Record, records: list[Record], attached: list[Attachment]) -> list[Attachment]:

@@ -13,11 +13,12 @@ class Record:
     """One mount: `id` is its unique mount id, `device` (major, minor) that of its superblock.
 
     `watch` is the number of the watch on the superblock, 0 where there can be none. `uid` is who asked,
-    `owner` the host's uid that it counts for, `pid` the process at that time, all the host's. `source` is
-    where the caller said that the image is, `id_map` says how ids are mapped, both for people; `since` is in
-    seconds since the epoch. `superblock` is whether the superblock was made for this, so that every mount of
-    it is one that was handed out, or a copy of one; `shared`, whether there may be several of those; `sent`,
-    whether it went to the caller as a descriptor, which may take its time to arrive.
+    `owner` with `roots_namespace` whom it counts for (`Caller.payer`), `pid` the process at that time, all
+    the host's. `source` is where the caller said that the image is, `id_map` says how ids are mapped, both
+    for people; `since` is in seconds since the epoch. `superblock` is whether the superblock was made for
+    this, so that every mount of it is one that was handed out, or a copy of one; `shared`, whether there may
+    be several of those; `sent`, whether it went to the caller as a descriptor, which may take its time to
+    arrive.
     """
 
     id: int
@@ -39,6 +40,7 @@ class Record:
     trusted_by: str | None = None
     signer: str | None = None
     digest: str | None = None
+    roots_namespace: int = 0
 
     def encode(self) -> bytes:
         """Return it as JSON."""
@@ -49,7 +51,7 @@ NAMES = tuple(field.name for field in fields(Record))
 # Made once: this is on the way of every mount.
 _in_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("id", "watch", "uid", "owner", "pid", "since"), int),
+    **dict.fromkeys(("id", "watch", "uid", "owner", "roots_namespace", "pid", "since"), int),
     **dict.fromkeys(("source", "file_system", "id_map"), str),
     **dict.fromkeys(("read_only", "superblock", "shared", "sent"), bool),
     **dict.fromkeys(("unit", "rule", "trusted_by", "signer", "digest"), (str, type(None))),

@@ -94,7 +94,7 @@ def plan_mount(
     # What is asked of the host's root is nothing: it may clear whatever it likes.
     if attributes and not caller.is_host_root:
         operations.append(Seal())
-        shared = shared_name(source, decision, made, caller.owner_uid)
+        shared = shared_name(source, decision, made, caller.payer)
     if idmap is IdMapKind.NAMESPACE:
         operations.append(MapToNamespace())
     elif idmap is IdMapKind.RANGES:
@@ -105,7 +105,9 @@ def plan_mount(
 
 
 @lru_cache(maxsize=64)
-def shared_name(source: Source, decision: Decision, made: CreateSuperblock, owner_uid: int) -> str | None:
+def shared_name(
+    source: Source, decision: Decision, made: CreateSuperblock, owner: tuple[int, int]
+) -> str | None:
     """Return a name that two requests have in common only if the one may have a clone of the other's mount.
 
     The image is the same, in the same state, and cannot change: that is known by its inode and the time of
@@ -123,7 +125,7 @@ def shared_name(source: Source, decision: Decision, made: CreateSuperblock, owne
         image = ("root hash", backing.uid)
         made = replace(made, window=None, verity=replace(made.verity, hash_window=None))
     trust = (decision.rule, decision.trusted_by, decision.signer, decision.digest)
-    facts = (image, made, sorted(decision.attributes), trust, owner_uid)
+    facts = (image, made, sorted(decision.attributes), trust, owner)
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 

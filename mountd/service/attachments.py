@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from mountd.errors import SyscallError
 from mountd.execute.attachment import is_there
 
 MAXIMUM_FILE = 16 << 10  # bytes
+ABANDONED = 60.0  # seconds after which nobody is about to attach what was written down
+LOOKED_AT = 4  # files for each that was added, so that there are never many whose mount is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +47,21 @@ class Attachments:
     def __init__(self, directory: Path) -> None:
         """The directory is made when there is something to be put into it."""
         self._directory = directory
+        self._to_look_at = 0
 
     def add(self, attachment: Attachment) -> None:
         """Write one down. Raises OSError."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
         path = self._directory / str(attachment.id)
         new = path.with_name(f"{attachment.id}.new")
-        new.write_text(json.dumps(asdict(attachment)))
-        os.rename(new, path)
+        self._to_look_at += LOOKED_AT
+        try:
+            new.write_text(json.dumps(asdict(attachment)))
+            os.rename(new, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(new)
+            raise
 
     def remove(self, id: int) -> None:
         """Forget one, if there is one. Raises OSError."""
@@ -81,6 +92,24 @@ class Attachments:
             else:
                 self.remove(attachment.id)
         return sorted(found, key=lambda each: each.id)
+
+    def tidy(self) -> None:
+        """Forget some of what is attached no more; for when nobody waits. Raises OSError.
+
+        Nobody tells of an attachment that ends with its mount namespace or its directory.
+        """
+        if not self._to_look_at:
+            return
+        number, self._to_look_at = self._to_look_at, 0
+        names = os.listdir(self._directory)
+        for name in random.sample(names, min(number, len(names))):
+            path = self._directory / name
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime <= ABANDONED:
+                    continue
+                attachment = self.find(int(name)) if name.isdecimal() else None
+                if attachment is None or not still_there(attachment):
+                    path.unlink()
 
 
 def still_there(attachment: Attachment) -> bool:

@@ -38,7 +38,7 @@ class Entry:
         if self._book is None:
             return
         decision, caller = judged.decision, judged.caller
-        owner = None if caller.is_host_root else caller.owner_uid
+        owner = None if caller.is_host_root else caller.payer
         try:
             # A stack is one mount, and one by each rule that has allowed a layer of it.
             layers = [layer.decision for layer in judged.layers] or [decision]
@@ -93,6 +93,7 @@ class Entry:
             device=device,
             uid=caller.uid,
             owner=caller.owner_uid,
+            roots_namespace=caller.roots_namespace,
             pid=caller.pid,
             source=self._context.notes.get("source", UNKNOWN),
             file_system=type,

@@ -50,7 +50,7 @@ def belongs_to(record: Record, caller: Caller) -> bool:
         return caller.uid in (record.uid, record.owner)
     namespace = caller.user_namespace
     mapped = any(each.outer <= record.uid < each.outer + each.count for each in namespace.uid_map)
-    return mapped and record.owner == caller.owner_uid
+    return mapped and (record.owner, record.roots_namespace) == caller.payer
 
 
 def described(each: Live) -> dict[str, object]:

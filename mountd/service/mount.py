@@ -26,7 +26,7 @@ from mountd.service.phase import Phase
 from mountd.service.requests import STORED_PREFIX, MountRequest
 from mountd.source.model import Source, SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
-from mountd.trust.ids import authorize_extents, authorize_ids
+from mountd.trust.ids import authorize_extents, authorize_ids, of_containers
 from mountd.trust.policy import Verdict
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def judge(
             "the caller's uid is not mapped on the host, so nothing can belong to it",
             hint="call as a user that the user namespace maps",
         )
-    uids, gids = authorize(request, caller)
+    uids, gids = authorize(request, caller, context)
 
     def judge_source(each: MountRequest) -> Judged:
         return judge_one(each, caller, (uids, gids), fds, context, may_change=may_change)
@@ -232,12 +232,18 @@ def judge_one(
     return Judged(request, caller, inspected, decision, *ids, context.notes.get("source"))
 
 
-def authorize(request: MountRequest, caller: Caller) -> tuple[Extents, Extents]:
+def authorize(request: MountRequest, caller: Caller, context: RequestContext) -> tuple[Extents, Extents]:
     """Refuse ids that are not the caller's; return the host extents that explicit ranges ask for."""
     namespace: UserNamespace = caller.user_namespace
     if request.userns_fd is not None:
         given = given_namespace(request.userns_fd, caller)
-        with_delegated(caller, lambda delegated: authorized(caller, given, delegated))
+        try:
+            with_delegated(caller, lambda delegated: authorized(caller, given, delegated))
+        except UserNamespaceNotPermitted:
+            if not context.registers or not (found := of_containers(given.namespace)).uids:
+                raise
+            authorized(caller, given, found)
+            context.must_be_registered = True
         namespace = given.namespace
     if request.idmap.kind is not IdMapKind.RANGES:
         return (), ()

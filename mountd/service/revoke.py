@@ -6,6 +6,7 @@ closed. So the answer says who that is.
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from mountd.wire.dispatch import Handler, Reply
 
 FIELDS = ("id", "digest", "uid")
+UNSEEN = "no process shows it: a descriptor on its way, a mapping, or a file system that was made from it"
+NOT_ALL = "there may be others: so many files are open on this system that not all were looked at"
+PATIENCE_SECONDS = 0.2  # until a superblock that nobody has any more is gone
 ROUNDS = 3  # in which what was copied meanwhile is detached as well
 
 
@@ -50,7 +54,7 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         chosen = [each for each in living(context) if each.record.id in ids]
         if not done or not any(each.attached for each in chosen):
             break
-    held = holders(chosen)
+    held = holders(chosen) or unseen(chosen, context)
     return {"detached": [attachment(place) for place in detached], "held": held}, []
 
 
@@ -87,16 +91,32 @@ def holders(left: list[Live]) -> list[dict[str, object]]:
     sure = {each.record.device for each in left if each.record.superblock and each.record.watch}
     ids = {each.record.id for each in left}
     devices = {each.record.device for each in left}
+    uses, complete = find.uses(devices, ids)
     found: list[dict[str, object]] = [
         {"pid": use.pid, "command": use.command, "what": use.what}
-        for use in find.uses(devices)
+        for use in uses
         if use.device in sure or use.id in ids
     ]
+    if left and not complete:
+        found.append({"pid": 0, "command": "", "what": NOT_ALL})
     for each in left:
         for place in each.attached:
             what = f"attached at {place.mount_point} in mount namespace {place.namespace}"
             found.append({"pid": 0, "command": "", "what": what})
     return found
+
+
+def unseen(left: list[Live], context: RequestContext) -> list[dict[str, object]]:
+    """Return a holder for what nothing was found to hold, if it is there all the same."""
+    book, deadline = context.ledger, time.monotonic() + PATIENCE_SECONDS
+    if book is None:
+        return []
+    others = [each.record for each in left if each.record.watch and not each.kept]
+    while any(book.is_there(record) for record in others):
+        if time.monotonic() > deadline:
+            return [{"pid": 0, "command": "", "what": UNSEEN}]
+        time.sleep(PATIENCE_SECONDS / 10)
+    return []
 
 
 METHODS: dict[str, Handler] = {"io.mountd.Admin.Revoke": revoke}

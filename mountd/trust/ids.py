@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mountd.caller.model import OVERFLOW_ID
+from mountd.caller.model import OVERFLOW_ID, DelegatedIds
 from mountd.errors import UserNamespaceNotPermitted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mountd.caller.model import Caller, DelegatedIds, GivenNamespace, IdExtent, UserNamespace
+    from mountd.caller.model import Caller, GivenNamespace, IdExtent, UserNamespace
 
 # What the kernel shows for the outer id of an extent that the reader's own namespace does not map. Two of
 # these may be different ids, so that having one of them says nothing about the other.
 UNMAPPED_ID = (1 << 32) - 1
+# The ids that systemd gives to containers for as long as they run, in blocks (systemd.io/UIDS-GIDS).
+CONTAINERS = range(0x00080000, 0x70000000)
+BLOCK = 65536
 
 
 def authorize_ids(caller: Caller, given: GivenNamespace, delegated: DelegatedIds) -> None:
@@ -72,6 +75,23 @@ def check_extents(
     # A gid that is shown for want of a mapping is nobody's either.
     own_gid = [] if caller.gid == OVERFLOW_ID else [range(caller.gid, caller.gid + 1)]
     check_ids("gids", gids, [*own_gid, *delegated.gids, *own_gids], "/etc/subgid")
+
+
+def of_containers(namespace: UserNamespace) -> DelegatedIds:
+    """Return the ids of a user namespace that is mapped as systemd-nsresourced does, none for any other.
+
+    A block for its own ids from 0 on, and blocks that it may map further, each as itself. That the service
+    has given them to the caller is for the service to say.
+    """
+    extents = namespace.uid_map
+    own, *others = extents or (None,)
+    fit = own is not None and own.inner == 0 and all(each.inner == each.outer for each in others)
+    blocks = [range(each.outer, each.outer + each.count) for each in extents]
+    for ids in blocks:
+        fit = fit and len(ids) == BLOCK and ids.start % BLOCK == 0 and ids.start in CONTAINERS
+    if not fit or namespace.gid_map != extents:
+        return DelegatedIds((), ())
+    return DelegatedIds(tuple(blocks), tuple(blocks))
 
 
 def controls_own(caller: Caller) -> bool:

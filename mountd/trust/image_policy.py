@@ -117,6 +117,44 @@ def parse_flags(text: str) -> frozenset[str]:
     return frozenset(flags)
 
 
+def described(policy: ImagePolicy) -> str:
+    """Return a policy as text, as short as it can be."""
+    wanted = all_flags(policy)
+    for text, flags in WHOLE.items():
+        if policy.default == flags and set(wanted) == {flags}:
+            return text
+    named = dict(policy.partitions)
+    for designator in policy.partitions:
+        # Such as hash data and signatures of what is named, and what is as everything else.
+        others = {name: each for name, each in named.items() if name != designator}
+        if all_flags(ImagePolicy(others, policy.default)) == wanted:
+            named = others
+    rules = [
+        f"{designator}={described_flags(flags)}" for designator, flags in sorted(named.items(), key=in_order)
+    ]
+    if policy.default != IGNORE:
+        rules.append(f"={described_flags(policy.default)}")
+    return ":".join(rules)
+
+
+def all_flags(policy: ImagePolicy) -> list[frozenset[str]]:
+    """Return what is allowed of each kind of partition."""
+    return [policy.flags(designator) for designator in DESIGNATORS]
+
+
+def in_order(rule: tuple[str, frozenset[str]]) -> int:
+    """Tell the place of a rule among those of a policy."""
+    return DESIGNATORS.index(rule[0])
+
+
+def described_flags(flags: frozenset[str]) -> str:
+    """Return the flags of one rule as text, without the groups of which all are allowed."""
+    words = [OPEN] if flags >= USES else sorted(flags & USES)
+    for group in GROUPS[1:]:
+        words += [] if flags >= group else sorted(flags & group)
+    return "+".join(words)
+
+
 def intersect(first: ImagePolicy, second: ImagePolicy) -> ImagePolicy:
     """Return the policy that allows what both allow."""
     named = {*first.partitions, *second.partitions}

@@ -108,14 +108,20 @@ class Dispatcher:
     """Answers messages, with the handlers of a table."""
 
     def __init__(
-        self, interface_dir: Path, handlers: Mapping[str, Handler], on_bug: Callable[[Exception], None]
+        self,
+        interface_dir: Path,
+        handlers: Mapping[str, Handler],
+        on_bug: Callable[[Exception], None],
+        translate: Callable[[MountdError], MountdError] | None = None,
     ) -> None:
         """`handlers` maps full method names ("io.mountd.Mount.Mount"), whose interfaces are then offered.
 
-        `on_bug` gets every exception that no error reply stands for. Raises ValueError for a handler whose
-        method is not declared, OSError for an interface file that cannot be read.
+        `on_bug` gets every exception that no error reply stands for. `translate` says errors in the words of
+        another interface. Raises ValueError for a handler whose method is not declared, OSError for an
+        interface file that cannot be read.
         """
         self._on_bug = on_bug
+        self._translate = translate or (lambda error: error)
         self._streaming = {name for name, handler in handlers.items() if isgeneratorfunction(handler)}
         self._service = Service(
             vendor="mountd",
@@ -181,10 +187,11 @@ class Dispatcher:
             failure = self._bug(error)
         close_all(exchange.reply_fds)
         try:
+            failure = self._translate(failure)
             return encode(error_body(failure, self._error_interface(message, failure)))
         except (MountdError, TypeError, ValueError) as error:
             # The error itself cannot be said: it is too long, or its parameters are no JSON.
-            return encode(error_body(self._bug(error)))
+            return encode(error_body(self._translate(self._bug(error))))
 
     def _run(self, message: Message, exchange: _Exchange, send: Callable[[bytes], None] | None) -> bytes:
         """Check the call, let the package route it, and return the last reply."""

@@ -74,10 +74,17 @@ def test_mount_and_umount(scene: Scene, images: dict[str, Path]) -> None:
     check_line(again, "^mountctl: attaching not permitted: something is mounted at .*mnt already")
     foreign = scene.call("umount", target, uid=ZOE)
     assert foreign.returncode == 1
-    check_line(foreign, "^mountctl: not found: a mount with the id .* .hint: “mountctl list”")
+    check_line(
+        foreign, f"^mountctl: not found: a mount at {target} that is attached for you .hint: “mountctl list”"
+    )
     done = scene.call("umount", "mnt")
     assert (done.returncode, done.stdout, done.stderr) == (0, "mnt: detached\n", "")
     assert os.listdir(target) == []
+
+
+def test_umount_of_what_is_not_there(scene: Scene) -> None:
+    done = scene.call("umount", "nowhere")
+    assert (done.returncode, done.stderr) == (1, "mountctl: not found: nowhere\n")
 
 
 def test_in_json(scene: Scene, images: dict[str, Path]) -> None:

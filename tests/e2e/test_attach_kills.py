@@ -30,7 +30,7 @@ from tests.e2e.conftest import trusting
 from tests.rogue import Raw, call, error, eventually, settled
 
 HAL = 4250
-LOOPS = int(os.environ.get("MOUNTD_TEST_KILLS", "10000")) // 50
+LOOPS = int(os.environ.get("MOUNTD_TEST_KILLS", "10000")) // 200
 SAMPLES = 10
 BEYOND = 1.3  # times the length of a request
 CAPBSET_DROP, CAP_LAST = 24, 40

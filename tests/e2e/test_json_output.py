@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 from varlink import scanner
 
+from mountd.fds import OwnedFd
 from mountd.wire.dispatch import interface_directory
-from tests.container import in_container
+from tests.container import USER, in_container
 from tests.daemon import ROOT, Daemon
 from tests.e2e.conftest import trusting
 from tests.e2e.schema import DIRECTORY, NAMES, load, problems
@@ -26,8 +28,10 @@ REPLIES = {
     "image-gc": "Images.CollectGarbage",
     "image-inspect": "Images.Inspect",
     "image-remove": "Images.Remove",
+    "list": "Mount.List",
     "metrics": "Admin.Metrics",
     "policy-reload": "Admin.Reload",
+    "revoke": "Admin.Revoke",
     "status": "Admin.Status",
 }
 # As units/program writes it.
@@ -45,7 +49,10 @@ def outputs(
     directory.mkdir(mode=0o755)
     target = directory / "target"
     target.mkdir()
-    policy = trusting(images["erofs"].parent)
+    own = directory / "own"
+    own.mkdir()
+    os.chown(own, USER, USER)
+    policy = trusting(images["erofs"].parent, attach=f'["{own}"]')
     daemon = Daemon(directory / "daemon", policy)
     found: dict[str, list[Any]] = {}
 
@@ -57,6 +64,9 @@ def outputs(
 
     def call(*arguments: object) -> Done:
         return run([installed / "bin/mountctl", *arguments, "--json"], daemon.socket)
+
+    def call_as_user(*arguments: object) -> Done:
+        return as_user([installed / "bin/mountctl", *arguments, "--json"], daemon.socket)
 
     def with_packages(*arguments: object) -> Done:
         """By the Python of the tests, which has what reads policies; the system's may have not."""
@@ -74,7 +84,7 @@ def outputs(
         take("image-list", call("image", "list"))
         take("error", call("image", "inspect", image["digest"]), (1,))
         take("error", call("bogus"), (1,))
-        take("error", as_user([installed / "bin/mountctl", "status", "--json"], daemon.socket), (1,))
+        take("error", call_as_user("status"), (1,))
         take("error", run([installed / "bin/mountctl", "status", "--json"], directory / "nobody"), (2,))
         take("status", call("status"))
         take("metrics", call("metrics"))
@@ -88,8 +98,15 @@ def outputs(
         take("policy-check", with_packages("policy", "check", daemon.policy_dir))
         take("policy-show", with_packages("policy", "show", daemon.policy_dir))
         take("doctor", with_packages("doctor"), (0, 1, 2))
-        take("doctor", as_user([installed / "bin/mountctl", "doctor", "--json"], daemon.socket), (0, 1, 2))
+        take("doctor", call_as_user("doctor"), (0, 1, 2))
         found["mount"] = [mounted_in_a_container(installed, daemon, images["erofs"], target)]
+        take("mount", call_as_user("mount", images["erofs"], own))
+        take("list", call_as_user("list"))
+        take("umount", call_as_user("umount", own))
+        id = take("mount", call_as_user("mount", images["erofs"], own))["id"]
+        with OwnedFd(os.open(own / "hello", os.O_RDONLY)):
+            take("revoke", call("revoke", id), (1,))
+        take("list", call("list", "--all"))
         yield found
     finally:
         daemon.stop()
@@ -172,8 +189,9 @@ def compare(interface: Any, declared: Any, schema: dict[str, Any], whole: dict[s
 def test_every_verb_has_a_schema() -> None:
     from mountd.cli import image
 
-    verbs = {f"image-{verb}" for verb in image.VERBS} | {"mount", "explain", "status", "metrics", "doctor"}
-    assert verbs | {"policy-check", "policy-show", "policy-reload", "error"} <= set(NAMES)
+    verbs = {f"image-{verb}" for verb in image.VERBS} | {"mount", "umount", "list", "revoke", "explain"}
+    verbs |= {"status", "metrics", "doctor", "policy-check", "policy-show", "policy-reload"}
+    assert verbs | {"error"} == set(NAMES)
 
 
 def test_the_schemas_are_installed(installed: Path) -> None:

@@ -90,13 +90,13 @@ def test_reload_holds_within_a_row_of_calls(
             daemon.signal(signal.SIGHUP)
             serving(notified)
             with calls_in_a_row(daemon, image) as answers:
-                time.sleep(0.2)
+                time.sleep(0.6)
                 until = time.monotonic()
                 daemon.set_policy("")
                 daemon.signal(signal.SIGHUP)
                 serving(notified)
                 since = time.monotonic()
-                time.sleep(0.2)
+                time.sleep(0.6)
             before = [said for sent, said in answers if sent < until]
             after = [said for sent, said in answers if sent > since]
             assert before.count("") > REQUESTS_IN_A_ROW / 2

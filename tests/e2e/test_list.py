@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone
 from mountd.kernel.mount_info import mount_id
+from mountd.ledger import live
 from tests.container import USER, as_user, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mount, mounted, outcome
@@ -162,6 +165,48 @@ def test_one_container_does_not_see_another_of_its_owner(
             os.close(fd)
 
 
+@contextlib.contextmanager
+def busy_container(daemon: Daemon, image: Path, number: int) -> Iterator[None]:
+    """A container that root has made, and that holds as many mounts."""
+    ours, theirs = socket.socketpair()
+
+    def work() -> None:
+        mounts = [mount(daemon.socket, image).mount for _ in range(number)]
+        theirs.send(b"!")
+        theirs.recv(1)
+        del mounts
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            in_container(work, owner=0)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        assert ours.recv(1) == b"!"
+        yield
+    os.waitpid(pid, 0)
+
+
+def test_containers_that_root_has_made_are_nothing_to_each_other(
+    start: Callable[..., Daemon], images: dict[str, Path], containers: None
+) -> None:
+    """Though their owner is one, and the ids that they map are: limits, superblocks, lists."""
+    daemon = start(trusting(images["erofs"].parent), "--max-mounts", "2", *LONG)
+
+    def other() -> tuple[list[int], list[int], int]:
+        before = [each["id"] for each in listed(daemon)]
+        with mounted(daemon.socket, images["erofs"]) as reply:
+            return before, [each["id"] for each in listed(daemon)], mount_id(reply.mount.fileno())
+
+    with busy_container(daemon, images["erofs"], 2):
+        before, after, id = in_container(other, owner=0)
+        assert (before, after) == ([], [id])
+        assert len({each["owner"] for each in listed(daemon, everybody=True)}) == 1
+
+
 def test_what_is_closed_at_once_and_what_never_arrives(serving: Daemon, images: dict[str, Path]) -> None:
     def drop() -> None:
         for _ in range(300):
@@ -226,6 +271,24 @@ def test_a_daemon_that_starts_again_knows_what_is_left(
     wait_for(lambda: listed_as(serving, USER) == ids[:1])
     held.append(ask_as(serving, images["squashfs"], USER))
     assert listed_as(serving, USER) == [ids[0], mount_id(held[1].fileno())]
+
+
+def test_what_no_process_seems_to_have_open_is_still_there(
+    start: Callable[..., Daemon], images: dict[str, Path]
+) -> None:
+    """A descriptor on its way between two sockets keeps a mount, and /proc does not show it."""
+    daemon = start(trusting(images["erofs"].parent), "--max-mounts", "1")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with ask_as(daemon, images["erofs"], USER) as sent:
+            id = mount_id(sent.fileno())
+            socket.send_fds(ours, [b"x"], [sent.fileno()])
+        # Longer than a mount may be on its way to who asked for it, and than one is kept.
+        time.sleep(live.YOUNG + 1.5)
+        assert listed_as(daemon, USER) == [id]
+        with pytest.raises(LimitExceeded):
+            ask_as(daemon, images["squashfs"], USER)
+    wait_for(lambda: not listed_as(daemon, USER))
 
 
 class TestLimits:

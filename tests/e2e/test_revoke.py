@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mountd.client import Client
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone
 from mountd.kernel.mount_info import mount_id
+from mountd.ledger import live
 from tests.container import USER, as_user, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mounted, outcome
@@ -87,13 +89,29 @@ def test_detached_everywhere(serving: Daemon, images: dict[str, Path], container
     wait_for(lambda: not listed(serving, everybody=True))
 
 
-def test_what_is_open_is_named(serving: Daemon, images: dict[str, Path]) -> None:
-    with ask_as(serving, images["erofs"], USER) as mount:
+@pytest.mark.parametrize("type", ["erofs", "btrfs"])
+def test_what_is_open_is_named(serving: Daemon, images: dict[str, Path], type: str) -> None:
+    with ask_as(serving, images[type], USER) as mount:
         reply = revoke(serving, id=mount_id(mount.fileno()))
         assert reply["detached"] == []
         assert {"pid": os.getpid(), "what": f"fd {mount.fileno()}"} in [
             {"pid": each["pid"], "what": each["what"]} for each in reply["held"]
         ]
+
+
+def test_what_nobody_seems_to_have_is_not_said_to_be_gone(serving: Daemon, images: dict[str, Path]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with ask_as(serving, images["squashfs"], USER) as mount:
+            id = mount_id(mount.fileno())
+            socket.send_fds(ours, [b"x"], [mount.fileno()])
+        time.sleep(live.YOUNG + 1.5)  # longer than a mount may be on its way to who asked for it
+        reply = revoke(serving, id=id)
+        assert reply["detached"] == []
+        ((pid, what),) = [(each["pid"], each["what"]) for each in reply["held"]]
+        assert pid == 0
+        assert what.startswith("no process shows it")
+    wait_for(lambda: not listed(serving, everybody=True))
 
 
 def test_others_keep_theirs(serving: Daemon, images: dict[str, Path], containers: None) -> None:

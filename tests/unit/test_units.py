@@ -23,7 +23,13 @@ def analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_verify(units: Path) -> None:
-    names = ("mountd.service", "mountd.socket", "mountd-pull.service", "mountd-pull.socket")
+    names = (
+        "mountd.service",
+        "mountd.socket",
+        "mountd-pull.service",
+        "mountd-pull.socket",
+        "mountd-mountfsd.socket",
+    )
     done = analyze("verify", *(units / name for name in names))
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mountd.caller.model import OVERFLOW_ID, Caller, DelegatedIds, GivenNamespace, IdExtent, UserNamespace
 from mountd.errors import UserNamespaceNotPermitted
-from mountd.trust.ids import authorize_ids, first_outside
+from mountd.trust.ids import authorize_ids, first_outside, of_containers
 
 DEV = 4
 USER = 1000
@@ -162,3 +162,30 @@ def test_first_outside_is_set_difference(ids: range, allowed: list[range]) -> No
     else:
         assert outside.start == min(missing)
         assert set(outside) <= missing
+
+
+BLOCK = 0x00080000
+
+
+@pytest.mark.parametrize(
+    ("extents", "blocks"),
+    [
+        (((0, BLOCK, 65536),), 1),
+        (((0, BLOCK, 65536), (BLOCK + 65536, BLOCK + 65536, 65536)), 2),
+        ((), 0),
+        (((1, BLOCK, 65536),), 0),
+        (((0, BLOCK, 65535),), 0),
+        (((0, BLOCK, 131072),), 0),
+        (((0, BLOCK + 1, 65536),), 0),
+        (((0, 0, 65536),), 0),
+        (((0, BLOCK - 65536, 65536),), 0),
+        (((0, 0x70000000, 65536),), 0),
+        (((0, BLOCK, 65536), (65536, BLOCK + 65536, 65536)), 0),
+        (((0, BLOCK, 65536), (131072, 131072, 65536)), 0),
+    ],
+)
+def test_ids_of_containers(extents: tuple[tuple[int, int, int], ...], blocks: int) -> None:
+    """Only what is mapped as systemd-nsresourced does, and alike for users and groups."""
+    found = namespace(30, *extents)
+    assert len(of_containers(found).uids) == len(of_containers(found).gids) == blocks
+    assert of_containers(replace(found, gid_map=())).uids == ()

@@ -16,6 +16,7 @@ from mountd.trust.image_policy import (
     TYPES,
     USES,
     ImagePolicy,
+    described,
     intersect,
     parse,
     refusal,
@@ -170,3 +171,25 @@ def test_anything_is_a_policy_or_refused(text: str) -> None:
     # Nothing else than the one error gets out.
     with contextlib.suppress(InvalidParameter):
         assert isinstance(parse(text), ImagePolicy)
+
+
+@given(policies)
+def test_a_policy_that_is_described_is_the_same(text: str) -> None:
+    policy = parse(text)
+    again = parse(described(policy))
+    assert again.default == policy.default
+    assert [again.flags(each) for each in DESIGNATORS] == [policy.flags(each) for each in DESIGNATORS]
+    assert described(again) == described(policy)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("*", "*", "*"),
+        ("-", "*", "-"),
+        ("*", "root=verity+erofs", "root=verity+erofs"),
+        ("root=signed+absent:=unused+absent", "root=open:usr=open", "root=absent+signed"),
+    ],
+)
+def test_described(one: str, other: str, expected: str) -> None:
+    assert described(intersect(parse(one), parse(other))).startswith(expected)

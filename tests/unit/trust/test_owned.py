@@ -52,7 +52,7 @@ def judge(
     wishes: MountWishes = WISHES,
     directory: Directory = DIRECTORY,
 ) -> Decision:
-    source = Source(SourceKind.DIRECTORY, None, None, None, directory)
+    source = Source(SourceKind.DIRECTORY, None, None, None, directory=directory)
     used = rules if isinstance(rules, Policy) else policy(rules)
     return decide(used, USER, source, evidence(ownership), wishes)
 
@@ -80,7 +80,7 @@ def test_a_rule_trusts_whom_it_names(ownership: Ownership) -> None:
 def test_nobody_trusts_what_is_somebody_elses() -> None:
     everybodys = about("caller", "foreign", "root")
     assert refused(judge(everybodys, Ownership.OTHER)) == "DeniedByPolicy"
-    source = Source(SourceKind.DIRECTORY, None, None, None, DIRECTORY)
+    source = Source(SourceKind.DIRECTORY, None, None, None, directory=DIRECTORY)
     of_root = decide(policy(everybodys), ROOT, source, evidence(Ownership.OTHER), WISHES)
     assert refused(of_root) == "DeniedByPolicy"
 

@@ -97,6 +97,7 @@ EXAMPLES = [
     errors.OptionNotPermitted("suid", "reason", hint="hint"),
     errors.OptionNotPermitted("suid"),
     errors.AttachNotPermitted("reason", hint="hint"),
+    errors.InteractiveAuthenticationRequired(hint="hint"),
     errors.LimitExceeded("descriptors in a message", 16, hint="hint"),
     errors.MountFailed("fsmount(3, 0)", "EINVAL", ["e xfs: no", "e xfs: never"]),
     errors.MountFailed("fsmount(3, 0)", "EINVAL"),

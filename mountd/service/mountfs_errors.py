@@ -1,0 +1,132 @@
+"""Errors in the words of io.systemd.MountFileSystem, one table: its clients know these names and no others.
+
+What its interface has no name for is io.systemd.System with an errno, as from any service of systemd. Unlike
+there, reason and hint come along: clients pass over fields that they do not know, and people need them.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from mountd.errors import (
+    BadFileDescriptor,
+    DeniedByPolicy,
+    InteractiveAuthenticationRequired,
+    InvalidImage,
+    InvalidParameter,
+    KeyUnknown,
+    LimitExceeded,
+    MountdError,
+    MountFailed,
+    NotFound,
+    NotImmutable,
+    NotSupported,
+    OptionNotPermitted,
+    PeerGone,
+    ProtocolError,
+    ShuttingDown,
+    SignatureInvalid,
+    StorageFull,
+    TimedOut,
+    UnsupportedFileSystem,
+    UserNamespaceNotPermitted,
+)
+
+PREFIX = "io.systemd.MountFileSystem."
+SYSTEM = "io.systemd.System"
+PERMISSION_DENIED = "org.varlink.service.PermissionDenied"
+INTERACTIVE = "io.systemd.InteractiveAuthenticationRequired"
+INVALID_PARAMETER = InvalidParameter.wire_name
+BAD_FLAGS = f"{PREFIX}BadFileDescriptorFlags"
+DENIED = f"{PREFIX}DeniedByImagePolicy"
+INCOMPATIBLE = f"{PREFIX}IncompatibleImage"
+NO_ROOT = f"{PREFIX}RootPartitionNotFound"
+NAMESPACE_FIELD = "userNamespaceFileDescriptor"
+PARTITION_TABLE = "gpt"
+
+# What fields of the requests are called that mountd makes of its clients' (service.mountfs).
+FIELDS = {
+    "source.imageFileDescriptor": "imageFileDescriptor",
+    "source.directoryFileDescriptor": "directoryFileDescriptor",
+    "source.verity.dataFileDescriptor": "verityDataFileDescriptor",
+    "source.verity.rootHash": "verityRootHash",
+    "source.verity.signature": "verityRootHashSignature",
+    "source.signature": "verityRootHashSignature",
+    "options": "mountOptions",
+    "interactive": "allowInteractiveAuthentication",
+}
+NAMES: dict[type[MountdError], str] = {
+    DeniedByPolicy: PERMISSION_DENIED,
+    NotImmutable: PERMISSION_DENIED,
+    OptionNotPermitted: PERMISSION_DENIED,
+    InteractiveAuthenticationRequired: INTERACTIVE,
+    SignatureInvalid: f"{PREFIX}VerityFailure",
+    KeyUnknown: f"{PREFIX}KeyNotFound",
+    InvalidImage: INCOMPATIBLE,
+}
+# Of an image; of anything else, they are errnos.
+OF_IMAGES: dict[type[MountdError], str] = {
+    DeniedByPolicy: DENIED,
+    NotImmutable: DENIED,
+    UnsupportedFileSystem: INCOMPATIBLE,
+    NotSupported: INCOMPATIBLE,
+}
+NUMBERS: dict[type[MountdError], int] = {
+    LimitExceeded: errno.EUSERS,
+    NotFound: errno.ENOENT,
+    NotSupported: errno.EOPNOTSUPP,
+    PeerGone: errno.ESRCH,
+    ShuttingDown: errno.ECONNREFUSED,
+    StorageFull: errno.ENOSPC,
+    TimedOut: errno.ETIMEDOUT,
+    UnsupportedFileSystem: errno.EOPNOTSUPP,
+}
+
+
+class TheirError(MountdError):
+    """An error with a name of another interface than mountd's."""
+
+    def __init__(self, name: str, reason: str, *, hint: str | None = None, **parameters: object) -> None:
+        """`name` is the full name of the error."""
+        super().__init__(reason, hint=hint, reason=reason, **parameters)
+        self.wire_name = name
+
+
+def system(number: int, reason: str, *, hint: str | None = None) -> TheirError:
+    """Return what says an errno."""
+    name = errno.errorcode.get(number, "EIO")
+    return TheirError(SYSTEM, reason, hint=hint, origin="linux", errno=number, errnoName=name)
+
+
+def of_image(error: MountdError) -> MountdError:
+    """Return what says `error`, which is about an image."""
+    if (
+        isinstance(error, UnsupportedFileSystem)
+        and error.parameters.get("fileSystemType") == PARTITION_TABLE
+    ):
+        return TheirError(NO_ROOT, error.message, hint=error.hint)
+    name = OF_IMAGES.get(type(error))
+    return error if name is None else TheirError(name, error.message, hint=error.hint)
+
+
+def in_their_words(error: MountdError) -> MountdError:
+    """Return the error that clients of systemd's interface know for `error`."""
+    if isinstance(error, TheirError):
+        return error
+    if isinstance(error, InvalidParameter | BadFileDescriptor | ProtocolError):
+        field = str(error.parameters["parameter"])
+        reason = str(error.parameters["reason"])
+        return TheirError(INVALID_PARAMETER, reason, hint=error.hint, parameter=FIELDS.get(field, field))
+    if isinstance(error, UserNamespaceNotPermitted):
+        return TheirError(INVALID_PARAMETER, error.message, hint=error.hint, parameter=NAMESPACE_FIELD)
+    if isinstance(error, MountFailed):
+        return system(number_of(str(error.parameters["errnoName"])), error.message, hint=error.hint)
+    name = NAMES.get(type(error))
+    if name is not None:
+        return TheirError(name, error.message, hint=error.hint)
+    return system(NUMBERS.get(type(error), errno.EIO), error.message, hint=error.hint)
+
+
+def number_of(name: str) -> int:
+    """Return the errno with this name, EIO for none."""
+    return int(getattr(errno, name, errno.EIO)) if name in errno.errorcode.values() else errno.EIO
