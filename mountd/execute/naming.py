@@ -15,6 +15,7 @@ import os
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from mountd.errors import NotSupported
 from mountd.kernel import mount_api
 from mountd.kernel.flags import Propagation
 from mountd.kernel.libc import call
@@ -112,13 +113,14 @@ def is_name(name: str) -> bool:
 def prepare(directory: str, slots: int) -> None:
     """Make the directories for as many workers below `directory`, in this mount namespace only.
 
-    Raises SyscallError, OSError.
+    On a kernel that lacks what it takes there is nothing to name: it cannot mount, either, and says so to
+    whoever asks for a mount. Raises SyscallError, OSError.
     """
     call("mount", b"mountd", directory.encode(), b"tmpfs", 0, b"mode=0700,size=1m")
     mount_api.set_propagation(directory, Propagation.PRIVATE)
     for number in range(slots):
         proc = f"{directory}/{number}/{PROC}"
         os.makedirs(proc, 0o700)
-        with mount_api.clone_mount("/proc") as mount:
+        with suppress(NotSupported), mount_api.clone_mount("/proc") as mount:
             mount_api.mount_setattr(mount.fileno(), propagation=Propagation.PRIVATE)
             mount_api.move_mount(mount.fileno(), proc)

@@ -36,7 +36,7 @@ def test_varlinkctl_introspects(machine: Machine) -> None:
         "org.varlink.service",
     ]
     methods = machine.run(["varlinkctl", "list-methods", ADDRESS, INTERFACE]).stdout.split()
-    assert methods == [f"{INTERFACE}.{name}" for name in ("Attach", "Detach", "Explain", "Mount")]
+    assert methods == [f"{INTERFACE}.{name}" for name in ("Attach", "Detach", "Explain", "List", "Mount")]
     # systemd parses the description and prints it in a form of its own.
     described = machine.run(["varlinkctl", "introspect", ADDRESS, INTERFACE]).stdout
     assert sorted(members(described)) == sorted(members(DESCRIPTION))

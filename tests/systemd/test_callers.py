@@ -70,7 +70,7 @@ def test_an_ordinary_user_cannot_attach_on_the_host(
 ) -> None:
     done = machine.run(["mountctl", "mount", images["erofs"], "/mnt"], user=user, check=False)
     assert done.returncode != 0
-    assert "mountctl run" in done.stderr
+    assert "use a directory of your own" in done.stderr
 
 
 @pytest.mark.parametrize("type", TYPES)
