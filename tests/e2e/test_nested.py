@@ -27,7 +27,7 @@ test -z "${MOUNTD_SOCKET-}"
 test ! -e /run/mountd
 mkdir /mnt/helper /mnt/ctl
 "$BIN/sbin/mount.mountd" "$IMAGE" /mnt/helper
-"$BIN/bin/mountctl" mount "$IMAGE" /mnt/ctl
+"$BIN/bin/mountctl" mount "$IMAGE" /mnt/ctl > /dev/null
 for directory in helper ctl; do
     echo "$(cat /mnt/$directory/hello) for $(stat -c %u:%g /mnt/$directory/hello)"
 done
