@@ -74,7 +74,8 @@ def not_pulled(machine: Machine, reference: str, error: str, user: str) -> str:
 
 def read(machine: Machine, source: str, user: str) -> str:
     """Mount as a user, and read a file of the image."""
-    return machine.sh(f"unshare -Urm sh -euc 'mountctl mount {source} /mnt >/dev/null; cat /mnt/hello'", user=user)
+    script = f"mountctl mount {source} /mnt >/dev/null; cat /mnt/hello"
+    return machine.sh(f"unshare -Urm sh -euc '{script}'", user=user)
 
 
 def test_a_user_pulls_and_mounts(ruled: Registry, user: str) -> None:
