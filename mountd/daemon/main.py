@@ -125,6 +125,10 @@ class Daemon:
 
     def __init__(self, options: argparse.Namespace) -> None:
         """Get the socket and set the limits. Raises StartFailure."""
+        # Before anybody can see from a socket that it is there, and tell it something.
+        self._signals: set[int] = set()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: self._signals.add(number))
         self._policy_dirs = options.policy_dir
         self._idle_exit = options.idle_exit
         self._state_dir = options.state_dir
@@ -142,14 +146,11 @@ class Daemon:
         self._others = tuple(path for path in self._sockets.bound if path != self.path)
         self._ledger, self._watches = open_ledger(options.runtime_dir, self._sockets.kept)
         self._maximum_connections = raise_descriptor_limit()
-        self._signals: set[int] = set()
         self._counters = Counters(SLOTS)  # for longer than a fork server lives
         self._watchdog = watchdog_seconds()
 
     def run(self) -> int:
         """Serve until told to end; return the exit status."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: self._signals.add(number))
         restarts: list[float] = []
         try:
             while True:

@@ -71,7 +71,7 @@ def below_what_the_group_writes_to(dora: User, eve: User) -> int:
 
 def elsewhere(dora: User, eve: User) -> int:
     """The caller's own, and root's above it; but no rule grants the place."""
-    path = dora.own.parent.parent / "elsewhere"
+    path = dora.own.parent.parent / "attach-elsewhere"
     path.mkdir()
     os.chown(path, dora.uid, dora.uid)
     return opened(path)

@@ -38,7 +38,7 @@ BY_SIGKILL = 10  # one in so many
 IN_THE_MESSAGE = 5  # one in so many
 SAMPLES = 30
 WORKERS = KILLS // 20  # that are killed, of each kind of image
-BEYOND = 1.3  # times the length of a request
+BEYOND = 1.6  # times the length of a request
 
 
 @dataclass

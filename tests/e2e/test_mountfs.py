@@ -100,13 +100,13 @@ def serving(place: Path, run_systemd: Path, images: dict[str, Path]) -> Iterator
     """A daemon that also listens for clients of systemd's service."""
     policy = (
         trusting(place / "trusted")
-        + trusting(place / "writable", access='"read-write"').replace("in the test", "to write to")
+        + trusting(place / "mountfs-writable", access='"read-write"').replace("in the test", "to write to")
         + signed_rule(
             "sealed", f'digest = ["{digest_of(images["squashfs"].read_bytes())}"]', '"sealed"'
         ).replace('"erofs"', '"squashfs"')
         + rule("own", '"caller", "foreign"', ', access = "read-write"')
     )
-    (place / "writable").mkdir()
+    (place / "mountfs-writable").mkdir()
     theirs = place / "mountfs"
     files = []
     for name in ("subuid", "subgid"):
