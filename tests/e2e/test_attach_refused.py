@@ -125,7 +125,7 @@ NOT_PERMITTED = {
     below_another_s: r"given-away belongs to uid 4221, who may put something else in its place",
     below_what_others_write_to: r"open is writable by others, who may put something else there",
     below_what_the_group_writes_to: r"group is writable by others",
-    elsewhere: r"rule “trusted in the test” grants .*/\*\*, and .*/elsewhere is not there",
+    elsewhere: r"rule “trusted in the test” grants .*/\*\*, and .*/attach-elsewhere is not there",
     the_granted_directory_itself: r"4220 is not there",
     removed: r"is not at its path in the mount namespace of the caller",
     removed_and_made_anew: r"is not at its path",
