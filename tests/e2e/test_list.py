@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from mountd.client import Client
+from mountd.daemon.limits import MAXIMUM_MOUNTS, MAXIMUM_WORKERS
 from mountd.errors import LimitExceeded
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
@@ -26,6 +28,7 @@ from tests.daemon import Daemon
 from tests.e2e.calls import mount, mounted, outcome
 from tests.e2e.conftest import trusting
 from tests.e2e.test_shared import ask_as
+from tests.e2e.test_sources import wait_until_dropped
 
 OTHER = 4001
 LONG = ("--shared-seconds", "60")
@@ -363,6 +366,43 @@ class TestLimits:
             ask_as(daemon, images["erofs"], USER)
         os.utime(directory / "0", (time.time() - 61,) * 2)
         ask_as(daemon, images["erofs"], USER).close()
+
+    def test_66_somebody_who_keeps_as_many_as_it_can(
+        self, start: Callable[..., Daemon], images: dict[str, Path]
+    ) -> None:
+        """By the usual bound, with one loop device for each image; all is free once it has ended."""
+        daemon = start(trusting(images["squashfs"].parent))
+
+        def hoard() -> tuple[int, int]:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+            kept: list[OwnedFd] = []
+            with contextlib.suppress(LimitExceeded):
+                while len(kept) <= MAXIMUM_MOUNTS:
+                    kept.append(mount(daemon.socket, images["squashfs"]).mount)
+            loops = [
+                each for each in os.listdir("/sys/block") if str(images["squashfs"]) in backing_file(each)
+            ]
+            return len(kept), len(loops)
+
+        kept, loops = as_user(hoard)
+        assert kept == MAXIMUM_MOUNTS
+        assert loops <= MAXIMUM_WORKERS
+        ask_as(daemon, images["squashfs"], OTHER).close()
+        wait_for(lambda: not listed(daemon, everybody=True))
+        daemon.stop()
+        wait_until_dropped(images["squashfs"])
+
+
+def test_47_two_tenants_with_options_that_contradict_each_other(
+    serving: Daemon, images: dict[str, Path], held: list[OwnedFd]
+) -> None:
+    """Each has its own superblock and its own flags, whatever the other asks for before and afterwards."""
+    for uid, options in ((USER, ["noexec"]), (OTHER, ["noatime"]), (USER, ["noexec"]), (OTHER, ["noatime"])):
+        held.append(ask_as(serving, images["ext4"], uid, options=options))
+    flags = [os.fstatvfs(each.fileno()).f_flag & (os.ST_NOEXEC | os.ST_NOATIME) for each in held]
+    assert flags == [os.ST_NOEXEC, os.ST_NOATIME] * 2
+    devices = [os.fstat(each.fileno()).st_dev for each in held]
+    assert set(devices[::2]).isdisjoint(devices[1::2])
 
 
 def errno_or_name(daemon: Daemon, image: Path, held: list[OwnedFd]) -> str:
