@@ -62,7 +62,7 @@ def test_commands_keep_their_descriptors_and_texts() -> None:
 def test_a_request_without_its_connection_is_the_end() -> None:
     ours, theirs = channel.pair()
     with ours, theirs:
-        sockets.send(ours, channel.REQUEST.pack(1, 2), [])
+        sockets.send(ours, channel.REQUEST.pack(1, 2, channel.Entrance.OWN), [])
         assert channel.next_request(theirs) is None
 
 
@@ -72,7 +72,7 @@ def test_an_answer_never_waits_for_room() -> None:
         with contextlib.suppress(BlockingIOError):
             while ours.send(b"x" * 65536, socket.MSG_DONTWAIT):
                 continue
-        answer(ours, TimedOut(10))
+        answer(ours, TimedOut(10), channel.Entrance.OWN)
         assert ours.getblocking()
 
 
