@@ -325,7 +325,7 @@ def test_who_may_write(
     writable: bool,
 ) -> None:
     """`readOnly` is what it says, and the descriptor is what proves that one may write."""
-    image = place / "writable/ext4.raw"
+    image = place / "mountfs-writable/ext4.raw"
     shutil.copy(images["ext4"], image)
     with contextlib.ExitStack() as stack:
         fd = opened(stack, image, access)
