@@ -251,7 +251,8 @@ def test_an_allowed_image_is_immutable_and_vouched_for(
     if decision.error is not None:
         return
     (rule,) = [each for each in policy.rules if each.name == decision.rule]
-    assert rule.verdict is Verdict.ALLOW
+    # The host's root is not asked for consent to what it does itself.
+    assert rule.verdict is Verdict.ALLOW or (rule.verdict is Verdict.ASK and caller.is_host_root)
     assert rule.grant is not None
     assert (decision.attach, decision.max_mounts) == (rule.grant.attach, rule.grant.max_mounts)
     assert caller.is_host_root or decision.attributes >= {"nosuid", "nodev"}
@@ -281,8 +282,11 @@ def test_absence_is_refusal(
     policy: Policy, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes
 ) -> None:
     assert decide(Policy(()), caller, source, evidence, wishes).verdict is Verdict.DENY
-    # Without the rules that allow, nobody is allowed anything.
+    # Without the rules that allow, nobody is allowed anything; nor asked about, without those that ask.
     rest = tuple(rule for rule in policy.rules if rule.verdict is not Verdict.ALLOW)
+    without = decide(Policy(rest, KEYS), caller, source, evidence, wishes)
+    assert without.verdict is not Verdict.ALLOW or caller.is_host_root
+    rest = tuple(rule for rule in policy.rules if rule.verdict is Verdict.DENY)
     assert decide(Policy(rest, KEYS), caller, source, evidence, wishes).verdict is Verdict.DENY
     # Without any evidence, no image is allowed.
     nothing = Evidence(None, None, False)
@@ -390,7 +394,7 @@ def test_explain_and_mount_never_disagree(
 ) -> None:
     decision = decide(policy, caller, source, evidence, wishes)
     request = MountRequest(source.kind, None, source.tmpfs, None, None, IdMapWish(IdMapKind.NONE), wishes)
-    judged = methods.Judged(request, caller, Inspected(source, evidence), decision, (), ())
+    judged = methods.Judged(request, caller, Inspected(source, evidence), decision, (), (), None)
     with judging(judged) as context:
         explained: Any = methods.explain({}, [], context)[0]
         mounted: Any = None
