@@ -381,9 +381,10 @@ def judging(judged: methods.Judged) -> Iterator[RequestContext]:
         theirs,
         Peer(ours) as peer,
         patch.object(methods, "judge", lambda *_, **__: judged),
-        patch.object(methods, "make", lambda judged, _: [null() for _ in judged.decision.uses or (None,)]),
+        patch.object(methods, "make", lambda judged, *_: [null() for _ in judged.decision.uses or (None,)]),
     ):
-        context: Any = type("Context", (), {"peer": peer, "enter": lambda *_: None, "writable": False})
+        facts = {"peer": peer, "enter": lambda *_: None, "writable": False, "ledger": None, "notes": {}}
+        context: Any = type("Context", (), facts)
         yield context()
 
 
@@ -397,6 +398,9 @@ def test_explain_and_mount_never_disagree(
     judged = methods.Judged(request, caller, Inspected(source, evidence), decision, (), (), None)
     with judging(judged) as context:
         explained: Any = methods.explain({}, [], context)[0]
+        if decision.verdict is Verdict.ASK:
+            assert explained["decision"]["verdict"] == "ask"
+            return
         mounted: Any = None
         raised: MountdError | None = None
         try:
