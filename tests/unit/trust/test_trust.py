@@ -10,6 +10,7 @@ from mountd.caller import cgroup
 from mountd.caller.model import Caller
 from mountd.errors import (
     DeniedByPolicy,
+    InteractiveAuthenticationRequired,
     KeyUnknown,
     MountdError,
     NotImmutable,
@@ -484,5 +485,7 @@ def test_the_decision_carries_what_is_enforced_later() -> None:
     assert (decision.attach, decision.max_mounts, decision.signer, decision.digest) == ((), None, None, None)
 
 
-def test_asking_is_denying() -> None:
-    refused(judged(rule(verdict=Verdict.ASK), SIGNED), DeniedByPolicy, "asking an administrator")
+def test_asking_allows_nothing_by_itself() -> None:
+    decision = judged(rule(verdict=Verdict.ASK), SIGNED)
+    assert decision.verdict is Verdict.ASK
+    assert isinstance(decision.error, InteractiveAuthenticationRequired)
