@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mountd.client import Client
-from mountd.daemon.limits import MAXIMUM_MOUNTS, MAXIMUM_WORKERS
+from mountd.daemon.limits import MAXIMUM_WORKERS
 from mountd.errors import LimitExceeded
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
@@ -31,6 +31,7 @@ from tests.e2e.test_shared import ask_as
 from tests.e2e.test_sources import wait_until_dropped
 
 OTHER = 4001
+HOARDED = 1024
 LONG = ("--shared-seconds", "60")
 
 
@@ -371,13 +372,13 @@ class TestLimits:
         self, start: Callable[..., Daemon], images: dict[str, Path]
     ) -> None:
         """By the usual bound, with one loop device for each image; all is free once it has ended."""
-        daemon = start(trusting(images["squashfs"].parent))
+        daemon = start(trusting(images["squashfs"].parent), "--max-mounts", str(HOARDED))
 
         def hoard() -> tuple[int, int]:
             resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
             kept: list[OwnedFd] = []
             with contextlib.suppress(LimitExceeded):
-                while len(kept) <= MAXIMUM_MOUNTS:
+                while len(kept) <= HOARDED:
                     kept.append(mount(daemon.socket, images["squashfs"]).mount)
             loops = [
                 each for each in os.listdir("/sys/block") if str(images["squashfs"]) in backing_file(each)
@@ -385,7 +386,7 @@ class TestLimits:
             return len(kept), len(loops)
 
         kept, loops = as_user(hoard)
-        assert kept == MAXIMUM_MOUNTS
+        assert kept == HOARDED
         assert loops <= MAXIMUM_WORKERS
         ask_as(daemon, images["squashfs"], OTHER).close()
         wait_for(lambda: not listed(daemon, everybody=True))
