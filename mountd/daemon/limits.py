@@ -26,7 +26,7 @@ MAXIMUM_STUCK_PER_OWNER = 4
 MAXIMUM_STUCK = 32
 SLOTS = MAXIMUM_WORKERS + MAXIMUM_STUCK
 
-# Live mounts of one owner, with room for those that were dropped in the last seconds; a rule may allow fewer.
+# Live mounts of one owner, with room for those dropped in the last seconds; a rule may allow fewer.
 MAXIMUM_MOUNTS = 16384
 MOST_MOUNTS = 65536  # that can be allowed
 
