@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import uuid
 from collections.abc import Callable
@@ -82,8 +81,6 @@ class Disk:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    if shutil.which("sfdisk") is None:
-        pytest.skip("no sfdisk")
     parts = [
         Part("root", size=2 * MIB, uuid=ROOT_UUID, label="one_1.2", attributes="GUID:60"),
         Part("home", label="home ü", attributes="GUID:59,63"),
