@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from mountd.cli import attaching, image, listing
 from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json
 from mountd.client import IDMAPS, Client, Request
-from mountd.errors import MountdError
+from mountd.errors import MountdError, NotFound
 from mountd.version import VERSION
 
 TYPE_CHECKING = False
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     explain = add_verb(verbs, "explain", "say whether an image could be mounted, and why", EXPLAIN_EXAMPLES)
     add_request(explain)
     add_namespace(explain)
+    explain.add_argument("--as", dest="user", metavar="USER", help="for another user, as root")
     # Only “reload” is read here, everything else by the program that it is.
     policies = add_verb(verbs, "policy", "check, show and reload policy files", add_help=False)
     admin.add_reload(policies.add_subparsers(dest="policy_verb", required=True, metavar="VERB"))
@@ -214,6 +216,22 @@ def explain(options: argparse.Namespace, request: Request, client: Client) -> in
     return 0 if isinstance(decision, dict) and decision.get("verdict") == "allow" else EXIT_USAGE
 
 
+def become(name: str) -> None:
+    """Be another user for the rest of this process, so that mountd finds that one calling.
+
+    The image was opened before; whether that user may open it is not asked. Raises NotFound, OSError.
+    """
+    import pwd
+
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:
+        raise NotFound(f"a user “{name}”", hint="“getent passwd” lists them") from None
+    os.initgroups(user.pw_name, user.pw_gid)
+    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+
+
 def explanation(reply: dict[str, object]) -> str:
     """Return the reply of Explain as text for people."""
     decision, facts, steps = reply.get("decision"), reply.get("facts"), reply.get("steps")
@@ -268,8 +286,11 @@ def act(argv: Sequence[str]) -> int:
             return attaching.umount(options)
         if options.verb == "image":
             return image.VERBS[options.image_verb](options)
-        with request_of(options) as request, Client() as client:
-            return VERBS[options.verb](options, request, client)
+        with request_of(options) as request:
+            if getattr(options, "user", None) is not None:
+                become(options.user)
+            with Client() as client:
+                return VERBS[options.verb](options, request, client)
     except (MountdError, OSError) as error:
         return fail(PROGRAM, error, as_json=as_json)
 

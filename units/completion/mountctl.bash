@@ -60,7 +60,8 @@ _mountctl() {
     --image-policy | --root-hash | --name | --age) return ;;
   esac
   case $verb/$sub in
-    mount/ | explain/) options="$request --userns" ;;
+    mount/) options="$request --userns" ;;
+    explain/) options="$request --userns --as" ;;
     run/) options=$request ;;
     umount/) options='--lazy --json --help' ;;
     list/) options='--all --json --help' ;;

@@ -108,7 +108,7 @@ _mountctl() {
   ((CURRENT--))
   case $words[1] in
     mount) _arguments $_mountctl_request '--userns[user namespace to map ids for]:path:_files' ':source:_mountctl_source' ':target:_files -/' ;;
-    explain) _arguments $_mountctl_request '--userns[user namespace to map ids for]:path:_files' ':source:_mountctl_source' ;;
+    explain) _arguments $_mountctl_request '--userns[user namespace to map ids for]:path:_files' '--as[for another user, as root]:user:_users' ':source:_mountctl_source' ;;
     run) _arguments $_mountctl_request ':source:_mountctl_source' '*::command:_normal' ;;
     umount) _arguments $_mountctl_common '(-l --lazy)'{-l,--lazy}'[also if it is in use]' ':target:_files -/' ;;
     list) _arguments $_mountctl_common '--all[those of all users]' ;;
