@@ -154,6 +154,12 @@ class ForkServer:
         gc.collect()
         gc.freeze()
         channel.tell(self._control, Word.READY)
+        try:
+            self._serve(woken)
+        finally:
+            signal.set_wakeup_fd(-1)  # children may end later than the socket
+
+    def _serve(self, woken: socket.socket) -> None:
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         poller.register(woken, select.POLLIN)
