@@ -97,10 +97,12 @@ def test_the_listener_cannot_reach_a_new_worker(
     said = "no descriptor left to reach a new worker"
     with contextlib.ExitStack() as stack, opened(images["erofs"]) as fds:
         # All are there before the limit is, and one is more than there are workers.
-        raws = known(occupy(daemon, stack, MAXIMUM_WORKERS - 1))[: len(daemon.workers) + 1]
+        raws = known(occupy(daemon, stack, MAXIMUM_WORKERS - 1))
         data = mount_call()
         # One is what it takes to hand a request to a worker, and two come with a new one.
         with few_descriptors(daemon.process.pid, 1):
+            # Counted now: one that was asked for while they were taken in is there by now.
+            raws = raws[: len(daemon.workers) + 1]
             for raw in raws:
                 raw.send(data[:1], fds)
                 time.sleep(0.05)
@@ -171,10 +173,12 @@ def test_the_fork_server_cannot_hand_a_worker_over(
         opened(images["erofs"]) as fds,
         reports_of(daemon.fork_server, daemon.directory / "trace") as reports,
     ):
-        raws = known(occupy(daemon, stack, MAXIMUM_WORKERS - 1))[: len(daemon.workers) + 1]
+        raws = known(occupy(daemon, stack, MAXIMUM_WORKERS - 1))
         data = mount_call()
         begin = time.monotonic()
         with few_descriptors(daemon.fork_server, more):
+            # Counted now: one that was asked for while they were taken in is there by now.
+            raws = raws[: len(daemon.workers) + 1]
             for raw in raws:
                 raw.send(data[:1], fds)
             assert eventually(lambda: said in daemon.log), daemon.log
