@@ -27,8 +27,7 @@ from mountd.errors import (
     Unreachable,
 )
 from mountd.fds import OwnedFd, close_all
-from mountd.kernel import attaching, mount_api, sockets
-from mountd.kernel.flags import MoveMount
+from mountd.kernel import sockets
 from mountd.request import IDMAPS, OCI, STORED, TMPFS, Request, given, in_user_namespace, open_image
 from mountd.wire.framing import (
     MAX_FDS,
@@ -41,10 +40,10 @@ from mountd.wire.framing import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
+    from mountd.kernel.sockets import Socket
     from mountd.wire.framing import Message
 
 ENVIRONMENT = "MOUNTD_SOCKET"
@@ -76,9 +75,10 @@ def open_target(path: str) -> OwnedFd:
 
 def attach_at(mount_fd: int, directory_fd: int, path: str) -> None:
     """Attach a mount at an open directory; `path` is what errors call it. Raises SyscallError."""
-    flags = MoveMount.F_EMPTY_PATH | MoveMount.T_EMPTY_PATH
+    from mountd.kernel import moving  # who has mountd attach does without
+
     try:
-        mount_api.move_mount(mount_fd, "", to_dir_fd=directory_fd, flags=flags)
+        moving.attach(mount_fd, directory_fd)
     except SyscallError as error:
         # The numbers of descriptors would tell the user nothing.
         raise SyscallError(error.errno or 0, f"move_mount({path})", error.log) from None
@@ -112,6 +112,8 @@ def attach_reply(reply: MountReply, directory_fd: int, path: str) -> list[str]:
     if reply.places == [""]:
         attach_at(reply.mount.fileno(), directory_fd, path)
         return []
+    from mountd.kernel import attaching
+
     return attaching.attach_tree(directory_fd, list(zip(reply.fds, reply.places, strict=True)))
 
 
@@ -334,7 +336,7 @@ def full_name(method: str) -> str:
     return method if "." in method else f"{INTERFACE}.{method}"
 
 
-def connect(path: str, deadline: float) -> socket.socket:
+def connect(path: str, deadline: float) -> Socket:
     """Return a connection to the daemon; while it has too many to accept, try again. Raises OSError."""
     while True:
         try:

@@ -10,8 +10,6 @@ from mountd.cli.report import printable, say, show_json, tell_left_out
 from mountd.client import Client, attach_reply, open_target
 from mountd.errors import NotFound, SyscallError
 from mountd.fds import OwnedFd
-from mountd.kernel import mount_api
-from mountd.kernel.flags import StatxMask, Unmount
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,6 +99,7 @@ def umount(options: argparse.Namespace) -> int:
 
 def mount_at(path: str) -> int:
     """Return the unique id of what is mounted at `path`. Raises NotFound, OSError."""
+    from mountd.kernel.flags import StatxMask
     from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
 
     try:
@@ -117,6 +116,9 @@ def mount_at(path: str) -> int:
 
 def detach_here(path: str, *, lazy: bool) -> bool:
     """Detach what is mounted at `path`, if this process may. Raises SyscallError for another reason."""
+    from mountd.kernel import mount_api
+    from mountd.kernel.flags import Unmount
+
     try:
         mount_api.umount(path, Unmount.DETACH if lazy else Unmount(0))
     except SyscallError as error:

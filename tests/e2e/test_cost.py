@@ -75,6 +75,6 @@ def test_modules_of_a_mount(
     loaded = {
         line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import time:")
     }
-    assert {"mountd.cli.mount_helper", "mountd.client", "socket"} <= loaded
+    assert {"mountd.cli.mount_helper", "mountd.client", "_socket"} <= loaded
     assert not loaded & HEAVY
     assert not foreign(loaded - {"imported package"})
