@@ -19,8 +19,7 @@ from mountd.cli.helper import Place, carry_out, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.client import Client
 from mountd.errors import InUse, NotFound, SyscallError
-from mountd.kernel import mount_api
-from mountd.kernel.flags import Unmount
+from mountd.kernel import moving
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,13 +68,13 @@ def take_away(wishes: Wishes, directory: str) -> None:
         # What lies on top of a mount is what its path leads to, and what umount2(2) takes.
         id = mount_at(directory)
         if can_attach():
-            flags = Unmount.NOFOLLOW
+            flags = moving.NOFOLLOW
             if wishes.lazy:
-                flags |= Unmount.DETACH
+                flags |= moving.DETACH
             if wishes.force:
-                flags |= Unmount.FORCE
+                flags |= moving.FORCE
             try:
-                mount_api.umount(directory, flags)
+                moving.unmount(directory, flags)
                 return
             except SyscallError as error:
                 if error.errno == errno.EBUSY:
