@@ -37,6 +37,11 @@ def parse(argv: list[str]) -> Wishes:
             "sloppy": True, "fake": True, "verbose": True, "read_only": True, "options": ["noexec", "nodev"],
         }),
         ("img dir -r", {"read_only": True}),
+        ("-fo ro img -tmountd.xfs -- dir", {"fake": True, "read_only": True, "type": "xfs"}),
+        ("-onoexec --json -vtx img dir", {
+            "options": ["noexec"], "json": True, "verbose": True, "type": "x",
+        }),
+        ("img dir -o -- -t --json -v", {"options": ["--"], "type": "--json", "verbose": True}),
         ("img dir -w", {"read_only": False}),
         ("img dir -w -o ro", {"read_only": True}),
         ("img dir -o mountd.access=read-write", {"read_only": False}),
@@ -71,11 +76,23 @@ def test_parse(line: str, changed: dict[str, object]) -> None:
         ("img dir more", "nothing else"),
         ("img dir -x", "option -x not recognized"),
         ("img dir -o", "option -o requires argument"),
+        ("img dir -so", "option -o requires argument"),
+        ("img dir -sx", "option -x not recognized"),
+        ("img dir -:", "option -: not recognized"),
+        ("img dir --bogus", "option --bogus not recognized"),
+        ("img dir --js", "option --js not recognized"),
+        ("img dir --json=1", "option --json=1 not recognized"),
+        ("img -- dir --json", "nothing else"),
     ],
 )
 def test_wrong_usage(line: str, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         parse(line.split())
+
+
+def test_names_may_look_like_options_or_be_a_dash() -> None:
+    wishes = parse(["-v", "-", "--", "-x"])
+    assert (wishes.spec, wishes.directory, wishes.verbose) == ("-", "-x", True)
 
 
 @pytest.mark.parametrize(
