@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -44,6 +45,10 @@ T = TypeVar("T")
 HERE = nullcontext()
 # File systems whose drivers remember the name of their device, and follow it again later.
 OPENED_AGAIN = frozenset({"btrfs"})
+# It finds an image by the id in it, and for a moment takes the device of a superblock that is just being
+# dropped for this image's.
+LEFT_BEHIND = frozenset({"btrfs"})
+PAUSES = (0.001, 0.005, 0.02, 0.05, 0.1)  # seconds
 SEAL = Seal()
 DIRECTORY = "source.directoryFileDescriptor"
 
@@ -253,6 +258,17 @@ def _create_from(
     operation: CreateSuperblock, source: str, place: AbstractContextManager[None] = HERE
 ) -> FsContext:
     """Make it from `source`, a name that the kernel follows in `place`."""
+    for pause in PAUSES:
+        try:
+            return _create_once(operation, source, place)
+        except SyscallError as error:
+            if error.errno != errno.EEXIST or operation.type not in LEFT_BEHIND:
+                raise
+        time.sleep(pause)
+    return _create_once(operation, source, place)
+
+
+def _create_once(operation: CreateSuperblock, source: str, place: AbstractContextManager[None]) -> FsContext:
     context = FsContext.open(operation.type)
     try:
         context.set_string("source", source)
