@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
-    from mountd.client import Request
+    from mountd.request import Request
 
     Reply = TypeVar("Reply")
 

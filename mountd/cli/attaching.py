@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 
+from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
 from mountd.cli.report import printable, say, show_json, tell_left_out
-from mountd.client import Client, attach_reply, open_target
 from mountd.errors import NotFound, SyscallError
 from mountd.fds import OwnedFd
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Reply = TypeVar("Reply")
 
-    from mountd.client import Request
+    from mountd.request import Request
 
 CAP_SYS_ADMIN = 21  # linux/capability.h
 # How long one who has interrupted a call waits to hear whether it was carried out all the same.

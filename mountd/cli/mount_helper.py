@@ -16,14 +16,15 @@ from __future__ import annotations
 import errno
 import os
 
+from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
 from mountd.cli.attaching import can_attach, regretting
 from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import show_json, tell_left_out
-from mountd.client import IDMAPS, Client, Request, attach_reply, open_target
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
 from mountd.fds import OwnedFd
+from mountd.request import IDMAPS, Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

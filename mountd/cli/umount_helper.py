@@ -14,10 +14,10 @@ from __future__ import annotations
 import errno
 import os
 
+from mountd.asking import Client
 from mountd.cli.attaching import can_attach, mount_at
 from mountd.cli.helper import Place, carry_out, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
-from mountd.client import Client
 from mountd.errors import InUse, NotFound, SyscallError
 from mountd.kernel import moving
 

@@ -81,7 +81,7 @@ def test_modules_of_a_mount(
     loaded = {
         line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import time:")
     }
-    assert {"mountd.cli.mount_helper", "mountd.client", "_socket"} <= loaded
+    assert {"mountd.cli.mount_helper", "mountd.asking", "_socket"} <= loaded
     loaded -= {"imported package"}
     assert not foreign(loaded)
     # Besides, there is what the interpreter itself has loaded by then.

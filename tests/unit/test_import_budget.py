@@ -44,7 +44,22 @@ LEANEST = {
 # For whoever attaches the mount, or finds out what is mounted: system calls.
 CALLS = {"ctypes", "ctypes._endian", "_ctypes", "types"}
 MAXIMUM_OWN = 20  # modules of mountd
-LEAN_ROOMS = ("errors", "fds", "version", "kernel", "wire", "wire.framing", "request", "client", "cli")
+LEAN_ROOMS = (
+    *("errors", "fds", "version", "kernel", "wire", "wire.framing", "wire.rebuilding"),
+    *("request", "asking", "client", "cli"),
+)
+    "errors",
+    "fds",
+    "version",
+    "kernel",
+    "wire",
+    "wire.framing",
+    "request",
+    "client",
+    "cli",
+    "asking",
+    "wire.rebuilding",
+)
 
 
 def lean_modules() -> list[str]:
@@ -98,7 +113,7 @@ def test_lean_module_loads_nothing_heavy(module: str) -> None:
 @pytest.mark.parametrize(
     ("program", "standard"),
     [
-        ("import mountd.client", LEANEST),
+        ("import mountd.asking", LEANEST),
         ("import mountd.cli.mount_helper", LEANEST),
         ("import mountd.cli.mount_helper, mountd.kernel.moving", LEANEST | CALLS),
         ("import mountd.cli.umount_helper, mountd.kernel.abi", LEANEST | CALLS),
@@ -117,11 +132,17 @@ def test_a_mount_loads_nothing_that_it_does_not_need(program: str, standard: set
     assert len(own) <= MAXIMUM_OWN
 
 
+def test_who_uses_the_client_has_everything_loaded() -> None:
+    """It may be in another root directory, or be another user, when it asks for a mount and attaches it."""
+    needed = {"mountd.kernel.attaching", "mountd.kernel.moving", "mountd.wire.rebuilding"}
+    assert needed <= loaded_by("import mountd.client")
+
+
 def test_nothing_is_loaded_in_another_mount_namespace() -> None:
     """A module that was looked for there would be whoever's that namespace is."""
     program = """
 from mountd.cli import attaching, helper, mount_helper, umount_helper
-from mountd.client import MountReply, attach_reply, open_target
+from mountd.asking import MountReply, attach_reply, open_target
 from mountd.fds import OwnedFd
 import os
 
