@@ -48,18 +48,6 @@ LEAN_ROOMS = (
     *("errors", "fds", "version", "kernel", "wire", "wire.framing", "wire.rebuilding"),
     *("request", "asking", "client", "cli"),
 )
-    "errors",
-    "fds",
-    "version",
-    "kernel",
-    "wire",
-    "wire.framing",
-    "request",
-    "client",
-    "cli",
-    "asking",
-    "wire.rebuilding",
-)
 
 
 def lean_modules() -> list[str]:
