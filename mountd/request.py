@@ -22,6 +22,8 @@ IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
 TMPFS = "tmpfs:"
 STORED = "stored:"
 OCI = "oci:"
+COMPOSEFS = "composefs:"
+MAXIMUM_DESCRIPTION = 64 << 20  # bytes of a composefs as text
 MAXIMUM_SIGNATURE = 256 << 10  # bytes
 MAXIMUM_INTEGER = (1 << 63) - 1
 
@@ -34,6 +36,27 @@ def open_image(path: str, *, writable: bool = False) -> OwnedFd:
         return OwnedFd(os.open(path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK))
     except FileNotFoundError:
         raise NotFound(path) from None
+
+
+def sealed_copy(file: OwnedFd, path: str) -> OwnedFd:
+    """Return what is in `file`, borrowed, as a memfd that cannot change. Raises InvalidParameter, OSError."""
+    import fcntl
+
+    made = OwnedFd(os.memfd_create("mountd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    try:
+        done = 0
+        while piece := os.pread(file.fileno(), 1 << 20, done):
+            done += len(piece)
+            if done > MAXIMUM_DESCRIPTION:
+                raise InvalidParameter("SOURCE", f"{path} is longer than {MAXIMUM_DESCRIPTION} bytes")
+            while piece:
+                piece = piece[os.write(made.fileno(), piece) :]
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(made.fileno(), fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def open_directory(path: str) -> OwnedFd:
@@ -73,11 +96,17 @@ class Request:
         verity: Verity | None = None,
         interactive: bool | None = None,
         layers: Sequence[str] = (),
+        objects: Sequence[str] = (),
+        digest: str | None = None,
+        check_contents: bool | None = None,
     ) -> None:
         """Open what has to be opened.
 
         `source` is the path of an image or of a directory, "stored:sha256:…" for one of mountd's store,
-        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE".
+        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE". It is
+        "composefs:FILE" for the image of a composefs or its description, as text; then `objects` are the
+        directories with the contents of its files, `digest` is the fs-verity digest that the image has to
+        have, in hexadecimal, and `check_contents` is whether fs-verity has to check these contents.
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
         of a user namespace, "none" for none, None for that of this process if it is not the host's.
         `layers` are such sources as well, which come over it, the topmost first.
@@ -101,7 +130,13 @@ class Request:
             "interactive": interactive,
         }
         try:
-            self.source = self._read_source(source, read_only)
+            if source.startswith(COMPOSEFS):
+                path = source.removeprefix(COMPOSEFS)
+                self.source = self._read_composefs(path, objects, digest, check_contents)
+            elif objects or digest is not None or check_contents is not None:
+                raise InvalidParameter("SOURCE", f"object directories and a digest go with {COMPOSEFS}FILE")
+            else:
+                self.source = self._read_source(source, read_only)
             if layers:
                 above = [self._read_source(each, read_only) for each in layers]
                 self.source = {"layers": [*above, self.source]}
@@ -131,7 +166,30 @@ class Request:
             reason = f"{source}: {error.strerror}"
             raise OptionNotPermitted("rw", reason, hint="ask for a read-only mount") from None
 
+    def _read_composefs(
+        self, path: str, objects: Sequence[str], digest: str | None, check_contents: bool | None
+    ) -> dict[str, object]:
+        if not objects:
+            raise InvalidParameter("SOURCE", "a composefs needs object directories, one at least")
+        file = open_image(path)
+        # What the first line of a description begins with; that of an image is no text.
+        described = os.pread(file.fileno(), 1, 0) == b"/"
+        if described:
+            with file:
+                file = sealed_copy(file, path)
+        about = {
+            "dumpFileDescriptor" if described else "imageFileDescriptor": self._add(file),
+            "objectsFileDescriptors": [self._add(open_directory(each)) for each in objects],
+            "digest": digest,
+            "verity": check_contents,
+        }
+        return {"composefs": given(about)}
+
     def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
+        composefs = self.source.get("composefs")
+        if signature is not None and isinstance(composefs, dict) and "imageFileDescriptor" in composefs:
+            self.source["signature"] = read_signature(signature)
+            signature = None
         if (signature or verity) and "imageFileDescriptor" not in self.source:
             raise InvalidParameter("SOURCE", "a signature and dm-verity go with the file of an image only")
         if signature is not None:

@@ -51,6 +51,23 @@ def prove(fd: int) -> Proof | str:
     return Proof(KIND, f"{algorithm.name.lower()}:{digest.hex()}")
 
 
+def missing_in(directory: int) -> str | None:
+    """Return why files below `directory`, borrowed, cannot have fs-verity; None if they can.
+
+    The directory is one that `source.directory.inspect_directory` has let through. Raises nothing.
+    """
+    try:
+        if file_system_magic(directory) not in FILE_SYSTEMS:
+            return NO_SUPPORT
+        measure(directory)
+    except SyscallError as error:
+        # That it is not enabled is for a file system to say that has it.
+        return None if error.errno == errno.ENODATA else REASONS.get(error.errno or 0, NO_SUPPORT)
+    except (NotSupported, ValueError) as error:
+        return f"fs-verity cannot be measured: {error}"
+    return None
+
+
 def digest_of(fd: int, size: int) -> str:
     """Return the digest that fs-verity would have for the `size` bytes of `fd`, borrowed, as hexadecimal.
 

@@ -1,13 +1,13 @@
 """The textual description of a composefs image (composefs-dump(5)), read line by line and written anew.
 
 Whoever hands one over has the image made of it by mountd itself, so that no file system of a stranger's is
-ever given to the kernel. What makes the image (mkcomposefs) is a program in C; what it gets is not what came,
-but what was understood: each line is taken apart here, checked, and written in one form only.
+ever given to the kernel. What makes the image (mkcomposefs) is a program in C; what it gets is not what
+came, but what was understood: each line is taken apart here, checked, and written in one form only.
 
-* Each path is an absolute one, below a directory that came before it; the first is the root. Nothing is there
-  twice.
-* A file has what is in it, or the relative path of its object: without `.` and `..`, so that it leads nowhere
-  but below an object directory.
+* Each path is an absolute one, below a directory that came before it; the first is the root. Nothing is
+  there twice.
+* A file has what is in it, or the relative path of its object: without `.` and `..`, so that it leads
+  nowhere but below an object directory.
 * A hard link is one to a file that came before it, and that is no link itself.
 * There are no devices, but what overlayfs calls a whiteout; of the extended attributes, only user.* is
   anybody's to give.
@@ -84,7 +84,7 @@ def rewrite(read: Callable[[int], bytes], write: Callable[[bytes], object]) -> S
 
 
 def lines(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """Yield the lines without their ends. Raises LimitExceeded for one that is too long, or too many bytes."""
+    """Yield the lines without their ends. Raises LimitExceeded for a long one, or too many bytes of all."""
     rest, total = b"", 0
     while piece := read(CHUNK):
         total += len(piece)

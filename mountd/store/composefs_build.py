@@ -81,10 +81,12 @@ def build(description: int, size: int, filter: Filter, directory: int) -> Made:
 
 def check(description: int, size: int, filter: Filter) -> dict[str, object]:
     """Return what the filter finds out, without making anything. Raises InvalidImage, LimitExceeded."""
-    with OwnedFd(os.open(DISCARDED, os.O_WRONLY | os.O_CLOEXEC)) as sink:
-        with _start(description, size, filter, sink.fileno()) as filtering:
-            finish([filtering], Deadline(SECONDS), lambda: None)
-            return _understand(filtering)
+    with (
+        OwnedFd(os.open(DISCARDED, os.O_WRONLY | os.O_CLOEXEC)) as sink,
+        _start(description, size, filter, sink.fileno()) as filtering,
+    ):
+        finish([filtering], Deadline(SECONDS), lambda: None)
+        return _understand(filtering)
 
 
 def _start(description: int, size: int, filter: Filter, sink: int) -> Child:
