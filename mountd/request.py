@@ -39,7 +39,7 @@ def open_image(path: str, *, writable: bool = False) -> OwnedFd:
 
 
 def sealed_copy(file: OwnedFd, path: str) -> OwnedFd:
-    """Return what is in `file`, borrowed, as a memfd that cannot change. Raises InvalidParameter, OSError."""
+    """Return what is in `file`, borrowed, as a sealed memfd. Raises InvalidParameter, OSError."""
     import fcntl
 
     made = OwnedFd(os.memfd_create("mountd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))

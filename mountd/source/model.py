@@ -177,8 +177,8 @@ class Directory:
 class Composefs:
     """What belongs to an image of a composefs: the directories in which the contents of its files lie.
 
-    `verity` is whether it was asked for that fs-verity checks these, which a `digest` asks for as well: the
-    one that the image has to have (`evidence.fs_verity.digest_of`).
+    `verity` is whether it was asked for that fs-verity checks these. `digest` is the one that the image has
+    to have (`evidence.fs_verity.digest_of`); with one, they are checked where that is possible.
     """
 
     objects: tuple[Directory, ...]

@@ -40,19 +40,22 @@ def check(rule: Rule, case: Case, composefs: Composefs, kind: str) -> tuple[bool
     a check was asked for that is not possible.
     """
     found = case.evidence.objects
-    asked = composefs.verity or composefs.digest is not None
+    described = case.source.kind is SourceKind.COMPOSEFS
     cannot = next(
         (f"objects {number}: {each.unverifiable}" for number, each in enumerate(found) if each.unverifiable),
         None,
     )
-    if asked and cannot is not None:
+    if cannot is None and described and not any(each.kind == VERITY for each in case.evidence.proofs):
+        cannot = "the description has files without a digest"
+    if composefs.verity and cannot is not None:
         raise NotSupported(
             f"checking contents by fs-verity here ({cannot})",
-            hint="leave out verity and digest, or keep the objects on a file system with fs-verity",
+            hint="ask without it, or keep the objects on a file system with fs-verity",
         )
-    if asked or kind == VERITY:
+    # Who names a digest wants the whole tree to be that, as far as it can be had.
+    if kind == VERITY or composefs.verity or (composefs.digest is not None and cannot is None):
         return True, CHECKED
-    if case.source.kind is SourceKind.COMPOSEFS:
+    if described:
         trusted = (Ownership.CALLER, Ownership.ROOT)
         others = [number for number, each in enumerate(found) if each.ownership not in trusted]
         if others and cannot is None:
