@@ -130,16 +130,11 @@ class Request:
             "interactive": interactive,
         }
         try:
+            about = (objects, digest, check_contents)
             if source.startswith(COMPOSEFS):
-                path = source.removeprefix(COMPOSEFS)
-                self.source = self._read_composefs(path, objects, digest, check_contents)
-            elif objects or digest is not None or check_contents is not None:
-                raise InvalidParameter("SOURCE", f"object directories and a digest go with {COMPOSEFS}FILE")
+                self.source = self._read_composefs(source, layers, *about)
             else:
-                self.source = self._read_source(source, read_only)
-            if layers:
-                above = [self._read_source(each, read_only) for each in layers]
-                self.source = {"layers": [*above, self.source]}
+                self.source = self._read_stack(source, layers, read_only, composefs=any(about))
             self._add_companions(signature, verity)
             if userns is None and idmap in (None, "namespace") and in_user_namespace():
                 userns = "/proc/self/ns/user"
@@ -166,9 +161,27 @@ class Request:
             reason = f"{source}: {error.strerror}"
             raise OptionNotPermitted("rw", reason, hint="ask for a read-only mount") from None
 
-    def _read_composefs(
-        self, path: str, objects: Sequence[str], digest: str | None, check_contents: bool | None
+    def _read_stack(
+        self, source: str, layers: Sequence[str], read_only: bool, *, composefs: bool
     ) -> dict[str, object]:
+        if composefs:
+            raise InvalidParameter("SOURCE", f"object directories and a digest go with {COMPOSEFS}FILE")
+        lowest = self._read_source(source, read_only)
+        if not layers:
+            return lowest
+        return {"layers": [*(self._read_source(each, read_only) for each in layers), lowest]}
+
+    def _read_composefs(
+        self,
+        source: str,
+        layers: Sequence[str],
+        objects: Sequence[str],
+        digest: str | None,
+        check_contents: bool | None,
+    ) -> dict[str, object]:
+        path = source.removeprefix(COMPOSEFS)
+        if layers:
+            raise InvalidParameter("SOURCE", "a composefs is no layer, nor are there any over one")
         if not objects:
             raise InvalidParameter("SOURCE", "a composefs needs object directories, one at least")
         file = open_image(path)

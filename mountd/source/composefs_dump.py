@@ -175,7 +175,10 @@ class Reader:
         if len(path) > MAXIMUM_PATH or path.count(b"/") > MAXIMUM_DEPTH:
             self._fail(f"its path is longer than {MAXIMUM_PATH} bytes or {MAXIMUM_DEPTH} names")
         parent, slash, name = path.rpartition(b"/")
-        if not slash or not name or name in (b".", b"..") or len(name) > MAXIMUM_NAME:
+        if b"\0" in path:
+            self._fail("its path has a zero byte")
+        # The root is the one directory whose path ends in a slash.
+        if not slash or parent == b"/" or name in (b"", b".", b"..") or len(name) > MAXIMUM_NAME:
             self._fail("its path is no absolute one, or ends in no name that a file can have")
         # What is in the path before is the path of one that was let through, name by name.
         if (parent or b"/") not in self._directories:

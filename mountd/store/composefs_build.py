@@ -32,9 +32,9 @@ COMMAND = (PROGRAM, "--from-file", "-", "-")
 HINT = "install the package composefs, 1.0.8 or later"
 SECONDS = 60
 CPU_SECONDS = 60
-FILTER_MEMORY = 1 << 30
-MEMORY = 4 << 30
-MAXIMUM_IMAGE = 1 << 30
+FILTER_MEMORY = 512 << 20
+MEMORY = 2 << 30
+MAXIMUM_IMAGE = 256 << 20
 PIECE = 1 << 16
 DISCARDED = "/dev/null"
 

@@ -22,9 +22,10 @@ from mountd.kernel.flags import Clone, MountAttr, Propagation
 from mountd.kernel.libc import call
 from mountd.store.store import Store
 from tests.container import RANGE, USER, as_user, forked, in_container, user_namespace
-from tests.daemon import Daemon
+from tests.daemon import ROOT, Daemon
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
+from tests.e2e.test_stacks import CAP_LAST, CAPABILITIES, CAPBSET_DROP
 from tests.rogue import eventually, settled
 
 OTHER = USER + 7
@@ -472,6 +473,32 @@ def test_ids_of_a_namespace(serving: Daemon, trees: Trees) -> None:
             assert (
                 os.stat("directory/below/of-user", dir_fd=reply.mount.fileno()).st_uid == RANGE[0][1] + 1000
             )
+
+
+def test_with_the_capabilities_of_the_unit(
+    start: Callable[..., Daemon], trees: Trees, own: Path, containers: None
+) -> None:
+    unit = (ROOT / "units/systemd/mountd.service").read_text()
+    line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
+    kept = {CAPABILITIES[name] for name in line.partition("=")[2].split()}
+
+    def drop() -> None:
+        for number in range(CAP_LAST + 1):
+            if number not in kept:
+                call("prctl", CAPBSET_DROP, number, 0, 0, 0)
+
+    daemon = start(trusting(trees.place) + DESCRIPTIONS, preexec_fn=drop)
+    with ask_as_user(daemon, trees.description, own) as reply:
+        assert Path(f"/proc/self/fd/{reply.mount.fileno()}/big").read_bytes() == BIG
+
+    def work() -> tuple[bytes, bytes]:
+        with ask(daemon, trees.image, trees.objects) as reply:
+            top = f"/proc/self/fd/{reply.mount.fileno()}"
+            return Path(f"{top}/private").read_bytes()[:7], Path(
+                f"{top}/directory/below/of-user"
+            ).read_bytes()[:7]
+
+    assert in_container(work) == (b"private", b"of 1000")
 
 
 def test_on_the_command_line(serving: Daemon, trees: Trees, own: Path, installed: Path) -> None:
