@@ -103,10 +103,9 @@ class Request:
         """Open what has to be opened.
 
         `source` is the path of an image or of a directory, "stored:sha256:…" for one of mountd's store,
-        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE". It is
-        "composefs:FILE" for the image of a composefs or its description, as text; then `objects` are the
-        directories with the contents of its files, `digest` is the fs-verity digest that the image has to
-        have, in hexadecimal, and `check_contents` is whether fs-verity has to check these contents.
+        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE"; "composefs:FILE" for
+        an image of metadata or its description, with `objects`, the directories of contents, the fs-verity
+        `digest` of the image in hexadecimal, and whether fs-verity has to check contents.
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
         of a user namespace, "none" for none, None for that of this process if it is not the host's.
         `layers` are such sources as well, which come over it, the topmost first.
@@ -121,6 +120,7 @@ class Request:
         if read_only is None:
             read_only = not source.startswith(TMPFS)
         self.fds: list[OwnedFd] = []
+        about = (objects, digest, check_contents)
         self.parameters: dict[str, object] = {
             "readOnly": read_only,
             "fileSystemType": file_system_type,
@@ -130,7 +130,6 @@ class Request:
             "interactive": interactive,
         }
         try:
-            about = (objects, digest, check_contents)
             if source.startswith(COMPOSEFS):
                 self.source = self._read_composefs(source, layers, *about)
             else:

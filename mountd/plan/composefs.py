@@ -5,11 +5,12 @@ modes that are asked are those of the metadata, which says what it likes. Else w
 description could read it. So each object directory has its ids mapped such that mountd has no more rights in
 it than the caller:
 
-* In one of the caller's own, what is the caller's becomes root's. Nothing else has an owner.
-* In any other, nothing has an owner.
+* In one of the caller's own, the ids of the caller stay, and there are no others.
+* In any other, there are none.
 
-The rights of root and of capabilities do not hold for a file without an owner: it has to be one that
-everybody may read. The ids that are seen are those of the metadata.
+mountd reads what is not its own by a capability (CAP_DAC_READ_SEARCH), and that does not hold for a file of
+a user or a group that is not there: it has to be one that everybody may read. The ids that are seen are
+those of the metadata.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 OF_OBJECTS = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV
 NOBODY_AT_ALL = (1 << 32) - 2  # as which no file is known to belong to anybody
-ROOT = 0
 
 
 def plan_objects(directory: Directory, ownership: Ownership, caller: Caller) -> Plan:
@@ -48,9 +48,9 @@ def plan_objects(directory: Directory, ownership: Ownership, caller: Caller) -> 
 
 
 def mapped(id: int, *, own: bool) -> Extents:
-    """Return the extents by which what belongs to `id` becomes root's, if it is the caller's own."""
+    """Return the extents by which `id` is there if it is the `own` one, and by which else none is."""
     if own and id != OVERFLOW_ID:
-        return (IdExtent(id, ROOT, 1),)
+        return (IdExtent(id, id, 1),)
     return (IdExtent(NOBODY_AT_ALL, NOBODY_AT_ALL, 1),)
 
 

@@ -41,6 +41,7 @@ from mountd.source.model import Composefs, FileSystem, Source, SourceKind
 from mountd.store import composefs_build
 from mountd.store.store import Known, finish
 from mountd.trust.contents import VERITY
+from mountd.trust.owned import CANNOT_IDMAP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -114,6 +115,12 @@ def look_at_objects(
     directory = inspect_directory(fd, field)
     if not directory.opened:
         raise BadFileDescriptor(field, "it was opened with O_PATH, which proves no access")
+    if directory.file_system in CANNOT_IDMAP and not caller.is_host_root:
+        raise UnsupportedFileSystem(
+            f"the kernel maps no ids on {directory.file_system}, without which objects would be read as root",
+            file_system_type=directory.file_system,
+            hint="keep the objects on the file system below",
+        )
     return directory, collect_objects(fd, directory, caller, context.walker)
 
 

@@ -42,7 +42,7 @@ def test_what_is_none() -> None:
 
 def test_only_what_is_the_caller_s_own_has_an_owner() -> None:
     clone = CloneTree(READ_ONLY, 1, 2, 1000, 1000)
-    mine = (IdExtent(USER.uid, 0, 1),), (IdExtent(USER.gid, 0, 1),)
+    mine = (IdExtent(USER.uid, USER.uid, 1),), (IdExtent(USER.gid, USER.gid, 1),)
     assert plan_objects(OBJECTS, Ownership.CALLER, USER).operations == (clone, MapRanges(*mine))
     for other in (Ownership.ROOT, Ownership.FOREIGN, Ownership.OTHER):
         assert plan_objects(OBJECTS, other, USER).operations == (clone, MapRanges(NOBODYS, NOBODYS))
