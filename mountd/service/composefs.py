@@ -117,7 +117,7 @@ def look_at_objects(
         raise BadFileDescriptor(field, "it was opened with O_PATH, which proves no access")
     if directory.file_system in CANNOT_IDMAP and not caller.is_host_root:
         raise UnsupportedFileSystem(
-            f"the kernel maps no ids on {directory.file_system}, without which objects would be read as root",
+            f"the kernel maps no ids on {directory.file_system}, and objects would be read as root does",
             file_system_type=directory.file_system,
             hint="keep the objects on the file system below",
         )
