@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from mountd.errors import NotSupported, SyscallError
@@ -13,6 +14,7 @@ from mountd.kernel.fs_context import FsContext
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mountd.execute.naming import Naming
     from mountd.plan.operations import MakeComposefs
 
 # Where the contents of a file are is what the metadata says in trusted.overlay.redirect and .metacopy, and
@@ -26,14 +28,15 @@ OPTIONS = (
     ("xino", "off"),
     ("uuid", "null"),
 )
-HINT = "use Linux 6.15 or newer"
+HINT = "use Linux 6.8 or newer"
 
 
-def create(operation: MakeComposefs, layers: Sequence[int]) -> FsContext:
+def create(operation: MakeComposefs, layers: Sequence[int], naming: Naming | None = None) -> FsContext:
     """Return the context of a new composefs of `layers`, borrowed: the metadata, then the directories.
 
-    It has clones of them, so that they can be closed. Raises SyscallError, and NotSupported for a kernel
-    without overlay, or whose overlay has no data-only layers or takes no mounts that are attached nowhere.
+    It has clones of them, so that they can be closed. Before Linux 6.15, overlay takes none that is attached
+    nowhere; then they are where `naming` puts them meanwhile. Raises SyscallError, and NotSupported for a
+    kernel without overlay, or whose overlay has no data-only layers.
     """
     if len(layers) != operation.objects + 1:
         raise ValueError("there are not as many object directories as were planned")
@@ -48,26 +51,46 @@ def create(operation: MakeComposefs, layers: Sequence[int]) -> FsContext:
         context.set_flag("ro")
         for name, value in OPTIONS:
             context.set_string(name, value)
-        set_layers(context, layers, verify=operation.verify)
-        # The overlay keeps the rights of this moment; for objects, the mapping of their ids takes them away.
-        with capabilities.reading_everything():
-            context.create()
+        with ExitStack() as stack:
+            set_layers(context, layers, naming, stack, verify=operation.verify)
+            # The overlay keeps the rights of this moment; for objects, the mapping of ids takes them away.
+            with capabilities.reading_everything():
+                context.create()
     except BaseException:
         context.close()
         raise
     return context
 
 
-def set_layers(context: FsContext, layers: Sequence[int], *, verify: bool) -> None:
-    """Say which mounts it is of. Raises SyscallError, NotSupported."""
-    metadata, *objects = layers
+def set_layers(
+    context: FsContext, layers: Sequence[int], naming: Naming | None, stack: ExitStack, *, verify: bool
+) -> None:
+    """Say which mounts it is of; `stack` is for what has to last until it is made.
+
+    Raises SyscallError, NotSupported.
+    """
+    names = ["lowerdir+", *["datadir+"] * (len(layers) - 1)]
     try:
         if verify:
             context.set_string("verity", "require")
-        context.set_fd("lowerdir+", metadata)
-        for layer in objects:
-            context.set_fd("datadir+", layer)
+        if takes_descriptors(context, layers[0]) or naming is None:
+            for name, layer in zip(names[1:], layers[1:], strict=True):
+                context.set_fd(name, layer)
+        else:
+            for name, path in zip(names, stack.enter_context(naming.attached(layers)), strict=True):
+                context.set_string(name, path)
     except SyscallError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise NotSupported("making a composefs of mounts that are attached nowhere", hint=HINT) from None
+        raise NotSupported("making a composefs by the overlay of this kernel", hint=HINT) from None
+
+
+def takes_descriptors(context: FsContext, lowest: int) -> bool:
+    """Add the mount `lowest`, borrowed, and return whether that was possible. Raises SyscallError."""
+    try:
+        context.set_fd("lowerdir+", lowest)
+    except SyscallError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True

@@ -178,7 +178,7 @@ def superblock(operation: CreateSuperblock | MakeOverlay | MakeComposefs, inputs
     if isinstance(operation, MakeOverlay):
         return overlay.create(operation, inputs.layers)
     if isinstance(operation, MakeComposefs):
-        return composefs.create(operation, inputs.layers)
+        return composefs.create(operation, inputs.layers, inputs.naming)
     return create(operation, inputs)
 
 

@@ -39,6 +39,7 @@ from mountd.source.descriptor import inspect_descriptor
 from mountd.source.directory import inspect_directory
 from mountd.source.model import Composefs, FileSystem, Source, SourceKind
 from mountd.store import composefs_build
+from mountd.store.quota import Limits
 from mountd.store.store import Known, finish
 from mountd.trust.contents import VERITY
 from mountd.trust.owned import CANNOT_IDMAP
@@ -62,6 +63,13 @@ PART = "regenerated"  # the store of images that were made of descriptions
 REGENERATED = "regenerated"
 UNUSED_SECONDS = 30 * 24 * 3600  # after which such an image is removed when another is made
 TO_BE_MADE = FileSystem(EROFS, 0, 4096, None, None, needs_recovery=False)
+LIMITS = Limits(
+    total_bytes=8 << 30,
+    owner_bytes=1 << 30,
+    image_bytes=composefs_build.MAXIMUM_IMAGE,
+    images=512,
+    owner_images=128,
+)
 NO_STORE = "the journal of mountd says why it has none"
 
 
@@ -158,7 +166,9 @@ def regenerated(
     if judged(found, request, caller, context) is not None:
         return found
     if not may_change:
+        context.enter(Phase.TRANSFER, composefs_build.SECONDS + transfer_seconds(size))
         told = composefs_build.check(fd, size, rewrite)
+        context.enter(Phase.VERIFY)
         return replace(
             found, evidence=evidence_of(objects, None, verifiable=verifiable and not unverified(told))
         )
@@ -217,7 +227,7 @@ def made(fd: int, size: int, caller: Caller, context: RequestContext) -> tuple[O
     """
     if context.store is None:
         raise NotFound("the store", hint=NO_STORE)
-    store = context.store.part(PART)
+    store = context.store.part(PART, LIMITS)
     # By the bytes that it is made of, and by what is let through of them.
     known = f"composefs-dump {composefs_dump.VERSION} {sha256_of(fd, size)} "
     for record in all_made(store):
@@ -252,9 +262,17 @@ def kept(image: Made, name: str, store: Store, owner: Owner) -> str:
             raise InvalidImage(f"what was made of the description is {inside.type}")
         return Known(inside)
 
+    def added() -> str:
+        steps = store.adding(image.fd.fileno(), image.size, owner, name=name, judge=judge, within_slot=True)
+        return finish(steps, None).digest
+
     store.collect_garbage(maximum_age=UNUSED_SECONDS)
-    steps = store.adding(image.fd.fileno(), image.size, owner, name=name, judge=judge, within_slot=True)
-    return finish(steps, None).digest
+    try:
+        return added()
+    except LimitExceeded:
+        # What nobody uses just now is made again when somebody needs it.
+        store.collect_garbage(maximum_age=0)
+    return added()
 
 
 def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None] | None) -> OwnedFd:
@@ -275,6 +293,7 @@ def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None
             image_fd=None,
             userns_fd=None,
             seal=context.seal,
+            naming=context.naming,
             note=note,
             layers=[mount.fileno() for mount in mounts],
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -25,6 +24,7 @@ from tests.container import RANGE, USER, as_user, forked, in_container, user_nam
 from tests.daemon import ROOT, Daemon
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
+from tests.e2e.test_directories import peer
 from tests.e2e.test_stacks import CAP_LAST, CAPABILITIES, CAPBSET_DROP
 from tests.rogue import eventually, settled
 
@@ -121,19 +121,8 @@ def ask(daemon: Daemon, source: Path, *objects: Path, **wishes: object) -> Mount
         return client.mount(request.source, request.fds, **request.parameters)
 
 
-@contextlib.contextmanager
-def user(uid: int = USER) -> Iterator[None]:
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-
-
 def ask_as_user(daemon: Daemon, source: Path, *objects: Path, **wishes: object) -> MountReply:
-    with user():
+    with peer():
         return ask(daemon, source, *objects, **wishes)
 
 
@@ -243,7 +232,7 @@ def test_explain_makes_nothing(serving: Daemon, trees: Trees, own: Path, place: 
     path = described(place, text)
     records = list(Store(serving.directory / "state").part("regenerated").records())
     with (
-        user(),
+        peer(),
         Client(str(serving.socket)) as client,
         Request(f"composefs:{path}", objects=[str(own)]) as request,
     ):
@@ -254,7 +243,7 @@ def test_explain_makes_nothing(serving: Daemon, trees: Trees, own: Path, place: 
     assert list(Store(serving.directory / "state").part("regenerated").records()) == records
     path.write_bytes(text + b"nonsense\n")
     with (
-        user(),
+        peer(),
         Client(str(serving.socket)) as client,
         Request(f"composefs:{path}", objects=[str(own)]) as request,
     ):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,8 @@ def test_every_step_can_fail_and_leaves_nothing(tree: Path, monkeypatch: pytest.
 def test_a_kernel_that_has_it_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with FsContext.open("overlay") as context, monkeypatch.context() as patch:
         patch.setitem(libc.inject, "fsconfig", errno.EINVAL)
-        with pytest.raises(NotSupported, match="attached nowhere"):
-            composefs.set_layers(context, [0, 0], verify=True)
+        with pytest.raises(NotSupported, match="overlay of this kernel"), ExitStack() as stack:
+            composefs.set_layers(context, [0, 0], None, stack, verify=True)
     monkeypatch.setitem(libc.inject, "fsopen", errno.ENODEV)
     with pytest.raises(NotSupported, match="overlay"):
         composefs.create(MakeComposefs(1, False), [0, 0])
