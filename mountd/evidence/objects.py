@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mountd.evidence import fs_verity
 from mountd.evidence.directory import collect_ownership
 from mountd.evidence.model import Objects, Ownership
+from mountd.fds import OwnedFd
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mountd.source.model import Directory
 
 MAXIMUM_NAMES = 4096
+OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def collect_objects(fd: int, directory: Directory, caller: Caller, walker: Walker) -> Objects:
@@ -40,13 +42,14 @@ def problem_inside(fd: int) -> str | None:
     It has to be done before anything is looked up in it: only root can change what has been looked at.
     """
     try:
-        names = os.listdir(fd)
-        if len(names) > MAXIMUM_NAMES:
-            return f"there are more than {MAXIMUM_NAMES} names in it"
-        for name in names:
-            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if status.st_uid != 0 or (status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)):
-                return "what is in it can be changed by others than root"
+        # Opened anew: how far the caller's has been read is the caller's.
+        with OwnedFd(os.open(".", OPEN, dir_fd=fd)) as own, os.scandir(own.fileno()) as found:
+            for count, entry in enumerate(found):
+                if count == MAXIMUM_NAMES:
+                    return f"there are more than {MAXIMUM_NAMES} names in it"
+                status = entry.stat(follow_symlinks=False)
+                if status.st_uid != 0 or (status.st_mode & 0o022 and not stat.S_ISLNK(status.st_mode)):
+                    return "what is in it can be changed by others than root"
     except OSError as error:
         return f"what is in it cannot be looked at ({error.strerror})"
     return None
