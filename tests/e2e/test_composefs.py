@@ -230,7 +230,7 @@ def test_of_a_description_the_image_is_made_anew(serving: Daemon, trees: Trees, 
 def test_explain_makes_nothing(serving: Daemon, trees: Trees, own: Path, place: Path) -> None:
     text = trees.description.read_bytes() + b"/one-more 1 100644 1 0 0 0 0.0 - x -\n"
     path = described(place, text)
-    records = list(Store(serving.directory / "state").part("regenerated").records())
+    before = made_images(serving)
     with (
         peer(),
         Client(str(serving.socket)) as client,
@@ -240,7 +240,7 @@ def test_explain_makes_nothing(serving: Daemon, trees: Trees, own: Path, place: 
     assert told["decision"]["verdict"] == "allow"  # type: ignore[index]
     assert told["facts"]["contents"] == "not checked"  # type: ignore[index]
     assert told["facts"]["objects 0"].startswith("caller-owned")  # type: ignore[index]
-    assert list(Store(serving.directory / "state").part("regenerated").records()) == records
+    assert made_images(serving) == before
     path.write_bytes(text + b"nonsense\n")
     with (
         peer(),
@@ -251,6 +251,11 @@ def test_explain_makes_nothing(serving: Daemon, trees: Trees, own: Path, place: 
     assert name == "InvalidImage"
     assert "line 13 of the description" in said
     path.unlink()
+
+
+def made_images(daemon: Daemon) -> set[str]:
+    path = daemon.directory / "state/regenerated/images/sha256"
+    return set(os.listdir(path)) if path.exists() else set()
 
 
 def described(place: Path, text: bytes) -> Path:
@@ -453,6 +458,17 @@ def test_without_the_program(start: Callable[..., Daemon], trees: Trees, own: Pa
     assert name == "NotSupported"
     assert "without mkcomposefs" in text
     assert not list((daemon.directory / "state/regenerated/incoming").iterdir())
+
+
+def test_it_is_listed_and_taken_back(serving: Daemon, trees: Trees, own: Path) -> None:
+    with ask_as_user(serving, trees.description, own) as reply, Client(str(serving.socket)) as client:
+        listed = client.call("List", {"all": True}, [])[0]["mounts"]
+        assert isinstance(listed, list)
+        (found,) = [each for each in listed if each["id"] == reply.mounts[0]["id"]]
+        assert (found["fileSystemType"], found["trustedBy"]) == ("overlay", "regenerated")
+        assert (found["rule"], found["digest"]) == ("descriptions", reply.decision["digest"])
+        told = client.call("io.mountd.Admin.Revoke", {"digest": found["digest"]}, [])[0]
+        assert "held" in told
 
 
 def test_ids_of_a_namespace(serving: Daemon, trees: Trees) -> None:
