@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from mountd.errors import NotSupported, SyscallError
@@ -28,6 +27,9 @@ OPTIONS = (
     ("xino", "off"),
     ("uuid", "null"),
 )
+# By what kernels refuse mounts that are attached nowhere: when they are named, or when it is made.
+NOT_TAKEN = (errno.EBADF, errno.EINVAL)
+WHAT = "making a composefs by the overlay of this kernel"
 HINT = "use Linux 6.8 or newer"
 
 
@@ -41,56 +43,43 @@ def create(operation: MakeComposefs, layers: Sequence[int], naming: Naming | Non
     if len(layers) != operation.objects + 1:
         raise ValueError("there are not as many object directories as were planned")
     try:
-        context = FsContext.open(TYPE)
+        return made_of(operation, layers)
     except SyscallError as error:
-        if error.errno != errno.ENODEV:
+        if error.errno == errno.ENODEV:
+            raise NotSupported("overlay, which composefs needs", hint="have root load the module") from None
+        if error.errno not in NOT_TAKEN:
             raise
-        raise NotSupported("overlay, which composefs needs", hint="have root load the module") from None
+        if naming is None:
+            raise NotSupported(WHAT, hint=HINT) from None
+    try:
+        with naming.attached(layers) as paths:
+            return made_of(operation, paths)
+    except SyscallError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise NotSupported(WHAT, hint=HINT) from None
+
+
+def made_of(operation: MakeComposefs, layers: Sequence[int] | Sequence[str]) -> FsContext:
+    """Return the context of one of these layers, which are descriptors or paths. Raises SyscallError."""
+    context = FsContext.open(TYPE)
     try:
         context.set_string("source", SOURCE)
         context.set_flag("ro")
         for name, value in OPTIONS:
             context.set_string(name, value)
-        with ExitStack() as stack:
-            set_layers(context, layers, naming, stack, verify=operation.verify)
-            # The overlay keeps the rights of this moment; for objects, the mapping of ids takes them away.
-            with capabilities.reading_everything():
-                context.create()
+        if operation.verify:
+            context.set_string("verity", "require")
+        for number, layer in enumerate(layers):
+            name = "datadir+" if number else "lowerdir+"
+            if isinstance(layer, int):
+                context.set_fd(name, layer)
+            else:
+                context.set_string(name, layer)
+        # The overlay keeps the rights of this moment; for objects, the mapping of their ids takes them away.
+        with capabilities.reading_everything():
+            context.create()
     except BaseException:
         context.close()
         raise
     return context
-
-
-def set_layers(
-    context: FsContext, layers: Sequence[int], naming: Naming | None, stack: ExitStack, *, verify: bool
-) -> None:
-    """Say which mounts it is of; `stack` is for what has to last until it is made.
-
-    Raises SyscallError, NotSupported.
-    """
-    names = ["lowerdir+", *["datadir+"] * (len(layers) - 1)]
-    try:
-        if verify:
-            context.set_string("verity", "require")
-        if takes_descriptors(context, layers[0]) or naming is None:
-            for name, layer in zip(names[1:], layers[1:], strict=True):
-                context.set_fd(name, layer)
-        else:
-            for name, path in zip(names, stack.enter_context(naming.attached(layers)), strict=True):
-                context.set_string(name, path)
-    except SyscallError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise NotSupported("making a composefs by the overlay of this kernel", hint=HINT) from None
-
-
-def takes_descriptors(context: FsContext, lowest: int) -> bool:
-    """Add the mount `lowest`, borrowed, and return whether that was possible. Raises SyscallError."""
-    try:
-        context.set_fd("lowerdir+", lowest)
-    except SyscallError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return False
-    return True

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -82,13 +81,19 @@ def test_every_step_can_fail_and_leaves_nothing(tree: Path, monkeypatch: pytest.
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_kernel_that_has_it_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    with FsContext.open("overlay") as context, monkeypatch.context() as patch:
-        patch.setitem(libc.inject, "fsconfig", errno.EINVAL)
-        with pytest.raises(NotSupported, match="overlay of this kernel"), ExitStack() as stack:
-            composefs.set_layers(context, [0, 0], None, stack, verify=True)
-    monkeypatch.setitem(libc.inject, "fsopen", errno.ENODEV)
-    with pytest.raises(NotSupported, match="overlay"):
+@pytest.mark.parametrize(
+    ("call", "number", "said"),
+    [
+        ("fsopen", errno.ENODEV, "overlay, which"),
+        ("fsconfig", errno.EINVAL, "this kernel"),
+        ("fsconfig", errno.EBADF, "this kernel"),
+    ],
+)
+def test_a_kernel_that_has_it_not(
+    monkeypatch: pytest.MonkeyPatch, call: str, number: int, said: str
+) -> None:
+    monkeypatch.setitem(libc.inject, call, number)
+    with pytest.raises(NotSupported, match=said):
         composefs.create(MakeComposefs(1, False), [0, 0])
 
 
