@@ -60,7 +60,7 @@ def create(operation: MakeComposefs, layers: Sequence[int], naming: Naming | Non
         raise NotSupported(WHAT, hint=HINT) from None
 
 
-def made_of(operation: MakeComposefs, layers: Sequence[int] | Sequence[str]) -> FsContext:
+def made_of(operation: MakeComposefs, layers: Sequence[int | str]) -> FsContext:
     """Return the context of one of these layers, which are descriptors or paths. Raises SyscallError."""
     context = FsContext.open(TYPE)
     try:
