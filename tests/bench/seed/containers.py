@@ -1,0 +1,59 @@
+"""Many containers that have mounted the same image: how often its contents are in memory."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from tests.bench.seed.runner import Runner, as_root, drop_caches, used_memory
+from tests.bench.seed.ways import Way, erofs
+from tests.container import USER, in_container
+
+FIRST_ID = 1 << 20  # of the first container's 65536
+
+
+def growth(readers: list[Runner]) -> tuple[int, list[float]]:
+    """Have each read all files, after another; return the bytes of one, and by how many MiB memory grew."""
+    drop_caches()
+    for reader in readers:
+        reader.prime()
+    size, grown = 0, []
+    for reader in readers:
+        before = used_memory()
+        size = reader.read()
+        grown.append(used_memory() - before)
+    return size, grown
+
+
+def report(image: Path, target: Path, socket: Path, count: int) -> bool:
+    """Measure, print, and tell whether all of them together have what they read once in memory."""
+    way = Way("", lambda: erofs(str(image)), str(image))
+    with ExitStack() as stack:
+
+        def start(number: int) -> Runner:
+            uids = ((0, FIRST_ID + 65536 * number, 65536),)
+            enter = partial(in_container, uids=uids, owner=USER)
+            runner = Runner(enter, lambda target: way.by_mountd(target, socket), target)
+            stack.callback(runner.stop)
+            return runner
+
+        runners = [start(number) for number in range(count)]
+        superblocks = {runner.facts["superblock"] for runner in runners}
+        size, grown = growth(runners)
+    with ExitStack() as stack:
+        byhand = [Runner(as_root, way.by_hand, target) for _ in range(2)]
+        for runner in byhand:
+            stack.callback(runner.stop)
+        apart = growth(byhand)[1]
+    first, others = grown[0], grown[1:]
+    print(
+        f"{count} containers, each a user namespace with ids of its own, have mounted one erofs image by "
+        f"mountd: {len(superblocks)} superblock(s).\n"
+        f"Each has read {size / (1 << 20):.0f} MiB of files. Memory grew by {first:.0f} MiB with the first, "
+        f"by {statistics.median(others):.1f} MiB (median) with each of the others, by {sum(others):.0f} MiB "
+        f"with all {len(others)} of these.\nWith two mounts by hand, it grew by {apart[0]:.0f} MiB with the "
+        f"first and by {apart[1]:.0f} MiB with the second."
+    )
+    return len(superblocks) == 1 and statistics.median(others) <= first / count
