@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +33,7 @@ from tests.container import mapper
 from tests.daemon import ROOT, Daemon
 
 HERE = Path(__file__).parent
-PLOT = HERE / "seed.png"
+PLOT, PLOT_OF_README = ROOT / "dist/seed.png", HERE / "seed.png"
 README = ROOT / "README.md"
 WARM = 3  # pairs in each round
 LEAST = 3  # rounds
@@ -89,10 +90,11 @@ def measure(all_ways: list[Way], target: Path, socket: Path, seconds: float) -> 
     return [measured.get(way.name, Row(way.name, missing=way.missing)) for way in all_ways]
 
 
-def draw(rows: list[Row]) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Have the plot made by the Python that has matplotlib."""
+    path.parent.mkdir(exist_ok=True)
     subprocess.run(
-        ["/usr/bin/python3", "-I", HERE / "plot.py", PLOT],
+        ["/usr/bin/python3", "-I", HERE / "plot.py", path],
         input=json.dumps(figures.chart(rows)),
         text=True,
         check=True,
@@ -117,26 +119,28 @@ def run(directory: Path, options: argparse.Namespace) -> bool:
         path.mkdir(mode=0o755)
     copied = copy_tree(Path("/usr"), trusted / "tree", options.entries)
     images = make_images(trusted / "tree", trusted)
-    time.sleep(SETTLED / 1e9)
+    time.sleep(SETTLED / 1e9)  # what has changed just now is not remembered
     print(f"made the images in {time.monotonic() - begin:.0f} s", flush=True)
     daemon = Daemon(directory / "daemon", POLICY.format(trusted), ("--shared-seconds", "5"))
     try:
         with mapper():
             rows = measure(ways(images), target, daemon.socket, options.seconds)
-            print(figures.text_table(rows))
-            print(conditions(copied, rows))
-            once = containers.report(images.erofs, target, daemon.socket, options.containers)
+            where = conditions(copied, rows)
+            print(figures.text_table(rows), where, sep="\n", flush=True)
+            once, sharing = containers.measure(images.erofs, target, daemon.socket, options.containers)
     finally:
         daemon.stop()
-    exceeding = [(row.name, row.exceeding()) for row in rows if row.exceeding()]
-    for name, quantities in exceeding:
-        print(f"{name}: by mountd more than {MAXIMUM_RATIO} of direct: {', '.join(quantities)}")
+    print(textwrap.fill(sharing, 110))
+    plot = PLOT_OF_README if options.readme else PLOT
+    draw(rows, plot)
     if options.readme:
-        draw(rows)
-        said = f"{figures.markdown_table(rows)}\n\n{conditions(copied, rows)}."
+        said = f"{figures.markdown_table(rows)}\n\n{where}.\n\n{sharing}"
         README.write_text(figures.replaced(README.read_text(), said))
-    print(f"took {time.monotonic() - begin:.0f} s")
-    return once and not exceeding
+    for row in rows:
+        for quantity in row.exceeding():
+            print(f"{row.name}, {quantity}: by mountd more than {MAXIMUM_RATIO} times of direct")
+    print(f"took {time.monotonic() - begin:.0f} s; the plot is in {plot}")
+    return once and not any(row.exceeding() for row in rows)
 
 
 def main() -> int:

@@ -27,8 +27,8 @@ def growth(readers: list[Runner]) -> tuple[int, list[float]]:
     return size, grown
 
 
-def report(image: Path, target: Path, socket: Path, count: int) -> bool:
-    """Measure, print, and tell whether all of them together have what they read once in memory."""
+def measure(image: Path, target: Path, socket: Path, count: int) -> tuple[bool, str]:
+    """Return whether all of them together have what they read once in memory, and what was measured."""
     way = Way("", lambda: erofs(str(image)), str(image))
     with ExitStack() as stack:
 
@@ -48,12 +48,12 @@ def report(image: Path, target: Path, socket: Path, count: int) -> bool:
             stack.callback(runner.stop)
         apart = growth(byhand)[1]
     first, others = grown[0], grown[1:]
-    print(
-        f"{count} containers, each a user namespace with ids of its own, have mounted one erofs image by "
-        f"mountd: {len(superblocks)} superblock(s).\n"
-        f"Each has read {size / (1 << 20):.0f} MiB of files. Memory grew by {first:.0f} MiB with the first, "
-        f"by {statistics.median(others):.1f} MiB (median) with each of the others, by {sum(others):.0f} MiB "
-        f"with all {len(others)} of these.\nWith two mounts by hand, it grew by {apart[0]:.0f} MiB with the "
+    said = (
+        f"{count} containers, each a user namespace with ids of its own, that have mounted one erofs image "
+        f"by mountd have {len(superblocks)} superblock(s). Each has read {size / (1 << 20):.0f} MiB of "
+        f"files, one after the other: memory grew by {first:.0f} MiB with the first, by "
+        f"{statistics.median(others):.1f} MiB (median) with each of the others, by {sum(others):.0f} MiB "
+        f"with all {len(others)} of these. Of two mounts by hand, it grew by {apart[0]:.0f} MiB with the "
         f"first and by {apart[1]:.0f} MiB with the second."
     )
-    return len(superblocks) == 1 and statistics.median(others) <= first / count
+    return len(superblocks) == 1 and statistics.median(others) <= first / count, said

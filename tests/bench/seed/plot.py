@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-import matplotlib
+import matplotlib  # type: ignore[import-not-found, unused-ignore]
 
 matplotlib.use("Agg")
 
