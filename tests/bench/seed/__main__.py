@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,9 +37,9 @@ from tests.daemon import ROOT, Daemon
 HERE = Path(__file__).parent
 PLOT, PLOT_OF_README = ROOT / "dist/seed.png", HERE / "seed.png"
 README = ROOT / "README.md"
-WARM = 3  # pairs in each round
+WARM = 4  # pairs in each round
 LEAST = 3  # rounds
-ENTRIES = 60_000
+ENTRIES = 24_000
 
 
 class Pair:
@@ -46,29 +48,35 @@ class Pair:
     def __init__(self, way: Way, target: Path, socket: Path, stack: ExitStack) -> None:
         """Start them; `stack` ends them. Raises RuntimeError if one cannot mount, or they differ."""
         self.row = Row(way.name)
+        self.lines: set[int] = set()
         self.runners = {
             "direct": Runner(as_root, way.by_hand, target),
             "mountd": Runner(as_container, lambda target: way.by_mountd(target, socket), target),
         }
         for runner in self.runners.values():
             stack.callback(runner.stop)
+            self.lines.add(runner.count())
             if runner.facts["direct I/O"] != way.direct_io:
                 raise RuntimeError(f"{way.name}: direct I/O is {runner.facts['direct I/O']}")
             if runner.facts["owner"] != (0, 0):
                 raise RuntimeError(f"{way.name}: the tree belongs to {runner.facts['owner']}")
-        self.lines = {runner.facts["lines"] for runner in self.runners.values()}
 
     def measure(self, number: int) -> None:
         """Measure one round; who is first changes with `number`."""
         order = list(self.runners)[:: 1 if number % 2 else -1]
-        for who in order:
-            runner = self.runners[who]
+        # Whoever comes second may find something in the cache of a disk, and each of both does once.
+        cold: dict[str, list[float]] = {who: [] for who in order}
+        grown: dict[str, list[float]] = {who: [] for who in order}
+        for who in (*order, *reversed(order)):
             drop_caches()
-            runner.prime()
+            self.runners[who].prime()
             before = used_memory()
-            getattr(self.row.cold, who).append(runner.list())
-            getattr(self.row.memory, who).append(used_memory() - before)
-        self.runners[order[0]].list()  # what it had in memory was dropped for the other
+            cold[who].append(self.runners[who].list())
+            grown[who].append(used_memory() - before)
+        for who in order:
+            getattr(self.row.cold, who).append(statistics.mean(cold[who]))
+            getattr(self.row.memory, who).append(statistics.mean(grown[who]))
+        self.runners[order[1]].list()  # what it had in memory was dropped for the other
         for again in range(WARM):
             for who in order[:: 1 if again % 2 else -1]:
                 getattr(self.row.warm, who).append(self.runners[who].list())
@@ -147,10 +155,11 @@ def main() -> int:
     """Measure in a mount namespace of its own, and leave nothing."""
     parser = argparse.ArgumentParser(prog="bench-seed")
     parser.add_argument("--entries", type=int, default=ENTRIES, help="how many of /usr, at most")
-    parser.add_argument("--seconds", type=float, default=300, help="how long to measure the table")
+    parser.add_argument("--seconds", type=float, default=360, help="how long to measure the table")
     parser.add_argument("--containers", type=int, default=100)
     parser.add_argument("--readme", action="store_true", help="put table and plot into README.md")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     namespaces.unshare(Clone.NEWNS)
     mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
     directory = Path(tempfile.mkdtemp(prefix="mountd-bench-", dir="/var/lib"))

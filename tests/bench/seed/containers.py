@@ -15,7 +15,7 @@ FIRST_ID = 1 << 20  # of the first container's 65536
 
 
 def growth(readers: list[Runner]) -> tuple[int, list[float]]:
-    """Have each read all files, after another; return the bytes of one, and by how many MiB memory grew."""
+    """Have each read the same files; return the bytes of one, and by how many MiB memory grew with each."""
     drop_caches()
     for reader in readers:
         reader.prime()
