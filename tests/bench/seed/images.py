@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.disks import FIRST, Part, build_disk
 
 UPPER = "share/doc"  # what the upper layer of the overlay has, where the tree has it
+MKCOMPOSEFS = "mkcomposefs"
 MKSQUASHFS = ("-noI", "-noD", "-noF", "-noX", "-no-fragments", "-root-mode", "755", "-quiet", "-no-progress")
 
 
@@ -20,7 +21,8 @@ class Images:
 
     `disk` has the same file system as `erofs` in a partition, `size` bytes from byte `offset`. `buffered` is
     the same once more, on a squashfs without compression that is mounted there: a file system that cannot do
-    direct I/O, so that no loop device over it does. `layers` are the upper and the lower one.
+    direct I/O, so that no loop device over it does. `layers` are the upper and the lower one. `composefs` is
+    the image and `objects` the directory with the contents, if there is a program to make them.
     """
 
     tree: Path
@@ -28,6 +30,8 @@ class Images:
     layers: tuple[Path, Path]
     disk: Path
     buffered: Path
+    composefs: Path
+    objects: Path
     offset: int
     size: int
 
@@ -92,10 +96,11 @@ def make_images(tree: Path, directory: Path) -> Images:
     disk = make_disk(erofs, directory / "tree.disk")
     layers = make_layers(tree, directory)
     buffered = mount_buffered(disk, directory)
+    composefs, objects = directory / "tree.composefs", directory / "objects"
+    if shutil.which(MKCOMPOSEFS):
+        command = [MKCOMPOSEFS, "--user-xattrs", f"--digest-store={objects}", tree, composefs]
+        subprocess.run(command, check=True, capture_output=True)
+        composefs.chmod(0o644)
     os.sync()
-    return Images(tree, erofs, layers, disk, buffered, FIRST, disk_partition(erofs))
-
-
-def disk_partition(file_system: Path) -> int:
-    """Return the bytes of the partition that `make_disk` makes for it."""
-    return Part("root", size=file_system.stat().st_size).room
+    room = Part("root", size=erofs.stat().st_size).room
+    return Images(tree, erofs, layers, disk, buffered, composefs, objects, FIRST, room)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from mountd import request
 from mountd.client import Client, Request, attach, attach_reply, open_target
 from mountd.fds import OwnedFd
 from mountd.kernel import loop_device, mount_api
 from mountd.kernel.flags import MountAttr, OpenTree
 from mountd.kernel.fs_context import FsContext
-from tests.bench.seed.images import Images
+from tests.bench.seed.images import MKCOMPOSEFS, Images
 
 AT_FDCWD = -100
 POLICY = """
@@ -37,31 +41,33 @@ verdict = "allow"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How to mount the tree: `direct` returns the mount, `source` and `layers` are what mountd is asked for.
+    """How to mount the tree: `direct` returns the mount, or None if it has attached it where it is told to.
 
-    `direct_io` is what the loop device below has to be found doing, "0" or "1", None without one. `missing`
+    `source` and `wishes` are what mountd is asked for, as `Request` takes them. `direct_io` is what the loop device below has to be found doing, "0" or "1", None without one. `missing`
     says why it cannot be measured.
     """
 
     name: str
-    direct: Callable[[], OwnedFd]
+    direct: Callable[[Path], OwnedFd | None]
     source: str
-    layers: tuple[str, ...] = ()
+    wishes: Mapping[str, Any] = field(default_factory=dict)
     direct_io: str | None = None
     missing: str | None = None
 
     def by_hand(self, target: Path) -> None:
         """Mount it as root."""
-        with self.direct() as mount:
-            attach(mount.fileno(), str(target))
+        mount = self.direct(target)
+        if mount is not None:
+            with mount:
+                attach(mount.fileno(), str(target))
 
     def by_mountd(self, target: Path, socket: Path) -> None:
         """Ask mountd for it, mapped into the user namespace of this process."""
         with (
             open_target(str(target)) as directory,
             Client(str(socket)) as client,
-            Request(self.source, layers=self.layers) as request,
-            client.mount(request.source, request.fds, **request.parameters) as reply,
+            Request(self.source, **self.wishes) as asked,
+            client.mount(asked.source, asked.fds, **asked.parameters) as reply,
         ):
             attach_reply(reply, directory.fileno(), str(target))
 
@@ -70,31 +76,37 @@ def ways(images: Images) -> list[Way]:
     """Return all of them, in the order of the table."""
     upper, lower = images.layers
     return [
-        Way("plain directory", lambda: bind(images.tree), str(images.tree)),
-        Way("erofs, file-backed", lambda: erofs(str(images.erofs)), str(images.erofs)),
+        Way("plain directory", lambda _: bind(images.tree), str(images.tree)),
+        Way("erofs, file-backed", lambda _: erofs(str(images.erofs)), str(images.erofs)),
         Way(
             "erofs on loop",
-            lambda: erofs_on_loop(images, images.buffered, direct_io=False),
+            lambda _: erofs_on_loop(images, images.buffered, direct_io=False),
             str(images.buffered),
             direct_io="0",
         ),
         Way(
             "erofs on loop with direct I/O",
-            lambda: erofs_on_loop(images, images.disk, direct_io=True),
+            lambda _: erofs_on_loop(images, images.disk, direct_io=True),
             str(images.disk),
             direct_io="1",
         ),
-        Way("overlay over erofs", lambda: overlay(images.layers), str(lower), (str(upper),)),
-        composefs(),
+        Way("overlay over erofs", lambda _: overlay(images.layers), str(lower), {"layers": [str(upper)]}),
+        composefs(images),
     ]
 
 
-def composefs() -> Way:
-    """COMPOSEFS: the one place to fill in when there is `mountctl mount composefs:…`.
+def composefs(images: Images) -> Way:
+    """COMPOSEFS: the one place that knows how it is asked for, and whether it can be."""
+    image, objects = images.composefs, str(images.objects)
+    name = "composefs"
+    if not (shutil.which(MKCOMPOSEFS) and hasattr(request, "COMPOSEFS")):
+        return Way(name, lambda _: None, "", missing="not built")
+    command = ["mount.composefs", "-o", f"basedir={objects}", str(image)]
 
-    `direct` is to be mount.composefs on an image that mkcomposefs has made of the tree, `source` the same.
-    """
-    return Way("composefs", lambda: bind(Path("/")), "", missing="not built")
+    def direct(target: Path) -> None:
+        subprocess.run([*command, target], check=True, stdin=subprocess.DEVNULL)
+
+    return Way(name, direct, f"composefs:{image}", {"objects": [objects]})
 
 
 def bind(directory: Path) -> OwnedFd:
