@@ -155,7 +155,7 @@ def main() -> int:
     """Measure in a mount namespace of its own, and leave nothing."""
     parser = argparse.ArgumentParser(prog="bench-seed")
     parser.add_argument("--entries", type=int, default=ENTRIES, help="how many of /usr, at most")
-    parser.add_argument("--seconds", type=float, default=360, help="how long to measure the table")
+    parser.add_argument("--seconds", type=float, default=330, help="how long to measure the table")
     parser.add_argument("--containers", type=int, default=100)
     parser.add_argument("--readme", action="store_true", help="put table and plot into README.md")
     options = parser.parse_args()

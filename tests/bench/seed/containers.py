@@ -29,7 +29,7 @@ def growth(readers: list[Runner]) -> tuple[int, list[float]]:
 
 def measure(image: Path, target: Path, socket: Path, count: int) -> tuple[bool, str]:
     """Return whether all of them together have what they read once in memory, and what was measured."""
-    way = Way("", lambda: erofs(str(image)), str(image))
+    way = Way("", lambda _: erofs(str(image)), str(image))
     with ExitStack() as stack:
 
         def start(number: int) -> Runner:

@@ -98,7 +98,7 @@ def make_images(tree: Path, directory: Path) -> Images:
     buffered = mount_buffered(disk, directory)
     composefs, objects = directory / "tree.composefs", directory / "objects"
     if shutil.which(MKCOMPOSEFS):
-        command = [MKCOMPOSEFS, "--user-xattrs", f"--digest-store={objects}", tree, composefs]
+        command = [MKCOMPOSEFS, "--user-xattrs", f"--digest-store={objects}", str(tree), str(composefs)]
         subprocess.run(command, check=True, capture_output=True)
         composefs.chmod(0o644)
     os.sync()

@@ -43,8 +43,9 @@ verdict = "allow"
 class Way:
     """How to mount the tree: `direct` returns the mount, or None if it has attached it where it is told to.
 
-    `source` and `wishes` are what mountd is asked for, as `Request` takes them. `direct_io` is what the loop device below has to be found doing, "0" or "1", None without one. `missing`
-    says why it cannot be measured.
+    `source` and `wishes` are what mountd is asked for, as `Request` takes them. `direct_io` is what the loop
+    device below has to be found doing, "0" or "1", None without one. `missing` says why it cannot be
+    measured.
     """
 
     name: str
