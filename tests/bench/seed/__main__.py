@@ -49,33 +49,33 @@ class Pair:
         """Start them; `stack` ends them. Raises RuntimeError if one cannot mount, or they differ."""
         self.row = Row(way.name)
         self.lines: set[int] = set()
-        self.runners = {
-            "direct": Runner(as_root, way.by_hand, target),
-            "mountd": Runner(as_container, lambda target: way.by_mountd(target, socket), target),
-        }
-        for runner in self.runners.values():
+        self.runners: dict[str, Runner] = {}
+        for who, enter, mount in (
+            ("direct", as_root, way.by_hand),
+            ("mountd", as_container, lambda target: way.by_mountd(target, socket)),
+        ):
+            runner = self.runners[who] = Runner(enter, mount, target)
             stack.callback(runner.stop)
+            facts = runner.mount()
+            if facts["direct I/O"] != way.direct_io:
+                raise RuntimeError(f"{way.name}: direct I/O is {facts['direct I/O']}")
+            if facts["owner"] != (0, 0):
+                raise RuntimeError(f"{way.name}: the tree belongs to {facts['owner']}")
             self.lines.add(runner.count())
-            if runner.facts["direct I/O"] != way.direct_io:
-                raise RuntimeError(f"{way.name}: direct I/O is {runner.facts['direct I/O']}")
-            if runner.facts["owner"] != (0, 0):
-                raise RuntimeError(f"{way.name}: the tree belongs to {runner.facts['owner']}")
 
     def measure(self, number: int) -> None:
         """Measure one round; who is first changes with `number`."""
         order = list(self.runners)[:: 1 if number % 2 else -1]
         # Whoever comes second may find something in the cache of a disk, and each of both does once.
         cold: dict[str, list[float]] = {who: [] for who in order}
-        grown: dict[str, list[float]] = {who: [] for who in order}
         for who in (*order, *reversed(order)):
             drop_caches()
             self.runners[who].prime()
             before = used_memory()
             cold[who].append(self.runners[who].list())
-            grown[who].append(used_memory() - before)
+            getattr(self.row.memory, who).append(used_memory() - before)
         for who in order:
             getattr(self.row.cold, who).append(statistics.mean(cold[who]))
-            getattr(self.row.memory, who).append(statistics.mean(grown[who]))
         self.runners[order[1]].list()  # what it had in memory was dropped for the other
         for again in range(WARM):
             for who in order[:: 1 if again % 2 else -1]:
@@ -135,6 +135,9 @@ def run(directory: Path, options: argparse.Namespace) -> bool:
             rows = measure(ways(images), target, daemon.socket, options.seconds)
             where = conditions(copied, rows)
             print(figures.text_table(rows), where, sep="\n", flush=True)
+            # A worker is replaced every now and then, and what it has kept goes with it.
+            daemon.stop()
+            daemon.launch()
             once, sharing = containers.measure(images.erofs, target, daemon.socket, options.containers)
     finally:
         daemon.stop()
@@ -147,6 +150,8 @@ def run(directory: Path, options: argparse.Namespace) -> bool:
     for row in rows:
         for quantity in row.exceeding():
             print(f"{row.name}, {quantity}: by mountd more than {MAXIMUM_RATIO} times of direct")
+    if not once:
+        print("what containers have read is in memory more than once")
     print(f"took {time.monotonic() - begin:.0f} s; the plot is in {plot}")
     return once and not any(row.exceeding() for row in rows)
 

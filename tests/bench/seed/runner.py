@@ -48,7 +48,10 @@ class Runner:
     def __init__(
         self, enter: Callable[[Callable[[], None]], None], mount: Callable[[Path], None], target: Path
     ):
-        """Start it: within `enter`, it calls `mount` with `target`. Raises RuntimeError if that fails."""
+        """Start it, within `enter`; it is to mount by calling `mount` with `target`.
+
+        Raises RuntimeError if it cannot enter, as do the others for whatever fails.
+        """
         self._socket, theirs = socket.socketpair()
         self._pid = os.fork()
         if self._pid == 0:
@@ -61,10 +64,14 @@ class Runner:
                 os._exit(0)
         theirs.close()
         try:
-            self.facts: dict[str, Any] = self._answer()
+            self._answer()
         except BaseException:
             self.stop()
             raise
+
+    def mount(self) -> dict[str, Any]:
+        """Have it mount the tree, and return the facts about that."""
+        return dict(self._ask("mount"))
 
     def prime(self) -> None:
         """Have it run what it needs for listing, so that only what is listed is not in memory."""
@@ -102,15 +109,20 @@ class Runner:
 
 
 def serve(commands: socket.socket, mount: Callable[[Path], None], target: Path) -> None:
-    """Mount, and do what is asked until nobody can ask any more."""
-    mount(target)
+    """Do what is asked until nobody can ask any more."""
+
+    def made() -> dict[str, object]:
+        mount(target)
+        return facts(target)
+
     works: dict[bytes, Callable[[], object]] = {
+        b"mount": made,
         b"prime": lambda: listing(target.parent / "empty"),
         b"list": lambda: listing(target),
         b"count": lambda: count_lines(target),
         b"read": lambda: read_files(target),
     }
-    commands.sendall(pickle.dumps(facts(target)))
+    commands.sendall(pickle.dumps(True))
     while (command := commands.recv(16)) not in (b"", STOP):
         commands.sendall(pickle.dumps(works[command]()))
 
