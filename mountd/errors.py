@@ -47,9 +47,9 @@ class DeniedByPolicy(MountdError):
     wire_name = "DeniedByPolicy"
 
     def __init__(self, reason: str, *, rule: str | None = None, hint: str | None = None) -> None:
-        """`rule` is the name of the rule that decided; None where no rule applied."""
-        where = f"rule “{rule}”" if rule is not None else "no rule applies"
-        super().__init__(f"denied by policy ({where}): {reason}", hint=hint, rule=rule, reason=reason)
+        """`rule` is the name of the rule that decided; None where none applied, or none is asked."""
+        where = f" (rule “{rule}”)" if rule is not None else ""
+        super().__init__(f"denied by policy{where}: {reason}", hint=hint, rule=rule, reason=reason)
 
 
 class NotImmutable(MountdError):

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 
 from mountd.daemon.channel import Entrance
 from mountd.fds import OwnedFd
-from mountd.kernel import watch
+from mountd.kernel import mark, watch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MODE = 0o666  # decisions guard it, not file modes
 BACKLOG = 4096
-WATCHES_NAME = "watches"  # FDNAME= of the ledger's inotify descriptor
+# FDNAME= of the ledger's descriptors.
+WATCHES_NAME = "watches"
+MARKS_NAME = "marks"
+KEPT = {WATCHES_NAME: watch.is_inotify, MARKS_NAME: mark.is_fanotify}
 # FileDescriptorName= of the socket whose peers may call io.systemd.MountFileSystem only.
 MOUNT_FILE_SYSTEM_ONLY = {"io.systemd.MountFileSystem": Entrance.MOUNT_FILE_SYSTEM}
 
@@ -29,14 +32,14 @@ class StartFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """What is accepted from, by what it leads to; the paths of what was bound here; the ledger's watches.
+    """What is accepted from, by what it leads to; the paths of what was bound here.
 
-    Those are there if a service manager has kept them, and then they are the caller's.
+    `kept` is what a service manager has kept of the ledger's descriptors, by name; they are the caller's.
     """
 
     listening: dict[Entrance, socket.socket]
     bound: tuple[str, ...]
-    kept: OwnedFd | None
+    kept: dict[str, OwnedFd]
 
     def close(self) -> None:
         """Close the sockets, and remove those that were bound here."""
@@ -54,7 +57,7 @@ def listening_sockets(paths: Mapping[Entrance, str]) -> Sockets:
     manager's to give. Raises StartFailure.
     """
     listening: dict[Entrance, socket.socket] = {}
-    kept = None
+    kept: dict[str, OwnedFd] = {}
     if "LISTEN_FDS" in os.environ or "LISTEN_PID" in os.environ:
         listening, kept = inherited()
     wanted = {Entrance.OWN: paths[Entrance.OWN]} if listening else paths
@@ -66,7 +69,7 @@ def listening_sockets(paths: Mapping[Entrance, str]) -> Sockets:
     return Sockets(listening, tuple(made), kept)
 
 
-def inherited() -> tuple[dict[Entrance, socket.socket], OwnedFd | None]:
+def inherited() -> tuple[dict[Entrance, socket.socket], dict[str, OwnedFd]]:
     """Return the sockets that systemd has passed, and what it has kept. Raises StartFailure for all else.
 
     A service that was not started by its socket may have been handed what was kept only.
@@ -78,19 +81,19 @@ def inherited() -> tuple[dict[Entrance, socket.socket], OwnedFd | None]:
         fds = daemon.listen_fds(unset_environment=True)
     except OSError as error:
         raise StartFailure(f"LISTEN_FDS, LISTEN_PID: no such numbers ({error.strerror})") from None
-    kept = None
+    kept: dict[str, OwnedFd] = {}
     passed: dict[Entrance, int] = {}
     names += [""] * len(fds)
     for fd, name in zip(list(fds), names, strict=False):
-        if name == WATCHES_NAME and watch.is_inotify(fd):
+        if name in KEPT and KEPT[name](fd):
             os.set_inheritable(fd, False)
             fds.remove(fd)
-            if kept is not None:
-                kept.close()
-            kept = OwnedFd(fd)
+            if name in kept:
+                kept[name].close()
+            kept[name] = OwnedFd(fd)
         else:
             passed.setdefault(MOUNT_FILE_SYSTEM_ONLY.get(name, Entrance.OWN), fd)
-    if not fds and kept is not None:
+    if not fds and kept:
         return {}, kept
     if not fds or len(passed) != len(fds):
         raise StartFailure(f"LISTEN_FDS: exactly one socket is needed, {len(fds)} came for this process")

@@ -71,8 +71,8 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides
 class Places:
     """Where everything is; `pull_socket` and `attached` need not be there. `listener` is its pid.
 
-    `shared_seconds` is for how long a mount is kept for those who ask for the same again. `watches_fd` is
-    the inotify descriptor of the ledger, which lets an owner have `maximum_mounts`.
+    `shared_seconds` is for how long a mount is kept for those who ask for the same again. `watches_fd`
+    and `marks_fd` are the descriptors of the ledger, which lets an owner have `maximum_mounts`.
     """
 
     policy_dirs: list[Path]
@@ -84,8 +84,14 @@ class Places:
     sockets: tuple[str, ...]
     ledger: Path
     watches_fd: int
+    marks_fd: int | None
     shared_seconds: float = SHARED_SECONDS
     maximum_mounts: int = MAXIMUM_MOUNTS
+
+    @property
+    def fds(self) -> set[int]:
+        """Those that are for all processes."""
+        return {self.watches_fd} | ({self.marks_fd} if self.marks_fd is not None else set())
 
 
 NO_SEAL = NoSeal()
@@ -243,8 +249,7 @@ class ForkServer:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             seal = NO_SEAL if self._staging is None else self._staging.seal(slot)
-            watches_fd = self._places.watches_fd
-            close_all_but({0, 1, 2, own.fileno(), watches_fd, *journal.descriptors, *seal.fds})
+            close_all_but({0, 1, 2, own.fileno(), *self._places.fds, *journal.descriptors, *seal.fds})
             self._board.hide_from_children()
             self._counters.hide_from_children()
 
@@ -288,7 +293,9 @@ class ForkServer:
         if self._staging is None:
             return None
         places = self._places
-        return Book(str(places.ledger), places.watches_fd, places.maximum_mounts, self._hidden)
+        return Book(
+            str(places.ledger), places.watches_fd, places.marks_fd, places.maximum_mounts, self._hidden
+        )
 
     def _lead(self, pid: int, slot: int) -> None:
         """Make a child the leader of its process group, which `slot` belongs to."""
@@ -345,7 +352,7 @@ def serve(
         end_with_parent()
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
-        close_all_but({0, 1, 2, control.fileno(), places.watches_fd, *journal.descriptors})
+        close_all_but({0, 1, 2, control.fileno(), *places.fds, *journal.descriptors})
         attempt(lambda: ForkServer(control, board, counters, places, only_pull=only_pull), control).run()
         code = 0
     except ConnectionError:

@@ -26,8 +26,8 @@ MAXIMUM_STUCK_PER_OWNER = 4
 MAXIMUM_STUCK = 32
 SLOTS = MAXIMUM_WORKERS + MAXIMUM_STUCK
 
-# Live mounts of one owner, with room for those dropped in the last seconds; a rule may allow fewer.
-MAXIMUM_MOUNTS = 16384
+# Live mounts of one owner; a rule may allow fewer.
+MAXIMUM_MOUNTS = 1024
 MOST_MOUNTS = 65536  # that can be allowed
 
 REQUESTS_PER_WORKER = 1024  # then it is replaced: what leaks, leaks no further

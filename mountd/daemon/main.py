@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mountd.daemon import channel
-from mountd.daemon.activation import WATCHES_NAME, StartFailure, listening_sockets
+from mountd.daemon.activation import MARKS_NAME, WATCHES_NAME, StartFailure, listening_sockets
 from mountd.daemon.board import Board
 from mountd.daemon.channel import Entrance
 from mountd.daemon.counters import Counters
@@ -29,7 +29,7 @@ from mountd.daemon.limits import (
 )
 from mountd.daemon.listener import ForkServerGone, Listener
 from mountd.errors import SyscallError
-from mountd.kernel import capabilities, watch
+from mountd.kernel import capabilities, mark, watch
 from mountd.kernel.libc import call
 from mountd.kernel.namespaces import PR_SET_DUMPABLE
 from mountd.ledger.book import Book
@@ -144,7 +144,7 @@ class Daemon:
             paths[Entrance.MOUNT_FILE_SYSTEM] = options.mountfs_socket
         self._sockets = listening_sockets(paths)
         self._others = tuple(path for path in self._sockets.bound if path != self.path)
-        self._ledger, self._watches = open_ledger(options.runtime_dir, self._sockets.kept)
+        self._ledger, self._watches, self._marks = open_ledger(options.runtime_dir, self._sockets.kept)
         self._maximum_connections = raise_descriptor_limit()
         self._counters = Counters(SLOTS)  # for longer than a fork server lives
         self._watchdog = watchdog_seconds()
@@ -186,6 +186,7 @@ class Daemon:
                 sockets=(self.path, *self._others),
                 ledger=self._ledger,
                 watches_fd=self._watches.fileno(),
+                marks_fd=None if self._marks is None else self._marks.fileno(),
                 shared_seconds=self._shared_seconds,
                 maximum_mounts=self._maximum_mounts,
             )
@@ -239,23 +240,25 @@ def prepare_runtime_dir(path: Path) -> Path:
     return staging
 
 
-def open_ledger(runtime_dir: Path, kept: OwnedFd | None) -> tuple[Path, OwnedFd]:
-    """Return the directory of the ledger and its inotify descriptor: the one that was kept, or a new one.
+def open_ledger(runtime_dir: Path, kept: dict[str, OwnedFd]) -> tuple[Path, OwnedFd, OwnedFd | None]:
+    """Return the directory of the ledger and its descriptors: those that were `kept`, or new ones.
 
-    A new one is given to the service manager to keep. Raises StartFailure.
+    These are the watches and the marks, None where the kernel has no marks. New ones are given to the
+    service manager to keep. Raises StartFailure.
     """
     directory = runtime_dir / "ledger"
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        if kept is not None:
-            return directory, kept
-        watches = watch.create()
-        Book(str(directory), watches.fileno(), MOST_MOUNTS, frozenset()).recover()
+        watches, marks = kept.get(WATCHES_NAME) or watch.create(), kept.get(MARKS_NAME) or mark.create()
+        book = Book(str(directory), watches.fileno(), None, MOST_MOUNTS, frozenset())
+        found = {WATCHES_NAME: watches} | ({} if marks is None else {MARKS_NAME: marks})
+        book.recover(watches=WATCHES_NAME not in kept, marks=MARKS_NAME not in kept)
     except (OSError, SyscallError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise StartFailure(f"cannot use the ledger {directory}: {reason}") from None
-    notify(f"FDSTORE=1\nFDNAME={WATCHES_NAME}", [watches.fileno()])
-    return directory, watches
+    for name in found.keys() - kept.keys():
+        notify(f"FDSTORE=1\nFDNAME={name}", [found[name].fileno()])
+    return directory, watches, marks
 
 
 def raise_descriptor_limit() -> int:

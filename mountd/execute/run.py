@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -44,7 +45,12 @@ T = TypeVar("T")
 HERE = nullcontext()
 # File systems whose drivers remember the name of their device, and follow it again later.
 OPENED_AGAIN = frozenset({"btrfs"})
-SEAL = Seal()
+# It finds an image by the id in it, and for a moment takes the device of a superblock that is just being
+# dropped for this image's.
+LEFT_BEHIND = frozenset({"btrfs"})
+PAUSES = (0.001, 0.005, 0.02, 0.05, 0.1)  # seconds
+MAPPING = (MapToNamespace, MapRanges, MapRootOwner)
+WRONG_ORDER = "the plan has its operations in the wrong order"
 DIRECTORY = "source.directoryFileDescriptor"
 
 
@@ -105,32 +111,42 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
     Raises SyscallError, NotSupported, InvalidImage for an image that does not fit its root hash, and
     BadFileDescriptor for a directory that is not the one that was judged.
     """
+    # Nothing is made once ids are mapped.
+    making = [operation for operation in plan.operations if not isinstance(operation, MAPPING)]
+    mount = None if plan.shared is None else inputs.seal.again(plan.shared)
+    if mount is None:
+        mount = make(making, plan.shared, inputs)
+    try:
+        if inputs.note is not None:
+            inputs.note(mount)
+        for operation in plan.operations[len(making) :]:
+            map_ids(operation, mount.fileno(), inputs)
+    except BaseException:
+        mount.close()
+        raise
+    return mount
+
+
+def make(operations: Sequence[Operation], shared: str | None, inputs: Inputs) -> OwnedFd:
+    """Return a new mount, whose ids are those of the file system; raises as `run` does."""
     context: FsContext | None = None
     mount: OwnedFd | None = None
-    operations: Sequence[Operation] = plan.operations
-    if plan.shared is not None:
-        mount = inputs.seal.again(plan.shared)
-        if mount is not None:
-            operations = plan.operations[plan.operations.index(SEAL) + 1 :]
     try:
-        if mount is not None:
-            _show(mount, inputs)
         for operation in operations:
             if isinstance(operation, CreateSuperblock):
                 context = create(operation, inputs)
             elif isinstance(operation, MakeMount):
                 mount = _needed(context).mount(operation.attributes)
-                _show(mount, inputs)
             elif isinstance(operation, CloneTree):
                 mount = clone(operation, inputs)
             elif isinstance(operation, Seal):
                 # The old descriptor is the sealer's now, whether it succeeds or not.
                 unsealed, mount = _needed(mount), None
-                mount = inputs.seal(unsealed, plan.shared)
+                mount = inputs.seal(unsealed, shared)
             elif isinstance(operation, MakeOverlay):
                 context = overlay.create(operation, inputs.layers)
             else:
-                map_ids(operation, _needed(mount).fileno(), inputs)
+                raise ValueError(WRONG_ORDER)
         done, mount = _needed(mount), None
         return done
     finally:
@@ -155,11 +171,6 @@ def run_all(plans: Iterable[Plan], inputs: Inputs) -> list[OwnedFd]:
             made.pop().close()
         raise
     return made
-
-
-def _show(mount: OwnedFd, inputs: Inputs) -> None:
-    if inputs.note is not None:
-        inputs.note(mount)
 
 
 def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
@@ -253,6 +264,17 @@ def _create_from(
     operation: CreateSuperblock, source: str, place: AbstractContextManager[None] = HERE
 ) -> FsContext:
     """Make it from `source`, a name that the kernel follows in `place`."""
+    for pause in PAUSES:
+        try:
+            return _create_once(operation, source, place)
+        except SyscallError as error:
+            if error.errno != errno.EEXIST or operation.type not in LEFT_BEHIND:
+                raise
+        time.sleep(pause)
+    return _create_once(operation, source, place)
+
+
+def _create_once(operation: CreateSuperblock, source: str, place: AbstractContextManager[None]) -> FsContext:
     context = FsContext.open(operation.type)
     try:
         context.set_string("source", source)
@@ -271,7 +293,7 @@ def _create_from(
     return context
 
 
-def map_ids(operation: MapToNamespace | MapRanges | MapRootOwner, mount_fd: int, inputs: Inputs) -> None:
+def map_ids(operation: Operation, mount_fd: int, inputs: Inputs) -> None:
     """Map the ids of the mount, which nobody else has seen yet."""
     if isinstance(operation, MapToNamespace):
         _map(mount_fd, _needed(inputs.userns_fd))
@@ -279,6 +301,8 @@ def map_ids(operation: MapToNamespace | MapRanges | MapRootOwner, mount_fd: int,
     if isinstance(operation, MapRanges):
         uids: Rows = [(each.inner, each.outer, each.count) for each in operation.uids]
         gids: Rows = [(each.inner, each.outer, each.count) for each in operation.gids]
+    elif not isinstance(operation, MapRootOwner):
+        raise ValueError(WRONG_ORDER)
     else:
         root = statx(mount_fd, "")
         uids, gids = [(root.stx_uid, operation.uid, 1)], [(root.stx_gid, operation.gid, 1)]
@@ -292,5 +316,5 @@ def _map(mount_fd: int, userns_fd: int) -> None:
 
 def _needed(value: T | None) -> T:
     if value is None:
-        raise ValueError("the plan has its operations in the wrong order")
+        raise ValueError(WRONG_ORDER)
     return value

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-# The arguments of each call: n a number, s a string, p a pointer to something.
-_KINDS = {"n": ctypes.c_long, "s": ctypes.c_char_p, "p": ctypes.c_void_p}
+# The arguments of each call: n a number, q one of 64 bits everywhere, s a string, p a pointer to something.
+_KINDS = {"n": ctypes.c_long, "q": ctypes.c_uint64, "s": ctypes.c_char_p, "p": ctypes.c_void_p}
 _SYSCALLS = {
     "fsconfig": "nnspn",
     "fsmount": "nnn",
@@ -39,6 +39,8 @@ _SYSCALLS = {
 _FUNCTIONS = {
     "capget": "pp",
     "capset": "pp",
+    "fanotify_init": "nn",
+    "fanotify_mark": "nnqns",
     "fstatfs": "np",
     "getsockopt": "nnnpp",
     "inotify_add_watch": "nsn",

@@ -3,11 +3,12 @@
 It is a directory of small files, one for each mount, below a directory for each owner. A file is a place,
 and there are only as many places as the owner may have mounts: who finds none gets none, however many ask at
 the same time, and without a lock. What is in the files is never believed without asking the kernel: a record
-holds for as long as the watch on its superblock is there (`kernel.watch`). What is gone is cleared away by
-whoever comes across it.
+holds for as long as the watch on its superblock is there (`kernel.watch`), and where superblocks are shared,
+for as long as the mark on the mount is (`kernel.mark`); one record stays when only copies do. What is gone
+is cleared away by whoever comes across it.
 
-The watches belong to an inotify descriptor that a service manager keeps when mountd ends. Where it was lost,
-the records that it was for have no watch any more (`recover`), and `ledger.live` looks for their mounts.
+The watches and the marks belong to descriptors that a service manager keeps when mountd ends. Where one was
+lost, the records that it was for have none any more (`recover`), and `ledger.live` looks for their mounts.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import LimitExceeded, NotSupported, SyscallError
-from mountd.kernel import watch
+from mountd.kernel import mark, watch
 from mountd.ledger import live
 from mountd.ledger.record import MAXIMUM_SIZE, decode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from mountd.fds import OwnedFd
     from mountd.ledger.record import Record
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 TRIES = 4
 ROOT = "root"
 MAXIMUM_OF_ROOT = 65536
-COLLECT_EVERY = 256  # reservations
+COLLECT_EVERY = 256  # reservations, at least
 ABANDONED = 60.0  # seconds after which a place that nobody has written to belongs to nobody
 LIMIT = "mounts of one user at a time"
 RULE_LIMIT = "mounts of one user at a time by the rule"
@@ -74,19 +75,22 @@ class Reservation:
 class Book:
     """The ledger of one daemon, shared by its processes."""
 
-    __slots__ = ("_directory", "_maximum", "_next", "_since_collected", "hidden", "watches_fd")
+    __slots__ = ("_directory", "_due", "_maximum", "_next", "hidden", "marks_fd", "watches_fd")
 
-    def __init__(self, directory: str, watches_fd: int, maximum: int, hidden: frozenset[int]) -> None:
-        """Keep it in `directory`, for `maximum` mounts an owner. `watches_fd` is borrowed.
+    def __init__(
+        self, directory: str, watches_fd: int, marks_fd: int | None, maximum: int, hidden: frozenset[int]
+    ) -> None:
+        """Keep it in `directory`, for `maximum` mounts an owner. `watches_fd` and `marks_fd` are borrowed.
 
-        `hidden` are the ids of mount namespaces that are nobody's but mountd's.
+        There are no marks for None. `hidden` are the ids of mount namespaces that are nobody's but mountd's.
         """
         self.hidden = hidden
         self._directory = directory
         self._maximum = maximum
         self._next = int.from_bytes(os.urandom(4), "big")
-        self._since_collected = 0
+        self._due = COLLECT_EVERY
         self.watches_fd = watches_fd
+        self.marks_fd = marks_fd
 
     def reserve(
         self,
@@ -102,7 +106,7 @@ class Book:
 
         Raises LimitExceeded, SyscallError.
         """
-        self._since_collected += 1
+        self._due -= 1
         name = ROOT if owner is None else directory_of(*owner)
         bound = MAXIMUM_OF_ROOT if owner is None else self._maximum
         fd, path = self._place(f"{self._directory}/{name}", bound, LIMIT)
@@ -126,20 +130,45 @@ class Book:
             # it is attached, then.
             return 0
 
-    def records(self, owner: int | None = None) -> list[Record]:
-        """Return what is there by the kernel's word, of one owner or of all. Raises SyscallError."""
+    def mark(self, mount: OwnedFd) -> int:
+        """Mark a mount that has no ids mapped yet; return the number of the mark, 0 for none."""
+        if self.marks_fd is None:
+            return 0
+        try:
+            return mark.mark(self.marks_fd, mount.fileno())
+        except SyscallError:
+            return 0  # as above
+
+    def records(self) -> list[Record]:
+        """Return what is there by the kernel's word. Raises SyscallError."""
         with named("reading the ledger"):
             left = watch.watched(self.watches_fd)
-            found = []
+            found: dict[str, Record] = {}
             for path in self._paths():
                 record = self._read(path)
-                if record is None or (owner is not None and record.owner != owner):
+                if record is None:
                     continue
                 if record.watch and left.get(record.watch) != record.device:
                     self._unlink(path)
                     continue
-                found.append(record)
-            return sorted(found, key=lambda record: (record.since, record.id))
+                found[path] = record
+            over = ended(found.values(), self.sure(found.values()))
+            for path in [path for path, record in found.items() if record.id in over]:
+                self._unlink(path)
+                del found[path]
+            return sorted(found.values(), key=lambda record: (record.since, record.id))
+
+    def sure(self, records: Collection[Record]) -> set[int]:
+        """Return the ids of those mounts of all `records` whose mark is there. Raises SyscallError."""
+        if self.marks_fd is None:
+            return set()
+        with named("reading the ledger"):
+            left = mark.marked(self.marks_fd)
+        youngest: dict[int, int] = {}
+        for record in records:
+            if record.mark in left:
+                youngest[record.mark] = max(record.id, youngest.get(record.mark, 0))
+        return set(youngest.values())
 
     def is_there(self, record: Record) -> bool:
         """Tell whether the superblock that a record has a watch on is there by now. Raises SyscallError."""
@@ -154,8 +183,8 @@ class Book:
                 if record is not None and record.id in ids:
                     self._unlink(path)
 
-    def recover(self) -> None:
-        """Take the watches off all records: they are of an inotify descriptor that was lost.
+    def recover(self, *, watches: bool, marks: bool) -> None:
+        """Take the watches or the marks off all records: they are of a descriptor that was lost.
 
         For the start of a daemon that has a new one. Raises SyscallError.
         """
@@ -165,17 +194,20 @@ class Book:
                 if record is not None:
                     # In place: a file of the ledger has two names.
                     with open(path, "r+b") as file:
-                        file.write(replace(record, watch=0).encode())
+                        left = replace(
+                            record, watch=0 if watches else record.watch, mark=0 if marks else record.mark
+                        )
+                        file.write(left.encode())
                         file.truncate()
 
     def collect(self) -> None:
         """Clear away what is gone, if that is due; for when nobody waits. Raises SyscallError."""
-        if self._since_collected >= COLLECT_EVERY:
+        if self._due <= 0:
             self._collect()
 
     def _collect(self) -> None:
-        self._since_collected = 0
-        self.records()
+        # The more there are, the more it takes, and the more rarely it is done.
+        self._due = max(COLLECT_EVERY, len(self.records()))
         with named("clearing the ledger"):
             # The other names first: what has one afterwards had a place before.
             others = self._inodes(rules=True)
@@ -272,6 +304,25 @@ class Book:
     def _unlink(path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
+
+
+def ended(records: Collection[Record], sure: set[int]) -> set[int]:
+    """Return the ids of the records that tell nothing any more; `sure` are those of marks that are left.
+
+    The mark of a mount is gone, and its superblock is another's as well, which tells of it. Of a superblock
+    that only copies or nobody seem to have, the oldest record stays.
+    """
+    over = [record for record in records if record.mark and record.id not in sure]
+    told = {record.device for record in records if record.superblock and record.id in sure}
+    gone = set()
+    for record in sorted(over, key=lambda record: record.id):
+        if not record.superblock:
+            gone.add(record.id)
+        elif record.shared and record.watch:
+            if record.device in told:
+                gone.add(record.id)
+            told.add(record.device)
+    return gone
 
 
 def directory_of(owner: int, roots_namespace: int) -> str:

@@ -1,10 +1,10 @@
 """Which records are of mounts that are still there, where a superblock alone does not tell.
 
 A superblock may have been cloned for several mounts, and is kept for a while for those to come; and what was
-not mounted by mountd, such as a directory, has a superblock that stays. Then a mount is there if it is
-attached somewhere, or something of it is open. A copy of it that the receiver has made has another id; while
-there are copies of a superblock that belong to nobody, no mount of it is taken for gone; nor while it is
-there, and nothing tells why.
+not mounted by mountd, such as a directory, has a superblock that stays. Then the mark on the mount tells;
+without one, a mount is there if it is attached somewhere, or something of it is open. A copy of it that the
+receiver has made has another id, and no mark; while there are copies of a superblock that belong to nobody,
+no mount of it is taken for gone; nor while it is there, and nothing tells why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mountd.ledger.find import Attachment, Device
     from mountd.ledger.record import Record
 
-YOUNG = 5.0  # seconds in which a mount may be on its way to who asked for it
+YOUNG = 5.0  # seconds in which a mount without a mark may be on its way to who asked for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +45,23 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
     everywhere = find.attachments(devices, ids, frozenset()) if records else []
     attached = [each for each in everywhere if each.namespace not in book.hidden]
     kept = {each.device for each in everywhere if each.namespace in book.hidden}
-    copies = [each for each in attached if each.id not in ids]
-    unsure = [record for record in records if not record.watch or record.shared]
+    copied = {each.device for each in attached if each.id not in ids}
+    sure = book.sure(records)
+    unsure = [record for record in records if record.id not in sure and (not record.watch or record.shared)]
     seen = {each.id for each in attached}
     if any(record.id not in seen for record in unsure):
         # A descriptor of it keeps a mount that is attached nowhere.
         # btrfs has other device numbers for files than for the superblock.
         uses, complete = find.uses({record.device for record in unsure}, {record.id for record in unsure})
         seen |= {use.id for use in uses} if complete else ids
-    copied = {each.device for each in copies}
+        copied |= {use.device for use in uses if use.id not in ids}
     now = time.time()
     gone = {
         record.id
         for record in unsure
         if record.id not in seen
         and not (has_device(record) and record.device in copied)
-        and not (record.sent and now - record.since <= YOUNG)
+        and not (record.sent and not record.mark and now - record.since <= YOUNG)
     }
     gone -= held_unseen(book, records, gone, kept)
     if gone:

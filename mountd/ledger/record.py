@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 MAXIMUM_SIZE = 8192  # bytes of one record
 
@@ -12,7 +12,8 @@ MAXIMUM_SIZE = 8192  # bytes of one record
 class Record:
     """One mount: `id` is its unique mount id, `device` (major, minor) that of its superblock.
 
-    `watch` is the number of the watch on the superblock, 0 where there can be none. `uid` is who asked,
+    `watch` is the number of the watch on the superblock, `mark` that of the mark on the mount, each 0 where
+    there can be none. `uid` is who asked,
     `owner` with `roots_namespace` whom it counts for (`Caller.payer`), `pid` the process at that time, all
     the host's. `source` is where the caller said that the image is, `id_map` says how ids are mapped, both
     for people; `since` is in seconds since the epoch. `superblock` is whether the superblock was made for
@@ -41,6 +42,7 @@ class Record:
     signer: str | None = None
     digest: str | None = None
     roots_namespace: int = 0
+    mark: int = 0
 
     def encode(self) -> bytes:
         """Return it as JSON."""
@@ -48,10 +50,11 @@ class Record:
 
 
 NAMES = tuple(field.name for field in fields(Record))
+NEEDED = {field.name for field in fields(Record) if field.default is MISSING}
 # Made once: this is on the way of every mount.
 _in_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("id", "watch", "uid", "owner", "roots_namespace", "pid", "since"), int),
+    **dict.fromkeys(("id", "watch", "mark", "uid", "owner", "roots_namespace", "pid", "since"), int),
     **dict.fromkeys(("source", "file_system", "id_map"), str),
     **dict.fromkeys(("read_only", "superblock", "shared", "sent"), bool),
     **dict.fromkeys(("unit", "rule", "trusted_by", "signer", "digest"), (str, type(None))),
@@ -60,15 +63,19 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 def decode(data: bytes) -> Record | None:
-    """Read a record; None for what is not one, such as one that was never finished."""
+    """Read a record; None for what is not one, such as one that was never finished.
+
+    Another version of mountd may have known less, or more.
+    """
     try:
         found = json.loads(data)
     except ValueError:
         return None
-    if not isinstance(found, dict) or found.keys() != set(NAMES):
+    if not isinstance(found, dict) or not found.keys() >= NEEDED:
         return None
-    for name, kind in KINDS.items():
-        value = found[name]
+    found = {name: found[name] for name in NAMES if name in found}
+    for name, value in found.items():
+        kind = KINDS[name]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             return None
     device = found["device"]

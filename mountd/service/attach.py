@@ -232,7 +232,7 @@ def made_and_attached(judged: Judged, site: Site, records: Attachments, context:
             hint="have an imagePolicy use one of them, such as “root=unprotected:usr=unused:home=unused:…”",
         )
     with handing_out(judged, context) as entry:
-        (made,) = make(judged, context, entry.watch)
+        (made,) = make(judged, context, entry.notice)
         with made:
             (id,) = entry.take_down([made], sent=False)
             context.notes["mount"] = str(id)

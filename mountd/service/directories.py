@@ -20,6 +20,8 @@ from mountd.source.model import Source, SourceKind
 from mountd.trust.options import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mountd.caller.model import Caller
     from mountd.evidence.model import Evidence
     from mountd.fds import OwnedFd
@@ -40,8 +42,10 @@ def look_at(fd: int, caller: Caller, context: RequestContext) -> tuple[Source, E
     return Source(SourceKind.DIRECTORY, None, None, None, directory=directory), evidence
 
 
-def make(judged: Judged, context: RequestContext) -> OwnedFd:
+def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None] | None = None) -> OwnedFd:
     """Carry out what was decided about a directory and return the detached mount.
+
+    `note` is shown it before ids are mapped.
 
     Raises what `execute.run` does, UserNamespaceNotPermitted, and BadFileDescriptor for a directory that is
     not any more what was judged.
@@ -67,6 +71,7 @@ def make(judged: Judged, context: RequestContext) -> OwnedFd:
             image_fd=fd,
             userns_fd=userns_fd,
             seal=context.seal,
+            note=note,
             mount_namespace_fd=mount_namespace.fileno(),
         )
         made = run(plan, inputs)

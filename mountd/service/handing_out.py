@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mountd.kernel import compat, watch
@@ -26,7 +27,7 @@ UNKNOWN = "unknown"
 class Entry:
     """The entries of one request in the making, for a with statement: an exception frees their places."""
 
-    __slots__ = ("_book", "_context", "_judged", "_places", "_watches")
+    __slots__ = ("_book", "_context", "_judged", "_places", "_seen")
 
     def __init__(self, judged: Judged, context: RequestContext) -> None:
         """Reserve a place for each mount, where there is a ledger. Raises LimitExceeded, SyscallError."""
@@ -34,7 +35,7 @@ class Entry:
         self._context = context
         self._book: Book | None = context.ledger
         self._places: list[Reservation] = []
-        self._watches: list[int] = []
+        self._seen: list[tuple[int, int]] = []  # watch and mark
         if self._book is None:
             return
         decision, caller = judged.decision, judged.caller
@@ -60,9 +61,11 @@ class Entry:
         while self._places:
             self._places.pop().give_back()
 
-    def watch(self, mount: OwnedFd) -> None:
-        """Watch the superblock of the next mount, whose ids are not mapped yet."""
-        self._watches.append(0 if self._book is None else self._book.watch(mount))
+    def notice(self, mount: OwnedFd) -> None:
+        """Watch over the next mount, whose ids are not mapped yet, and over its superblock."""
+        if self._book is not None:
+            watching = 0 if self._is_of_a_directory else self._book.watch(mount)
+            self._seen.append((watching, self._book.mark(mount)))
 
     def take_down(self, mounts: Sequence[OwnedFd], *, sent: bool = True) -> list[int]:
         """Write down the mounts as they are handed out, and return their unique ids. Raises SyscallError.
@@ -73,23 +76,28 @@ class Entry:
         found = [compat.mount_id_and_device(mount.fileno()) for mount in mounts]
         parts = [(use.type, use.read_only) for use in judged.decision.uses]
         parts = parts or [(file_system_of(judged), judged.decision.read_only)]
-        for place, watching, (id, device), (type, read_only) in zip(
-            self._places, self._watches or [0] * len(found), found, parts, strict=False
+        for place, (watching, mark), (id, device), (type, read_only) in zip(
+            self._places, self._seen, found, parts, strict=False
         ):
             if self._book is not None and watching and type in OWN_DEVICES:
                 device = watch.watched(self._book.watches_fd).get(watching, device)
-            place.fill(self._record(id, watching, device, type, read_only=read_only, sent=sent))
+            record = self._record(id, watching, device, type, read_only=read_only, sent=sent)
+            place.fill(replace(record, mark=mark))
         return [id for id, _ in found]
+
+    @property
+    def _is_of_a_directory(self) -> bool:
+        """Whether the superblock is there without us, and has mounts that are none of ours."""
+        return self._judged.inspected.source.directory is not None
 
     def _record(
         self, id: int, watch: int, device: tuple[int, int], type: str, *, read_only: bool, sent: bool
     ) -> Record:
         judged, decision, caller = self._judged, self._judged.decision, self._judged.caller
-        # A directory's is there without us, and has mounts that are none of ours.
-        superblock = judged.inspected.source.directory is None
+        superblock = not self._is_of_a_directory
         return Record(
             id=id,
-            watch=watch if superblock else 0,
+            watch=watch,
             device=device,
             uid=caller.uid,
             owner=caller.owner_uid,

@@ -66,7 +66,7 @@ def mount(
     context.enter(Phase.MOUNT)
     context.writable = not judged.decision.read_only
     with handing_out(judged, context) as entry:
-        made = make(judged, context, entry.watch)
+        made = make(judged, context, entry.notice)
         try:
             mounts = described(judged, entry.take_down(made))
             context.peer.check()
@@ -273,7 +273,7 @@ def make(
     if judged.layers:
         return [stacks.make(judged, context, make, note)]
     if inspected.source.directory is not None:
-        return [directories.make(judged, context)]
+        return [directories.make(judged, context, note)]
     plans = plan_mounts(
         inspected.source,
         judged.decision,

@@ -213,7 +213,7 @@ def handed_out(judged: Judged, context: RequestContext, userns: OwnedFd | None) 
     context.enter(Phase.MOUNT)
     context.writable = not judged.decision.read_only
     with handing_out(judged, context) as entry:
-        made = make(judged, context, entry.watch)
+        made = make(judged, context, entry.notice)
         try:
             if userns is not None:
                 nsresourced.add_mounts(userns, made, must_be_registered=context.must_be_registered)

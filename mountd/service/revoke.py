@@ -111,8 +111,14 @@ def unseen(left: list[Live], context: RequestContext) -> list[dict[str, object]]
     book, deadline = context.ledger, time.monotonic() + PATIENCE_SECONDS
     if book is None:
         return []
-    others = [each.record for each in left if each.record.watch and not each.kept]
-    while any(book.is_there(record) for record in others):
+
+    def is_there(each: Live) -> bool:
+        record = each.record
+        if record.id in book.sure(book.records()):
+            return True
+        return record.watch != 0 and not each.kept and book.is_there(record)
+
+    while any(is_there(each) for each in left):
         if time.monotonic() > deadline:
             return [{"pid": 0, "command": "", "what": UNSEEN}]
         time.sleep(PATIENCE_SECONDS / 10)

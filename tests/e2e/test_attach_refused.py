@@ -279,4 +279,4 @@ def test_the_policy_comes_first(dora: User, place: Path, images: dict[str, Path]
     copy = place / "untrusted.raw"
     copy.write_bytes(images["erofs"].read_bytes())
     name, text, _ = dora.attach(copy, dora.directory("policy"))
-    assert (name, "no rule applies" in text) == ("DeniedByPolicy", True)
+    assert (name, "denied by policy: " in text) == ("DeniedByPolicy", True)

@@ -43,7 +43,7 @@ def test_listed_before_and_after(
     with held_mount(machine, images["ext4"], user) as read:
         with held_mount(machine, images["erofs"], user):
             assert listed(machine, user) == {"ext4.raw": ["/mnt"], "erofs.raw": ["/mnt"]}
-            assert machine.property("NFileDescriptorStore") == "1"
+            assert machine.property("NFileDescriptorStore") == "2"
             happens(machine)
             assert listed(machine, user) == {"ext4.raw": ["/mnt"], "erofs.raw": ["/mnt"]}
         eventually(lambda: listed(machine, user) == {"ext4.raw": ["/mnt"]}, "it is still listed", 20)

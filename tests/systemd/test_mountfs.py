@@ -68,7 +68,7 @@ def test_one_service_and_two_doors(serving: Machine) -> None:
     info = json.loads(serving.run(["varlinkctl", "info", "--json=short", OWN]).stdout)
     assert INTERFACE not in info["interfaces"]
     assert serving.main_pid() == first
-    assert serving.property("NFileDescriptorStore") == "1"
+    assert serving.property("NFileDescriptorStore") == "2"
     # systemd reads the description and prints it in a form of its own.
     described = serving.run(["varlinkctl", "introspect", ADDRESS, INTERFACE]).stdout
     assert members(described) == members(DESCRIPTION)

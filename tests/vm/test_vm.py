@@ -18,7 +18,7 @@ import pytest
 from tests.vm.machine import ROOT, Run, run
 
 # Of the kernel tests those whose subject is the kernel: the store and the programs are the same everywhere.
-ROOMS = ("caller", "child", "confined", "descriptor", "fs_verity", "mount_api", "namespaces")
+ROOMS = ("caller", "child", "confined", "descriptor", "fs_verity", "mark", "mount_api", "namespaces")
 SUITES = ("tests/vm/inside", *(f"tests/kernel/test_{room}.py" for room in ROOMS))
 
 # What the machine's kernel (Linux 6.12) does not have: these fail there, and with these words.
