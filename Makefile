@@ -34,7 +34,7 @@ bench-seed: $(BENCH_STAMP)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml Makefile tests/packages.txt tests/setup
+$(STAMP): pyproject.toml Makefile tests/packages.txt tests/setup tests/composefs
 	tests/setup $(VENV)
 	touch $@
 
