@@ -37,7 +37,7 @@ from tests.daemon import ROOT, Daemon
 HERE = Path(__file__).parent
 PLOT, PLOT_OF_README = ROOT / "dist/seed.png", HERE / "seed.png"
 README = ROOT / "README.md"
-WARM = 4  # pairs in each round
+WARM = 8  # pairs in each round
 LEAST = 3  # rounds
 ENTRIES = 24_000
 
@@ -160,7 +160,7 @@ def main() -> int:
     """Measure in a mount namespace of its own, and leave nothing."""
     parser = argparse.ArgumentParser(prog="bench-seed")
     parser.add_argument("--entries", type=int, default=ENTRIES, help="how many of /usr, at most")
-    parser.add_argument("--seconds", type=float, default=330, help="how long to measure the table")
+    parser.add_argument("--seconds", type=float, default=360, help="how long to measure the table")
     parser.add_argument("--containers", type=int, default=100)
     parser.add_argument("--readme", action="store_true", help="put table and plot into README.md")
     options = parser.parse_args()
