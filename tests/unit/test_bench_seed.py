@@ -18,6 +18,7 @@ from tests.bench.seed.figures import (
     markdown_table,
     replaced,
     text_table,
+    verdict,
 )
 from tests.bench.seed.tree import CONTENTS, Copied, copy_tree, share_of
 
@@ -55,6 +56,8 @@ def test_each_quantity_is_judged() -> None:
     slow = row()
     slow.memory.mountd = [2 * value for value in slow.memory.direct]
     assert slow.exceeding() == ["memory"]
+    assert verdict([row(), slow]) == "More than 1.05 in this run: erofs, memory."
+    assert verdict([row()]) == "More than 1.05 in this run: none."
 
 
 def test_noise_is_of_the_middle_half() -> None:

@@ -26,7 +26,7 @@ from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
 from mountd.source.remembered import SETTLED
 from tests.bench.seed import containers, figures
-from tests.bench.seed.figures import MAXIMUM_RATIO, Row
+from tests.bench.seed.figures import Row
 from tests.bench.seed.images import make_images
 from tests.bench.seed.runner import Runner, as_container, as_root, drop_caches, used_memory
 from tests.bench.seed.tree import Copied, copy_tree
@@ -145,11 +145,9 @@ def run(directory: Path, options: argparse.Namespace) -> bool:
     plot = PLOT_OF_README if options.readme else PLOT
     draw(rows, plot)
     if options.readme:
-        said = f"{figures.markdown_table(rows)}\n\n{where}.\n\n{sharing}"
+        said = f"{figures.markdown_table(rows)}\n\n{where}. {figures.verdict(rows)}\n\n{sharing}"
         README.write_text(figures.replaced(README.read_text(), said))
-    for row in rows:
-        for quantity in row.exceeding():
-            print(f"{row.name}, {quantity}: by mountd more than {MAXIMUM_RATIO} times of direct")
+    print(figures.verdict(rows))
     if not once:
         print("what containers have read is in memory more than once")
     print(f"took {time.monotonic() - begin:.0f} s; the plot is in {plot}")

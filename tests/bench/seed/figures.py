@@ -102,6 +102,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def verdict(rows: Sequence[Row]) -> str:
+    """Say which ratios are more than they may be."""
+    found = [f"{row.name}, {quantity}" for row in rows for quantity in row.exceeding()]
+    return f"More than {MAXIMUM_RATIO} in this run: {'; '.join(found) or 'none'}."
+
+
 def replaced(text: str, new: str) -> str:
     """Return `text` with `new` between BEGIN and END. Raises ValueError if it has not one of each."""
     before, begin, rest = text.partition(BEGIN)
