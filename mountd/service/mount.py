@@ -17,7 +17,7 @@ from mountd.execute.run import Inputs, run_all
 from mountd.fds import close_all
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mounts
-from mountd.service import directories, disks, stacks
+from mountd.service import directories, disks, pulled, stacks
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
@@ -26,6 +26,7 @@ from mountd.service.phase import Phase
 from mountd.service.requests import STORED_PREFIX, MountRequest
 from mountd.source.model import Source, SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
+from mountd.store.layering import StoredLayer
 from mountd.trust.ids import authorize_extents, authorize_ids, of_containers
 from mountd.trust.policy import Verdict
 
@@ -172,6 +173,7 @@ def judge(
             hint="call as a user that the user namespace maps",
         )
     uids, gids = authorize(request, caller, context)
+    request = pulled.expand(request, context)
 
     def judge_source(each: MountRequest) -> Judged:
         return judge_one(each, caller, (uids, gids), fds, context, may_change=may_change)
@@ -301,9 +303,12 @@ def source_name(judged: Judged) -> str | None:
     The path of an image is true where it has proven to lead to it, and is root's alone; whoever is in a
     container has no business with the host's paths. An image of the store is called as it was asked for.
     """
-    if judged.request.stored is not None:
-        named = judged.request.stored
-        return f"{STORED_PREFIX}{named}" if isinstance(named, str) else str(named)
+    named = judged.request.stored
+    if isinstance(named, StoredLayer):
+        # Of an image of one layer, that is the image; any other layer is nobody's to see.
+        return named.name if len(named.provenance.layers) == 1 else f"{STORED_PREFIX}{named.digest}"
+    if named is not None:
+        return f"{STORED_PREFIX}{named}"
     return judged.inspected.evidence.root_owned_path if judged.caller.on_host else None
 
 
