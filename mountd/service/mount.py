@@ -264,16 +264,25 @@ def with_delegated(caller: Caller, check: Callable[[DelegatedIds], None]) -> Non
         check(delegated_ids(caller.uid))
 
 
+def make_layer(judged: Judged, context: RequestContext) -> list[OwnedFd]:
+    """Carry out what was decided about a layer; the mount is for an overlay, and for nobody to have."""
+    return make(judged, context, as_layer=True)
+
+
 def make(
-    judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None] | None = None
+    judged: Judged,
+    context: RequestContext,
+    note: Callable[[OwnedFd], None] | None = None,
+    *,
+    as_layer: bool = False,
 ) -> list[OwnedFd]:
     """Carry out what was decided and return the detached mounts, which are the caller's to close.
 
-    `note` is shown each before ids are mapped.
+    `note` is shown each before ids are mapped. With `as_layer` their attributes are not locked.
     """
     inspected = judged.inspected
     if judged.layers:
-        return [stacks.make(judged, context, make, note)]
+        return [stacks.make(judged, context, make_layer, note)]
     if inspected.source.directory is not None:
         return [directories.make(judged, context, note)]
     plans = plan_mounts(
@@ -284,7 +293,9 @@ def make(
         judged.uids,
         judged.gids,
         verity=inspected.verity,
-        name=source_name(judged),
+        # The source of a layer is nobody's to see.
+        name=None if as_layer else source_name(judged),
+        as_layer=as_layer,
     )
     inputs = Inputs(
         image_fd=inspected.image_fd,
@@ -305,8 +316,7 @@ def source_name(judged: Judged) -> str | None:
     """
     named = judged.request.stored
     if isinstance(named, StoredLayer):
-        # Of an image of one layer, that is the image; any other layer is nobody's to see.
-        return named.name if len(named.provenance.layers) == 1 else f"{STORED_PREFIX}{named.digest}"
+        return named.name
     if named is not None:
         return f"{STORED_PREFIX}{named}"
     return judged.inspected.evidence.root_owned_path if judged.caller.on_host else None
