@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 from mountd.errors import InvalidImage
 from mountd.evidence.model import Provenance
 from mountd.store import record
-from mountd.store.record import NoRecord
+from mountd.store.record import REMEMBERED, NoRecord
 
 VERSION = 1
 MAXIMUM = 128 << 10  # bytes: two digests for each of record.MAXIMUM_LAYERS, and the rest
@@ -57,6 +58,8 @@ def serialise(pulled: PulledImage) -> bytes:
     return data
 
 
+# The same bytes say the same; an image of many layers has as many records.
+@lru_cache(maxsize=REMEMBERED)
 def parse(data: bytes) -> PulledImage:
     """Read what `serialise` returned. Raises NoRecord, and nothing else."""
     told = record.read_json(data, MAXIMUM, VERSION, {"provenance", "stored"})

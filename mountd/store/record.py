@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from mountd.errors import InvalidImage, InvalidParameter
@@ -23,6 +24,7 @@ MAXIMUM_RECORD = 64 << 10  # bytes of a record as JSON
 MAXIMUM_NAME = 255  # bytes of a name in UTF-8
 MAXIMUM_TEXT = 4096  # characters of any other text
 MAXIMUM_LAYERS = 256
+REMEMBERED = 64  # records, by each worker
 MAXIMUM_SIGNERS = 16
 MAXIMUM_OWNERS = 64
 MAXIMUM_ID = (1 << 32) - 2
@@ -103,6 +105,8 @@ def serialise(record: Record) -> bytes:
     return data
 
 
+# The same bytes say the same; an image of many layers has as many records.
+@lru_cache(maxsize=REMEMBERED)
 def parse(data: bytes) -> Record:
     """Read what `serialise` returned. Raises NoRecord, and nothing else."""
     told = read_json(data, MAXIMUM_RECORD, VERSION, _names(Record))

@@ -163,7 +163,7 @@ def test_a_layer_alone_is_nobodys(daemon: Daemon, image: Image) -> None:
     for each in image.layers:
         name, text = asked(daemon, f"stored:{each}")
         assert name == "NotSupported", text
-        assert f"one of the {len(image.layers)} layers" in text
+        assert "layers of an image" in text
 
 
 def test_what_was_not_pulled_or_is_not_whole(daemon: Daemon, store: Store) -> None:
