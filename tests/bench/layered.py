@@ -1,8 +1,8 @@
 """What mounting an image of ten stored layers takes, next to the bare system calls in the same run.
 
 By the root of a container, who gets its ids mapped in each layer, as most callers are. Twice: with
-`--shared-seconds 0`, so that each mount makes all of its superblocks, as the system calls do; and as a daemon
-is by itself, where a layer that was mounted a moment ago is there. It is this one that is held to the bounds.
+`--shared-seconds 0`, so that each mount makes all of its superblocks, as the system calls do; and as a
+daemon is by itself, where a layer that was mounted a moment ago is there. This one is held to the bounds.
 """
 
 from __future__ import annotations
