@@ -79,8 +79,8 @@ class MountRequest:
     Of `image_fd`, `stored` (the digest of an image of the store, a name in a registry with the digest of a
     manifest, or later a layer of what has this name), `tmpfs` and `directory_fd`, one is not None. `verity`
     and the bytes of `signature` may go with `image_fd`. A stack has none of these but `layers`, the topmost
-    first, which are requests with the same wishes. `composefs` goes with the `image_fd` of metadata, or has a
-    description in its stead. `target_fd` is for Attach. `interactive` is whether a person may be asked.
+    first, which are requests with the same wishes. `composefs` goes with the `image_fd` of metadata, or has
+    a description in its stead. `target_fd` is for Attach. `interactive` is whether a person may be asked.
     """
 
     kind: SourceKind
