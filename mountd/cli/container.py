@@ -17,10 +17,10 @@ from mountd.client import Client, Request
 from mountd.errors import MountdError, NotFound, SyscallError
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import attaching, mount_api, namespaces, sockets
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.child import end_with_parent
 from mountd.kernel.flags import Clone, MoveMount, OpenTree, Propagation, Unmount
 from mountd.kernel.libc import call
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.wire.framing import MAX_FDS
 
 TYPE_CHECKING = False
