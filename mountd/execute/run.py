@@ -61,8 +61,11 @@ class Sealer(Protocol):
     def __call__(self, mount: OwnedFd, name: str | None = None) -> OwnedFd:
         """Take `mount` over and return one whose attributes are locked; keep it under `name`, if given."""
 
-    def again(self, name: str) -> OwnedFd | None:
+    def again(self, name: str, *, locked: bool = True) -> OwnedFd | None:
         """Return another such mount as was kept under `name`, if it is still there."""
+
+    def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
+        """Take `mount` over and return one of the same that is not locked; keep it, if there is room."""
 
 
 class Inputs:
@@ -115,9 +118,12 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
     """
     # Nothing is made once ids are mapped.
     making = [operation for operation in plan.operations if not isinstance(operation, MAPPING)]
-    mount = None if plan.shared is None else inputs.seal.again(plan.shared)
+    locked = any(isinstance(operation, Seal) for operation in making)
+    mount = None if plan.shared is None else inputs.seal.again(plan.shared, locked=locked)
     if mount is None:
         mount = make(making, plan.shared, inputs)
+        if plan.shared is not None and not locked:
+            mount = inputs.seal.keep(mount, plan.shared)
     try:
         if inputs.note is not None:
             inputs.note(mount)

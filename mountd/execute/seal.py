@@ -89,10 +89,30 @@ class Seal:
             mount.close()
         return self._private(self._clone(place))
 
-    def again(self, name: str) -> OwnedFd | None:
-        """Return another such mount as was kept under this name, None for none. Raises SyscallError."""
+    def again(self, name: str, *, locked: bool = True) -> OwnedFd | None:
+        """Return another such mount as was kept under this name, None for none. Raises SyscallError.
+
+        Without `locked` it is one that must not leave mountd.
+        """
+        if not locked:
+            return self._shared.find(name, mount_api.clone_mount)
         found = self._shared.find(name)
         return None if found is None else self._private(found)
+
+    def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
+        """Take `mount` over, keep it for those who ask for it again, and return one that is not locked.
+
+        It must not leave mountd. Raises SyscallError, OSError.
+        """
+        try:
+            kept = self._shared.keep(name, mount, mount_api.clone_mount)
+        except BaseException:
+            mount.close()
+            raise
+        if kept is None:
+            return mount
+        mount.close()
+        return kept
 
     def _private(self, sealed: OwnedFd) -> OwnedFd:
         """Return `sealed` without a master: until the other is detached, it would have that for one."""
@@ -151,8 +171,12 @@ class NoSeal:
         mount.close()
         raise NotSupported("mounting by what only pulls")
 
-    def again(self, name: str) -> OwnedFd | None:
+    def again(self, name: str, *, locked: bool = True) -> OwnedFd | None:
         """Return None: there is none."""
+
+    def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
+        """Return `mount`: nothing is kept."""
+        return mount
 
     def clear(self) -> None:
         """There is nothing to clear."""

@@ -74,11 +74,14 @@ class SharedMounts:
         self._device = os.major(device), os.minor(device)
         self._kept: dict[int, str] = {}  # slot -> the path of the name
 
-    def find(self, name: str) -> OwnedFd | None:
-        """Return a clone of the mount with this name, None if there is none. Raises SyscallError."""
+    def find(self, name: str, clone: Callable[[str], OwnedFd] | None = None) -> OwnedFd | None:
+        """Return a clone of the mount with this name, None if there is none. Raises SyscallError.
+
+        It is made by `clone`, if given.
+        """
         path = f"{self._directory}/{NAMES}/{name}"
         try:
-            found = self._clone(path)
+            found = (clone or self._clone)(path)
         except SyscallError as error:
             if error.errno_name == "ENOENT":
                 return None
@@ -95,10 +98,12 @@ class SharedMounts:
             raise
         return found
 
-    def keep(self, name: str, mount: OwnedFd) -> OwnedFd | None:
+    def keep(
+        self, name: str, mount: OwnedFd, clone: Callable[[str], OwnedFd] | None = None
+    ) -> OwnedFd | None:
         """Keep `mount`, which stays the caller's, under this name, and return a clone of it.
 
-        None if there is no room for it. Raises SyscallError, OSError.
+        It is made by `clone`, if given. None if there is no room for it. Raises SyscallError, OSError.
         """
         free = [slot for slot in range(SLOTS) if slot not in self._kept]
         if not free or self._seconds <= 0:
@@ -107,7 +112,7 @@ class SharedMounts:
         mount_api.move_mount(mount.fileno(), place)
         path = f"{self._directory}/{NAMES}/{name}"
         self._kept[free[0]] = path
-        made = self._clone(place)
+        made = (clone or self._clone)(place)
         try:
             passing = f"{path}.{self._number}"
             os.symlink(f"../{self._number}/{free[0]}", passing)

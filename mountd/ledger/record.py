@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import MISSING, dataclass, fields
 
-MAXIMUM_SIZE = 8192  # bytes of one record
+MAXIMUM_SIZE = 32768  # bytes of one record: an image may have more than a hundred layers, with a digest each
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,13 +62,18 @@ def plan_mounts(
     gids: tuple[IdExtent, ...] = (),
     verity: Verity | None = None,
     name: str | None = None,
+    *,
+    as_layer: bool = False,
 ) -> tuple[Plan, ...]:
     """Return a plan as of `plan_mount` for each mount: one, or for a disk image one for each use."""
     if source.disk is None:
-        return (plan_mount(source, decision, caller, idmap, uids, gids, verity, name),)
+        return (plan_mount(source, decision, caller, idmap, uids, gids, verity, name, as_layer=as_layer),)
     if not decision.uses:
         raise ValueError("a disk image of which nothing is used was allowed")
-    return tuple(plan_mount(source, decision, caller, idmap, uids, gids, use=use) for use in decision.uses)
+    return tuple(
+        plan_mount(source, decision, caller, idmap, uids, gids, use=use, as_layer=as_layer)
+        for use in decision.uses
+    )
 
 
 def plan_mount(
@@ -81,11 +86,14 @@ def plan_mount(
     verity: Verity | None = None,
     name: str | None = None,
     use: Use | None = None,
+    *,
+    as_layer: bool = False,
 ) -> Plan:
     """Return the operations for a request that was allowed; `uids` and `gids` are for IdMapKind.RANGES.
 
     With `verity`, the image is read through dm-verity: that is what the verdict was about. `name` is what
-    the mount table is to call the image, `use` the partition that it is about.
+    the mount table is to call the image, `use` the partition that it is about. `as_layer` is for a mount
+    that nobody but an overlay gets, whose attributes need no lock.
     """
     made = of_partition(source, decision, use) if use else superblock(source, decision, verity, name)
     attributes = attributes_of(decision.attributes, made.read_only)
@@ -93,7 +101,8 @@ def plan_mount(
     shared = None
     # What is asked of the host's root is nothing: it may clear whatever it likes.
     if attributes and not caller.is_host_root:
-        operations.append(Seal())
+        if not as_layer:
+            operations.append(Seal())
         shared = shared_name(source, decision, made, caller.payer)
     if idmap is IdMapKind.NAMESPACE:
         operations.append(MapToNamespace())

@@ -18,7 +18,6 @@ from mountd.errors import (
     LimitExceeded,
     NotFound,
     NotImmutable,
-    NotSupported,
     SignatureInvalid,
 )
 from mountd.evidence import dm_verity, fs_verity, sealed
@@ -29,11 +28,13 @@ from mountd.plan.operations import Verity
 from mountd.service import directories, signatures
 from mountd.service.images import MAXIMUM_SHOWN, not_found, owner_of, transfer_seconds
 from mountd.service.phase import Phase
+from mountd.service.pulled import check_whole, missing, provenance_of
 from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
 from mountd.source.confined import read_verity_superblock, recognise_source
 from mountd.source.descriptor import inspect_descriptor
 from mountd.source.model import FileSystem, Source, SourceKind
 from mountd.source.remembered import recognise_trusted
+from mountd.store.layering import StoredLayer
 from mountd.store.quota import Limits
 from mountd.store.record import ROOT, Owner
 from mountd.store.store import Known
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from mountd.service.requests import MountRequest
     from mountd.source.model import BackingFile, Disk
     from mountd.store.record import Record
-    from mountd.store.reference import Reference
 
 NO_PLACE = Evidence(None, "it has no location", False)
 SEALED = "sealed"
@@ -85,9 +85,10 @@ def inspect(
     evidence.
     """
     if request.stored is not None:
-        named = request.stored
-        digest = named if isinstance(named, str) else pulled_digest(named, context)
-        return inspect_stored(digest, caller, fds, context)
+        if isinstance(request.stored, StoredLayer):
+            return inspect_layer(request.stored, caller, fds, context)
+        # What was pulled is named by its layers by now.
+        return inspect_stored(str(request.stored), caller, fds, context)
     if request.directory_fd is not None:
         return Inspected(*directories.look_at(request.directory_fd, caller, context))
     if request.image_fd is None:
@@ -423,41 +424,6 @@ def signed(
     return replace(evidence, signers=(*evidence.signers, signer), signature_error=None)
 
 
-def pulled_digest(wanted: Reference, context: RequestContext) -> str:
-    """Return the digest of the stored image that was pulled from a repository, with just this manifest.
-
-    Raises NotFound where there is none, NotSupported for one of several layers.
-    """
-    if context.store is None:
-        raise NotFound("the store", hint="the journal of mountd says why it has none")
-    for record in context.store.records():
-        provenance = record.provenance
-        if provenance is None or provenance.manifest != wanted.digest:
-            continue
-        if provenance.repository == wanted.repository and record.belongs_to(ROOT):
-            check_whole(provenance)
-            return record.digest
-    raise NotFound(f"{wanted} in the store", hint=f"“mountctl image pull {wanted}” puts it there")
-
-
-def provenance_of(record: Record) -> Provenance | None:
-    """Return where a stored image was pulled from.
-
-    A part of an image is none that was pulled, whoever has imported the same bytes.
-    """
-    whole = record.provenance is not None and len(record.provenance.layers) == 1
-    return record.provenance if whole else None
-
-
-def check_whole(provenance: Provenance | None) -> None:
-    """Raise NotSupported for what is only a part of an image."""
-    if provenance is not None and len(provenance.layers) > 1:
-        raise NotSupported(
-            f"mounting an image of {len(provenance.layers)} layers",
-            hint="wait for a mountd that stacks layers, or have the image made with one",
-        )
-
-
 def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: RequestContext) -> Inspected:
     """Look at a stored image, and add it to `fds`.
 
@@ -474,6 +440,34 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
         raise not_found(digest)
     if not record.belongs_to(caller.uid) or caller.is_host_root:
         check_whole(record.provenance)
+    return of_store(fd, record, provenance_of(record), context)
+
+
+def inspect_layer(
+    layer: StoredLayer, caller: Caller, fds: list[OwnedFd], context: RequestContext
+) -> Inspected:
+    """Look at a layer of an image that was pulled, and add it to `fds`.
+
+    It is for whomever the policy lets have the image. Raises NotFound, InvalidImage for a damaged store.
+    """
+    context.notes["source"] = layer.name
+    if context.store is None:
+        raise NotFound("the store", hint="the journal of mountd says why it has none")
+    try:
+        fd, record = context.store.lookup(layer.digest)
+    except NotFound:
+        raise missing(layer.name) from None
+    fds.append(fd)
+    if not record.belongs_to(ROOT):
+        raise missing(layer.name)
+    return of_store(fd, record, layer.provenance, context)
+
+
+def of_store(
+    fd: OwnedFd, record: Record, provenance: Provenance | None, context: RequestContext
+) -> Inspected:
+    """Look at an image of the store, `fd`, borrowed, whose record is known, and where it is from."""
+    digest = record.digest
     context.notes["digest"] = digest
     backing = inspect_descriptor(fd.fileno(), REFERENCE_FIELD)
     # It was looked at when it was stored, and is the same since; but it is whatever somebody has imported.
@@ -485,7 +479,7 @@ def inspect_stored(digest: str, caller: Caller, fds: list[OwnedFd], context: Req
         proofs=(Proof(STORED, digest),),
         digest=digest,
         signers=signatures.still_known(record.signers, context.policy.policy),
-        provenance=provenance_of(record),
+        provenance=provenance,
     )
     source = with_contents(Source(SourceKind.IMAGE, backing, None, None), inside)
     return Inspected(source, evidence, fd.fileno())

@@ -17,7 +17,7 @@ from mountd.execute.run import Inputs, run_all
 from mountd.fds import close_all
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mounts
-from mountd.service import composefs, directories, disks, stacks
+from mountd.service import composefs, directories, disks, pulled, stacks
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
@@ -26,6 +26,7 @@ from mountd.service.phase import Phase
 from mountd.service.requests import STORED_PREFIX, MountRequest
 from mountd.source.model import Source, SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
+from mountd.store.layering import StoredLayer
 from mountd.trust.ids import authorize_extents, authorize_ids, of_containers
 from mountd.trust.policy import Verdict
 
@@ -169,6 +170,7 @@ def judge(
             hint="call as a user that the user namespace maps",
         )
     uids, gids = authorize(request, caller, context)
+    request = pulled.expand(request, context)
 
     def judge_source(each: MountRequest) -> Judged:
         return judge_one(each, caller, (uids, gids), fds, context, may_change=may_change)
@@ -264,16 +266,25 @@ def with_delegated(caller: Caller, check: Callable[[DelegatedIds], None]) -> Non
         check(delegated_ids(caller.uid))
 
 
+def make_layer(judged: Judged, context: RequestContext) -> list[OwnedFd]:
+    """Carry out what was decided about a layer; the mount is for an overlay, and for nobody to have."""
+    return make(judged, context, as_layer=True)
+
+
 def make(
-    judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None] | None = None
+    judged: Judged,
+    context: RequestContext,
+    note: Callable[[OwnedFd], None] | None = None,
+    *,
+    as_layer: bool = False,
 ) -> list[OwnedFd]:
     """Carry out what was decided and return the detached mounts, which are the caller's to close.
 
-    `note` is shown each before ids are mapped.
+    `note` is shown each before ids are mapped. With `as_layer` their attributes are not locked.
     """
     inspected = judged.inspected
     if judged.layers:
-        return [stacks.make(judged, context, make, note)]
+        return [stacks.make(judged, context, make_layer, note)]
     if inspected.source.directory is not None:
         return [directories.make(judged, context, note)]
     if inspected.source.composefs is not None:
@@ -286,7 +297,9 @@ def make(
         judged.uids,
         judged.gids,
         verity=inspected.verity,
-        name=source_name(judged),
+        # The source of a layer is nobody's to see.
+        name=None if as_layer else source_name(judged),
+        as_layer=as_layer,
     )
     inputs = Inputs(
         image_fd=inspected.image_fd,
@@ -305,9 +318,11 @@ def source_name(judged: Judged) -> str | None:
     The path of an image is true where it has proven to lead to it, and is root's alone; whoever is in a
     container has no business with the host's paths. An image of the store is called as it was asked for.
     """
-    if judged.request.stored is not None:
-        named = judged.request.stored
-        return f"{STORED_PREFIX}{named}" if isinstance(named, str) else str(named)
+    named = judged.request.stored
+    if isinstance(named, StoredLayer):
+        return named.name
+    if named is not None:
+        return f"{STORED_PREFIX}{named}"
     return judged.inspected.evidence.root_owned_path if judged.caller.on_host else None
 
 

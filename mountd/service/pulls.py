@@ -31,6 +31,7 @@ from mountd.service.phase import Phase
 from mountd.service.requests import Descriptors
 from mountd.source.confined import recognise_image
 from mountd.store import pull, reference
+from mountd.store.layering import PulledImage
 from mountd.store.pull import BUILD, FETCH, RESOLVE, VERIFY, PullLimits
 from mountd.store.record import DIGEST, MAXIMUM_NAME, ROOT, Owner
 from mountd.store.store import Known
@@ -162,6 +163,7 @@ def pulled_here(wanted: Reference, store: Store, context: RequestContext) -> Ste
             for layer in pulled.layers:
                 stages.reached(STORE)
                 records.append((yield from stored(wanted, pulled, layer, store, context)))
+            store.remember(PulledImage(pulled.provenance, tuple(record.digest for record in records)))
             return records
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mountd.fds import OwnedFd
+    from mountd.store.layering import StoredLayer
     from mountd.store.reference import Reference
 
 IMAGE_FIELD = "source.imageFileDescriptor"
@@ -75,17 +76,17 @@ TMPFS_MODE_BITS = 0o1777
 class MountRequest:
     """A call of Mount, Explain or Attach. The descriptors are borrowed from the message.
 
-    Of `image_fd`, `stored` (the digest of an image of the store, or a name in a registry with the digest of
-    a manifest), `tmpfs` and `directory_fd`, one is not None. `verity` and the bytes of `signature` may go
-    with `image_fd`. A stack has none of these but `layers`, the topmost first, which are requests with the
-    same wishes. `composefs` goes with the `image_fd` of metadata, or has a description in its stead.
-    `target_fd` is for Attach. `interactive` is whether a person may be asked.
+    Of `image_fd`, `stored` (the digest of an image of the store, a name in a registry with the digest of a
+    manifest, or later a layer of what has this name), `tmpfs` and `directory_fd`, one is not None. `verity`
+    and the bytes of `signature` may go with `image_fd`. A stack has none of these but `layers`, the topmost
+    first, which are requests with the same wishes. `composefs` goes with the `image_fd` of metadata, or has
+    a description in its stead. `target_fd` is for Attach. `interactive` is whether a person may be asked.
     """
 
     kind: SourceKind
     image_fd: int | None
     tmpfs: Tmpfs | None
-    stored: str | Reference | None
+    stored: str | Reference | StoredLayer | None
     userns_fd: int | None
     idmap: IdMapWish
     wishes: MountWishes
@@ -180,7 +181,7 @@ class What:
     kind: SourceKind
     image_fd: int | None = None
     tmpfs: Tmpfs | None = None
-    stored: str | Reference | None = None
+    stored: str | Reference | StoredLayer | None = None
     directory_fd: int | None = None
     signature: bytes | None = None
     verity: VerityRequest | None = None

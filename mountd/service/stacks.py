@@ -55,7 +55,8 @@ def judge_layers(
                 )
         found.append(layer)
     context.notes.pop("digest", None)
-    sources = BETWEEN.join(layer.source or "unknown" for layer in found)
+    # Those of one image that was pulled have its name.
+    sources = BETWEEN.join(dict.fromkeys(layer.source or "unknown" for layer in found))
     context.notes["source"] = sources[:MAXIMUM_SHOWN]
     return tuple(found)
 

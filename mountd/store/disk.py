@@ -2,6 +2,7 @@
 
     images/sha256/HEX         an image, root's, 0400: whole and on disk from the moment it has this name
     records/sha256/HEX.json   what is known about it; an image counts from the moment its record is there
+    pulled/sha256/HEX.json    which images of the store are the layers of one in a registry, by its name
     incoming/                 what is not finished: SIZE.UID.RANDOM while an image is copied, record.RANDOM,
                               and the directory pull.RANDOM while one is pulled
     slots/N                   held by a transfer that is running, with the uid that it is charged to
@@ -31,6 +32,7 @@ from mountd.errors import InvalidImage, NotFound, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel.flags import Resolve
 from mountd.kernel.paths import openat2
+from mountd.store import layering
 from mountd.store import record as records
 from mountd.store.record import NoRecord, Record
 
@@ -38,12 +40,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from mountd.evidence.model import Provenance
+    from mountd.store.layering import PulledImage
+
 IMAGES = "images/sha256"
 RECORDS = "records/sha256"
+PULLED = "pulled/sha256"
 INCOMING = "incoming"
 SLOTS = "slots"
 LOCK = "lock"
-DIRECTORIES = ("images", IMAGES, "records", RECORDS, INCOMING, SLOTS)
+DIRECTORIES = ("images", IMAGES, "records", RECORDS, "pulled", PULLED, INCOMING, SLOTS)
 HEX = re.compile(r"[0-9a-f]{64}")
 RESERVED = re.compile(r"([0-9]{1,19})\.([0-9]{1,10})\.[0-9a-f]{32}")
 IMAGE_MODE = 0o400
@@ -189,7 +195,9 @@ class State:
 
     def write_record(self, record: Record) -> None:
         """Write a record, in the place of an older one. The lock has to be held. Raises OSError."""
-        data = records.serialise(record)
+        self._write(records.serialise(record), record_path(record.digest))
+
+    def _write(self, data: bytes, target: str) -> None:
         path = f"{INCOMING}/record.{secrets.token_hex(16)}"
         at("create record")
         try:
@@ -198,7 +206,7 @@ class State:
                 os.write(fd.fileno(), data)
                 at("flush record")
                 os.fsync(fd.fileno())
-            self.rename(path, record_path(record.digest))
+            self.rename(path, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(path, dir_fd=self.fileno())
@@ -218,6 +226,28 @@ class State:
         if record.digest != digest:
             raise NoRecord("it is that of another image")
         return record
+
+    def write_pulled(self, pulled: PulledImage) -> None:
+        """Write which layers an image has, in the place of what was known. The lock has to be held.
+
+        Raises OSError, and InvalidImage if it could not be read again.
+        """
+        self._write(layering.serialise(pulled), pulled_path(pulled.provenance))
+
+    def read_pulled(self, path: str) -> PulledImage:
+        """Return which layers an image has. Raises NoRecord for what is missing or damaged, SyscallError."""
+        try:
+            fd = self.open(path)
+        except SyscallError as error:
+            if error.errno == errno.ENOENT:
+                raise NoRecord("it was not pulled") from None
+            raise
+        with fd:
+            check_file(os.fstat(fd.fileno()), "its record")
+            pulled = layering.parse(os.read(fd.fileno(), layering.MAXIMUM + 1))
+        if pulled_path(pulled.provenance) != path:
+            raise NoRecord("it is that of another image")
+        return pulled
 
     def open_image(self, record: Record) -> OwnedFd:
         """Open the stored bytes for reading. Raises NotFound, InvalidImage, SyscallError."""
@@ -277,3 +307,8 @@ def image_path(digest: str) -> str:
 def record_path(digest: str) -> str:
     """Return where a record lies below the state directory. Raises InvalidParameter."""
     return f"{RECORDS}/{records.hex_of(digest)}.json"
+
+
+def pulled_path(provenance: Provenance) -> str:
+    """Return where it is written which layers an image has that was pulled."""
+    return f"{PULLED}/{layering.key_of(provenance.repository, provenance.manifest)}.json"

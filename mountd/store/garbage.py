@@ -16,7 +16,7 @@ for those who have it open.
 
 A record goes before its image, so that at each moment whoever finds a record finds the image. What a
 killed process has left is swept: what is in incoming/ and nobody holds, an image without a record, a record
-without an image or one that cannot be read.
+without an image or one that cannot be read, and what is known of a pulled image of which a layer is gone.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from mountd.store.disk import (
     HEX,
     IMAGES,
     INCOMING,
+    PULLED,
     RECORDS,
     image_path,
     record_path,
 )
-from mountd.store.record import NoRecord
+from mountd.store.record import NoRecord, hex_of
 
 if TYPE_CHECKING:
     from mountd.store.disk import State
@@ -66,10 +67,25 @@ def sweep(state: State, *, read_records: bool = True) -> None:
         digest = f"sha256:{name.removesuffix('.json')}"
         if HEX.fullmatch(name.removesuffix(".json")) and not is_whole(state, digest):
             state.unlink(record_path(digest))
+    if read_records:
+        sweep_pulled(state)
     known = set(state.names(RECORDS))
     for name in state.names(IMAGES):
         if HEX.fullmatch(name) and f"{name}.json" not in known:
             drop(state, f"sha256:{name}")
+
+
+def sweep_pulled(state: State) -> None:
+    """Remove what is known of images of which a layer is gone. The lock has to be held. Raises OSError."""
+    known = set(state.names(RECORDS))
+    for name in state.names(PULLED):
+        path = f"{PULLED}/{name}"
+        try:
+            whole = all(f"{hex_of(digest)}.json" in known for digest in state.read_pulled(path).stored)
+        except NoRecord:
+            whole = False
+        if not whole:
+            state.unlink(path)
 
 
 def is_whole(state: State, digest: str) -> bool:

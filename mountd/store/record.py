@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from mountd.errors import InvalidImage, InvalidParameter
@@ -23,6 +24,7 @@ MAXIMUM_RECORD = 64 << 10  # bytes of a record as JSON
 MAXIMUM_NAME = 255  # bytes of a name in UTF-8
 MAXIMUM_TEXT = 4096  # characters of any other text
 MAXIMUM_LAYERS = 256
+REMEMBERED = 64  # records, by each worker
 MAXIMUM_SIGNERS = 16
 MAXIMUM_OWNERS = 64
 MAXIMUM_ID = (1 << 32) - 2
@@ -103,17 +105,11 @@ def serialise(record: Record) -> bytes:
     return data
 
 
+# The same bytes say the same; an image of many layers has as many records.
+@lru_cache(maxsize=REMEMBERED)
 def parse(data: bytes) -> Record:
     """Read what `serialise` returned. Raises NoRecord, and nothing else."""
-    if len(data) > MAXIMUM_RECORD:
-        raise NoRecord(f"longer than {MAXIMUM_RECORD} bytes")
-    try:
-        told = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        raise NoRecord("not JSON") from None
-    told = _struct(told, {"version", *(field.name for field in fields(Record))}, "record")
-    if _integer(told.pop("version"), "version") != VERSION:
-        raise NoRecord("of another version")
+    told = read_json(data, MAXIMUM_RECORD, VERSION, _names(Record))
     return Record(
         digest=_digest(told["digest"], "digest"),
         size=_integer(told["size"], "size"),
@@ -121,9 +117,23 @@ def parse(data: bytes) -> Record:
         created=_integer(told["created"], "created"),
         name=_name(told["name"]),
         file_system=_optional(told["file_system"], _file_system),
-        provenance=_optional(told["provenance"], _provenance),
+        provenance=_optional(told["provenance"], read_provenance),
         signers=_list(told["signers"], "signers", MAXIMUM_SIGNERS, _signer),
     )
+
+
+def read_json(data: bytes, maximum: int, version: int, names: set[str]) -> dict[str, Any]:
+    """Return an object of JSON that has exactly these fields, and the version. Raises NoRecord."""
+    if len(data) > maximum:
+        raise NoRecord(f"longer than {maximum} bytes")
+    try:
+        told = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise NoRecord("not JSON") from None
+    told = _struct(told, {"version", *names}, "record")
+    if _integer(told.pop("version"), "version") != version:
+        raise NoRecord("of another version")
+    return told
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -213,12 +223,18 @@ def _file_system(value: object) -> FileSystem:
     )
 
 
-def _provenance(value: object) -> Provenance:
+def read_digests(value: object, where: str) -> tuple[str, ...]:
+    """Return the digests of layers. Raises NoRecord."""
+    return _list(value, where, MAXIMUM_LAYERS, lambda each: _digest(each, where))
+
+
+def read_provenance(value: object) -> Provenance:
+    """Return where an image was pulled from. Raises NoRecord."""
     told = _struct(value, _names(Provenance), "provenance")
     return Provenance(
         repository=_text(told["repository"], "provenance.repository"),
         manifest=_digest(told["manifest"], "provenance.manifest"),
-        layers=_list(told["layers"], "layers", MAXIMUM_LAYERS, lambda each: _digest(each, "layers")),
+        layers=read_digests(told["layers"], "layers"),
         requirement=_text(told["requirement"], "provenance.requirement"),
         signer=_optional_text(told["signer"], "provenance.signer"),
         time=_integer(told["time"], "provenance.time"),

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mountd.errors import InUse, InvalidImage, LimitExceeded, SyscallError
 from mountd.store import garbage, quota, transfer
-from mountd.store.disk import IMAGE_MODE, State, all_records, at, image_path, missing
+from mountd.store.disk import IMAGE_MODE, PULLED, State, all_records, at, image_path, missing, pulled_path
+from mountd.store.layering import key_of
 from mountd.store.quota import Limits
 from mountd.store.record import (
     MAXIMUM_OWNERS,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from mountd.fds import OwnedFd
     from mountd.source.model import FileSystem
     from mountd.store.garbage import Collected
+    from mountd.store.layering import PulledImage
     from mountd.store.record import Owner
 
     Report = Callable[[int, int], None]
@@ -199,6 +201,31 @@ class Store:
         past = hex_of(after) if after is not None else ""
         with self._named("reading the store"), State(self._path) as state:
             yield from all_records(state, past)
+
+    def remember(self, pulled: PulledImage) -> None:
+        """Write down which layers an image has, all of which are there, and where it is from.
+
+        Raises LimitExceeded, InvalidImage, NotFound, SyscallError.
+        """
+        with self._named("writing to the store"), State(self._path) as state, state.locked():
+            known = state.names(PULLED)
+            if (
+                len(known) >= self.limits.images
+                and os.path.basename(pulled_path(pulled.provenance)) not in known
+            ):
+                raise LimitExceeded("pulled images of the store", self.limits.images)
+            state.write_pulled(pulled)
+
+    def pulled(self, repository: str, manifest: str) -> PulledImage | None:
+        """Return which layers an image has, None for one that is not known. Raises NotFound, SyscallError.
+
+        Whether the layers are still there is not looked at.
+        """
+        with self._named("reading the store"), State(self._path) as state:
+            try:
+                return state.read_pulled(f"{PULLED}/{key_of(repository, manifest)}.json")
+            except NoRecord:
+                return None
 
     def verifying(self, digest: str, owner: Owner) -> Generator[Progress, None, Record]:
         """Hash an image anew and compare. `owner` is who asks. Raises InvalidImage, and as `lookup`."""

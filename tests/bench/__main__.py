@@ -18,7 +18,7 @@ from pathlib import Path
 from mountd.client import Client, Request
 from mountd.kernel import namespaces
 from mountd.source.remembered import SETTLED
-from tests.bench import mounting, shared, stored
+from tests.bench import layered, mounting, shared, stored
 from tests.bench.bare import mount_and_map
 from tests.container import RANGE, in_container, mapper
 from tests.daemon import ROOT, Daemon
@@ -230,6 +230,7 @@ def main() -> int:
         good = report(daemon, directory, image)
         good = mounting.report(directory, daemon.socket) and good
         good = stored.report(directory / "stored", image, BLOCK * BLOCKS, line) and good
+        good = layered.report(directory / "layered", 2 if QUICK else 8, line) and good
         good = shared.report(directory / "shared", directory / "tree", line) and good
         return 0 if good else 1
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 
 _libc = ctypes.CDLL(None, use_errno=True)
 FSOPEN, FSCONFIG, FSMOUNT, MOUNT_SETATTR = 430, 431, 432, 442
@@ -31,4 +32,16 @@ def mount_and_map(image: bytes, userns_fd: int) -> int:
     os.close(context)
     attr = _MountAttr(IDMAP, 0, 0, userns_fd)
     _check(call(MOUNT_SETATTR, mount, b"", EMPTY_PATH, ctypes.byref(attr), 32))
+    return mount
+
+
+def overlay(layers: Sequence[int]) -> int:
+    """Return an overlay of mounts, the topmost first: fsopen, an fsconfig for each, create, fsmount."""
+    call = _libc.syscall
+    context = _check(call(FSOPEN, b"overlay", 1))
+    for layer in layers:
+        _check(call(FSCONFIG, context, 5, b"lowerdir+", None, layer))
+    _check(call(FSCONFIG, context, 6, None, None, 0))
+    mount = _check(call(FSMOUNT, context, 1, RDONLY_NOSUID_NODEV))
+    os.close(context)
     return mount

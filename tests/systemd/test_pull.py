@@ -10,7 +10,7 @@ import pytest
 
 from tests.oci import Member, archive
 from tests.systemd.machine import SERVICE, Machine
-from tests.systemd.registry import HELLO, HOST, Registry, layer
+from tests.systemd.registry import HELLO, HOST, Registry
 
 PULLS = "mountd-pull.service"
 STRANGER = "mallory"
@@ -182,17 +182,21 @@ def test_labels_and_names_prove_nothing(ruled: Registry, user: str) -> None:
     refused(machine, ["explain", absent], "NotFound", user)
 
 
-def test_several_layers_wait_for_stacks(ruled: Registry, user: str) -> None:
+def test_several_layers_are_one_stack(ruled: Registry, user: str) -> None:
     machine = ruled.machine
-    upper = archive(Member("upper", b"x"))
-    manifest = ruled.image("gpg/layers:1.0", *ruled.sign_gpg, archives=(layer(Member("l", b"")), upper))
+    lowest = archive(Member("gone", b"1"), Member("kept", b"1"), Member("opaque/old", b"1"))
+    upper = archive(Member(".wh.gone", b""), Member("opaque/.wh..wh..opq", b""), Member("opaque/new", b"2"))
+    manifest = ruled.image("gpg/layers:1.0", *ruled.sign_gpg, archives=(lowest, upper))
     reply = pull(machine, f"oci:{HOST}/gpg/layers:1.0", user)
     assert len(reply["layers"]) == 2
     assert reply["image"] == reply["layers"][0]
-    sources = [f"stored:{each['digest']}" for each in reply["layers"]]
-    for source in (*sources, f"oci:{HOST}/gpg/layers@{manifest}"):
-        told = refused(machine, ["explain", source], "NotSupported", user)
+    for each in reply["layers"]:
+        told = refused(machine, ["explain", f"stored:{each['digest']}"], "NotSupported", user)
         assert "2 layers" in json.dumps(told)
+    whole = f"oci:{HOST}/gpg/layers@{manifest}"
+    assert machine.explain(whole, user=user)["verdict"] == "allow"
+    found = machine.sh(f"mountctl mount {whole} /mnt; cd /mnt; find . -type f; cd /; umount /mnt")
+    assert sorted(found.split()) == ["./kept", "./opaque/new"]
 
 
 def test_progress_on_a_terminal_only(ruled: Registry, user: str) -> None:

@@ -158,3 +158,18 @@ def test_dm_verity_needs_a_root_hash_and_is_read_only() -> None:
     ):
         with pytest.raises(ValueError, match="dm-verity"):
             CreateSuperblock("erofs", backing, read_only, (), verity)
+
+
+def test_a_layer_is_not_locked_and_can_be_shared_as_any_other() -> None:
+    fixed = Source(
+        SourceKind.IMAGE,
+        BackingFile(4096, 1, 2, 0, 0, 0o100644, writable=False, path_hint=None, changed=1),
+        FileSystem("erofs", 4096, 512, None, None, False),
+        None,
+    )
+    decision = allowed(attributes=frozenset({"nosuid", "nodev"}))
+    alone = plan_mount(fixed, decision, USER, IdMapKind.NAMESPACE)
+    layer = plan_mount(fixed, decision, USER, IdMapKind.NAMESPACE, as_layer=True)
+    assert Seal() in alone.operations
+    assert layer.operations == tuple(each for each in alone.operations if each != Seal())
+    assert layer.shared == alone.shared is not None

@@ -1,0 +1,105 @@
+"""Images that were pulled on the route of a request: from their name to the images of the store they are of.
+
+An image of several layers is a stack of these: each is judged as an image of the store that was pulled from
+where the whole is from, and all have to be allowed. Which layers there are, and in which order, was written
+down when the manifest was verified, and is not the caller's to say. A layer that is named by itself was not
+pulled: its owner has vouched for the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mountd.errors import LimitExceeded, NotFound, NotSupported
+from mountd.service.requests import What
+from mountd.source.model import SourceKind
+from mountd.store.layering import StoredLayer
+from mountd.store.record import ROOT
+from mountd.store.reference import Reference
+
+if TYPE_CHECKING:
+    from mountd.evidence.model import Provenance
+    from mountd.service.context import RequestContext
+    from mountd.service.requests import MountRequest
+    from mountd.store.record import Record
+
+# The kernel has room for 500 in an overlay; runtimes make no image of more than 127.
+MAXIMUM_STACKED = 160
+
+
+def expand(request: MountRequest, context: RequestContext) -> MountRequest:
+    """Return the request with the layers of each image that was pulled in its place, the topmost first.
+
+    Raises NotFound for one that was not, LimitExceeded, NotSupported for one to write to, InvalidParameter.
+    """
+    if request.layers:
+        if not any(isinstance(each.stored, Reference) for each in request.layers):
+            return request
+        above = [layer for each in request.layers for layer in parts(each, context)]
+        if len(above) > MAXIMUM_STACKED:
+            raise LimitExceeded("layers of a stack, with those of its images", MAXIMUM_STACKED)
+        return replace(request, layers=tuple(above))
+    found = parts(request, context)
+    if len(found) == 1:
+        return found[0]
+    made = replace(request, kind=SourceKind.STACK, stored=None)
+    return made.stacked(tuple(What(SourceKind.IMAGE, stored=each.stored) for each in found))
+
+
+def parts(request: MountRequest, context: RequestContext) -> list[MountRequest]:
+    """Return a request for each layer of the image that was pulled, or the one request for anything else.
+
+    A layer that comes twice is needed once: the upper one shows, and hides, all that the lower one could.
+    """
+    named = request.stored
+    if not isinstance(named, Reference):
+        return [request]
+    layers = dict.fromkeys(reversed(layers_of(named, context)))
+    return [replace(request, stored=each) for each in layers]
+
+
+def layers_of(wanted: Reference, context: RequestContext) -> list[StoredLayer]:
+    """Return the layers of an image, the lowest first, all of which are root's. Raises NotFound."""
+    store = context.store
+    if store is None:
+        raise NotFound("the store", hint="the journal of mountd says why it has none")
+    found = store.pulled(wanted.repository, wanted.digest or "")
+    if found is None:
+        return [single(wanted, context)]
+    return [StoredLayer(digest, str(wanted), found.provenance) for digest in found.stored]
+
+
+def single(wanted: Reference, context: RequestContext) -> StoredLayer:
+    """Return an image of one layer that is known by its record only. Raises NotFound."""
+    for record in context.store.records() if context.store is not None else ():
+        provenance = provenance_of(record)
+        if provenance is None or provenance.manifest != wanted.digest:
+            continue
+        if provenance.repository == wanted.repository and record.belongs_to(ROOT):
+            return StoredLayer(record.digest, str(wanted), provenance)
+    raise missing(str(wanted))
+
+
+def missing(wanted: str) -> NotFound:
+    """Return the error for an image that was not pulled, or of which a layer was removed."""
+    return NotFound(f"{wanted} in the store", hint=f"“mountctl image pull {wanted}” puts it there")
+
+
+def provenance_of(record: Record) -> Provenance | None:
+    """Return where a stored image was pulled from.
+
+    A part of an image is none that was pulled, whoever has imported the same bytes.
+    """
+    whole = record.provenance is not None and len(record.provenance.layers) == 1
+    return record.provenance if whole else None
+
+
+def check_whole(provenance: Provenance | None) -> None:
+    """Raise NotSupported for what is only a part of an image."""
+    if provenance is not None and len(provenance.layers) > 1:
+        whole = f"oci:{provenance.repository}@{provenance.manifest}"
+        raise NotSupported(
+            f"mounting one of the {len(provenance.layers)} layers of an image",
+            hint=f"mount all of it, as “{whole}”",
+        )
