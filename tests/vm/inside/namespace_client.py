@@ -1,4 +1,4 @@
-"""As an ordinary user: have nsresourced fill a user namespace, have a directory mounted for it, and write there.
+"""As an ordinary user: have a directory mounted for a namespace of nsresourced, and write there.
 
 Prints as JSON what was answered, and what root of the namespace could do in that mount and outside it.
 """

@@ -1,4 +1,4 @@
-"""The programs of systemd as an ordinary user, with mountd in place of systemd-mountfsd and the real nsresourced.
+"""The programs of systemd as an ordinary user, with mountd in place of mountfsd and the real nsresourced.
 
 There is no manager of the system: what it makes at boot for its units is made here.
 """
@@ -79,8 +79,8 @@ def as_user(*command: str | Path) -> list[str | Path]:
     join = f'echo 0 > {CGROUP}/own/cgroup.procs && exec "$@"'
     become = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", "--reset-env", "--"]
     # The images are not the user's, so neither are the files beside them that nspawn would lock.
-    environment = ["env", "SYSTEMD_NSPAWN_LOCK=0", "SYSTEMD_LOG_TARGET=console", f"XDG_RUNTIME_DIR={RUNTIME}"]
-    return ["sh", "-c", join, "sh", *become, *environment, *command]
+    environment = ["SYSTEMD_NSPAWN_LOCK=0", "SYSTEMD_LOG_TARGET=console", f"XDG_RUNTIME_DIR={RUNTIME}"]
+    return ["sh", "-c", join, "sh", *become, "env", *environment, *command]
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -90,7 +90,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def home(scratch: Path) -> Iterator[Path]:
-    """The home of the user, who is here for these tests only, with what is there for a user that is logged in."""
+    """The home of the user, who is here for these tests only, as if logged in."""
     path = scratch / USER
     command = ["useradd", f"--uid={UID}", "--create-home", f"--home-dir={path}", USER]
     subprocess.run(command, check=True, capture_output=True)
@@ -194,7 +194,8 @@ def test_what_no_rule_allows(serving: Daemon, images: dict[str, Path], home: Pat
     os.chown(home / "own.raw", UID, UID)
     done = run("systemd-dissect", "--no-pager", "--list", home / "own.raw")
     assert done.returncode != 0
-    assert "DENIED-LOG" in serving.log, done.stderr
+    assert f"MountImage for uid {UID}" in serving.log.splitlines()[-1]
+    assert "refused with io.systemd.MountFileSystem.DeniedByImagePolicy" in serving.log.splitlines()[-1]
 
 
 def test_a_registered_namespace_may_write_there_only(serving: Daemon, home: Path) -> None:
