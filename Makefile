@@ -28,7 +28,7 @@ bench: $(STAMP)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml Makefile tests/packages.txt tests/setup
+$(STAMP): pyproject.toml Makefile tests/packages.txt tests/setup tests/composefs
 	tests/setup $(VENV)
 	touch $@
 

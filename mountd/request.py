@@ -22,6 +22,8 @@ IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
 TMPFS = "tmpfs:"
 STORED = "stored:"
 OCI = "oci:"
+COMPOSEFS = "composefs:"
+MAXIMUM_DESCRIPTION = 64 << 20  # bytes of a composefs as text
 MAXIMUM_SIGNATURE = 256 << 10  # bytes
 MAXIMUM_INTEGER = (1 << 63) - 1
 
@@ -34,6 +36,27 @@ def open_image(path: str, *, writable: bool = False) -> OwnedFd:
         return OwnedFd(os.open(path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK))
     except FileNotFoundError:
         raise NotFound(path) from None
+
+
+def sealed_copy(file: OwnedFd, path: str) -> OwnedFd:
+    """Return what is in `file`, borrowed, as a sealed memfd. Raises InvalidParameter, OSError."""
+    import fcntl
+
+    made = OwnedFd(os.memfd_create("mountd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    try:
+        done = 0
+        while piece := os.pread(file.fileno(), 1 << 20, done):
+            done += len(piece)
+            if done > MAXIMUM_DESCRIPTION:
+                raise InvalidParameter("SOURCE", f"{path} is longer than {MAXIMUM_DESCRIPTION} bytes")
+            while piece:
+                piece = piece[os.write(made.fileno(), piece) :]
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(made.fileno(), fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        made.close()
+        raise
+    return made
 
 
 def open_directory(path: str) -> OwnedFd:
@@ -73,11 +96,16 @@ class Request:
         verity: Verity | None = None,
         interactive: bool | None = None,
         layers: Sequence[str] = (),
+        objects: Sequence[str] = (),
+        digest: str | None = None,
+        check_contents: bool | None = None,
     ) -> None:
         """Open what has to be opened.
 
         `source` is the path of an image or of a directory, "stored:sha256:…" for one of mountd's store,
-        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE".
+        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE"; "composefs:FILE" for
+        an image of metadata or its description, with `objects`, the directories of contents, the fs-verity
+        `digest` of the image in hexadecimal, and whether fs-verity has to check contents.
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
         of a user namespace, "none" for none, None for that of this process if it is not the host's.
         `layers` are such sources as well, which come over it, the topmost first.
@@ -92,6 +120,7 @@ class Request:
         if read_only is None:
             read_only = not source.startswith(TMPFS)
         self.fds: list[OwnedFd] = []
+        about = (objects, digest, check_contents)
         self.parameters: dict[str, object] = {
             "readOnly": read_only,
             "fileSystemType": file_system_type,
@@ -101,10 +130,10 @@ class Request:
             "interactive": interactive,
         }
         try:
-            self.source = self._read_source(source, read_only)
-            if layers:
-                above = [self._read_source(each, read_only) for each in layers]
-                self.source = {"layers": [*above, self.source]}
+            if source.startswith(COMPOSEFS):
+                self.source = self._read_composefs(source, layers, *about)
+            else:
+                self.source = self._read_stack(source, layers, read_only, composefs=any(about))
             self._add_companions(signature, verity)
             if userns is None and idmap in (None, "namespace") and in_user_namespace():
                 userns = "/proc/self/ns/user"
@@ -131,7 +160,48 @@ class Request:
             reason = f"{source}: {error.strerror}"
             raise OptionNotPermitted("rw", reason, hint="ask for a read-only mount") from None
 
+    def _read_stack(
+        self, source: str, layers: Sequence[str], read_only: bool, *, composefs: bool
+    ) -> dict[str, object]:
+        if composefs:
+            raise InvalidParameter("SOURCE", f"object directories and a digest go with {COMPOSEFS}FILE")
+        lowest = self._read_source(source, read_only)
+        if not layers:
+            return lowest
+        return {"layers": [*(self._read_source(each, read_only) for each in layers), lowest]}
+
+    def _read_composefs(
+        self,
+        source: str,
+        layers: Sequence[str],
+        objects: Sequence[str],
+        digest: str | None,
+        check_contents: bool | None,
+    ) -> dict[str, object]:
+        path = source.removeprefix(COMPOSEFS)
+        if layers:
+            raise InvalidParameter("SOURCE", "a composefs is no layer, nor are there any over one")
+        if not objects:
+            raise InvalidParameter("SOURCE", "a composefs needs object directories, one at least")
+        file = open_image(path)
+        # What the first line of a description begins with; that of an image is no text.
+        described = os.pread(file.fileno(), 1, 0) == b"/"
+        if described:
+            with file:
+                file = sealed_copy(file, path)
+        about = {
+            "dumpFileDescriptor" if described else "imageFileDescriptor": self._add(file),
+            "objectsFileDescriptors": [self._add(open_directory(each)) for each in objects],
+            "digest": digest,
+            "verity": check_contents,
+        }
+        return {"composefs": given(about)}
+
     def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
+        composefs = self.source.get("composefs")
+        if signature is not None and isinstance(composefs, dict) and "imageFileDescriptor" in composefs:
+            self.source["signature"] = read_signature(signature)
+            signature = None
         if (signature or verity) and "imageFileDescriptor" not in self.source:
             raise InvalidParameter("SOURCE", "a signature and dm-verity go with the file of an image only")
         if signature is not None:

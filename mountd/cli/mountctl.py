@@ -96,6 +96,7 @@ MOUNT_EXAMPLES = (
     "unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt",
     "mountctl mount -o noexec tmpfs:64M /mnt",
     "mountctl mount --verity base.verity --root-hash 0123… base.raw /mnt",
+    "mountctl mount --objects ~/objects composefs:tree.dump /mnt",
 )
 RUN_EXAMPLES = (
     "mountctl run /var/lib/machines/base.raw -- ls -l /",
@@ -120,6 +121,19 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         action="append",
         help="lay this over SOURCE; may be repeated, the topmost comes first",
     )
+    verb.add_argument(
+        "--objects",
+        metavar="DIRECTORY",
+        action="append",
+        help="where the contents of a composefs lie; may be repeated",
+    )
+    verb.add_argument("--digest", metavar="HEX", help="the fs-verity digest that a composefs has to have")
+    verb.add_argument(
+        "--check-contents",
+        action="store_true",
+        default=None,
+        help="have fs-verity check the contents of a composefs",
+    )
     verb.add_argument("--signature", metavar="FILE", help="a detached signature of the image")
     verb.add_argument("--image-policy", metavar="POLICY", help="what to demand: systemd.image-policy(7)")
     verb.add_argument("--verity", metavar="FILE", help="hash data of dm-verity, with --root-hash")
@@ -134,7 +148,7 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "source",
         metavar="SOURCE",
-        help="an image, a directory, stored:sha256:…, oci:HOST/REPO@sha256:…, or tmpfs:SIZE (tmpfs:64M)",
+        help="an image, a directory, stored:sha256:…, oci:HOST/REPO@sha256:…, composefs:FILE, tmpfs:64M",
     )
 
 
@@ -192,6 +206,9 @@ def request_of(options: argparse.Namespace) -> Request:
         interactive=options.interactive,
         signature=options.signature,
         layers=options.layer or (),
+        objects=options.objects or (),
+        digest=options.digest,
+        check_contents=options.check_contents,
         verity=None
         if options.verity is None
         else (options.verity, options.root_hash, options.root_hash_signature),

@@ -84,6 +84,19 @@ class Ownership(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Objects:
+    """What speaks for a directory of a composefs in which the contents of files lie.
+
+    `ownership` says whose it is, `problem` why it is not root's with all that is in it; `unverifiable` is
+    why fs-verity cannot check what is in it, None if it can.
+    """
+
+    ownership: Ownership
+    problem: str | None
+    unverifiable: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """The facts about one source.
 
@@ -98,6 +111,7 @@ class Evidence:
     `signed_partitions` are the designators of the partitions whose root hash one of them covers.
 
     `ownership` is there for a directory, and `ownership_problem` says of OTHER why it is nothing better.
+    `objects` is there for a composefs.
     """
 
     root_owned_path: str | None
@@ -112,3 +126,4 @@ class Evidence:
     signed_partitions: frozenset[str] = frozenset()
     ownership: Ownership | None = None
     ownership_problem: str | None = None
+    objects: tuple[Objects, ...] = ()

@@ -6,7 +6,8 @@ the worker is in a root directory of its own, where the name is a symbolic link 
 judged. Nobody but mountd can change anything there. What the name says is thus for people only; that it is
 true, `service` has seen to.
 
-Each worker has its own such root directory, with nothing in it but /proc and the last name.
+Each worker has its own such root directory, with nothing in it but /proc and the last name; and mounts,
+while something is made of them that takes only what is attached somewhere.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ import os
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from mountd.errors import NotSupported
+from mountd.errors import NotSupported, SyscallError
 from mountd.kernel import mount_api
 from mountd.kernel.flags import Propagation
 from mountd.kernel.libc import call
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import NoReturn
 
 LOST = 70  # exit status of a worker that cannot come back
 MAXIMUM_NAME = 255  # bytes: fsconfig(2)
 MAXIMUM_COMPONENT = 255  # bytes
 PROC = "proc"
+ATTACHED = ".attached"
 
 
 class Naming:
@@ -74,13 +76,42 @@ class Naming:
         finally:
             os.close(root)
 
+    @contextmanager
+    def attached(self, mounts: Sequence[int]) -> Iterator[list[str]]:
+        """Have `mounts`, borrowed, attached where nobody else can get, and yield the paths.
+
+        Raises SyscallError, OSError.
+        """
+        detach(self._directory)
+        paths = [f"{self._directory}/{ATTACHED}/{number}" for number in range(len(mounts))]
+        try:
+            for path, mount in zip(paths, mounts, strict=True):
+                os.makedirs(path, 0o700)
+                mount_api.move_mount(mount, path)
+            yield paths
+        finally:
+            detach(self._directory)
+
     def _forget(self) -> None:
         """Remove what is left of the last name, also of a worker that was killed."""
         self._known = None
         with suppress(OSError):
             for name in os.listdir(self._directory):
-                if name != PROC:
+                if name not in (PROC, ATTACHED):
                     remove(f"{self._directory}/{name}")
+
+
+def detach(directory: str) -> None:
+    """Detach what a worker has attached in its directory, also one that was killed. Raises OSError."""
+    top = f"{directory}/{ATTACHED}"
+    with suppress(FileNotFoundError):
+        for name in os.listdir(top):
+            try:
+                mount_api.umount(f"{top}/{name}")
+            except SyscallError as error:
+                if error.errno_name != "EINVAL":  # umount2(2): not a mount point
+                    raise
+            os.rmdir(f"{top}/{name}")
 
 
 def remove(path: str) -> None:
@@ -104,7 +135,7 @@ def is_name(name: str) -> bool:
     return (
         name.isprintable()
         and len(name.encode()) <= MAXIMUM_NAME
-        and components[0] != PROC
+        and components[0] not in (PROC, ATTACHED)
         and not any(each in ("", ".", "..") for each in components)
         and all(len(each.encode()) <= MAXIMUM_COMPONENT for each in components)
     )

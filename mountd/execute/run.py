@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mountd.errors import BadFileDescriptor, SyscallError
-from mountd.execute import overlay, verity
+from mountd.execute import composefs, overlay, verity
 from mountd.kernel import cloning, loop_device, mount_api, namespaces
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
@@ -23,6 +23,7 @@ from mountd.plan.operations import (
     Backing,
     CloneTree,
     CreateSuperblock,
+    MakeComposefs,
     MakeMount,
     MakeOverlay,
     MapRanges,
@@ -93,7 +94,8 @@ class Inputs:
         """`hash_fd` is the hash data of dm-verity, where the plan has it; `naming` names sources.
 
         `note` is shown the mount, borrowed, while its ids are those of the file system. `mount_namespace_fd`
-        is where a directory, which is `image_fd` then, may lie. `layers` are the mounts of an overlay.
+        is where a directory, which is `image_fd` then, may lie. `layers` are the mounts of an overlay,
+        for a composefs that of the metadata first.
         """
         self.layers = layers
         self.mount_namespace_fd = mount_namespace_fd
@@ -133,8 +135,8 @@ def make(operations: Sequence[Operation], shared: str | None, inputs: Inputs) ->
     mount: OwnedFd | None = None
     try:
         for operation in operations:
-            if isinstance(operation, CreateSuperblock):
-                context = create(operation, inputs)
+            if isinstance(operation, CreateSuperblock | MakeOverlay | MakeComposefs):
+                context = superblock(operation, inputs)
             elif isinstance(operation, MakeMount):
                 mount = _needed(context).mount(operation.attributes)
             elif isinstance(operation, CloneTree):
@@ -143,8 +145,6 @@ def make(operations: Sequence[Operation], shared: str | None, inputs: Inputs) ->
                 # The old descriptor is the sealer's now, whether it succeeds or not.
                 unsealed, mount = _needed(mount), None
                 mount = inputs.seal(unsealed, shared)
-            elif isinstance(operation, MakeOverlay):
-                context = overlay.create(operation, inputs.layers)
             else:
                 raise ValueError(WRONG_ORDER)
         done, mount = _needed(mount), None
@@ -171,6 +171,15 @@ def run_all(plans: Iterable[Plan], inputs: Inputs) -> list[OwnedFd]:
             made.pop().close()
         raise
     return made
+
+
+def superblock(operation: CreateSuperblock | MakeOverlay | MakeComposefs, inputs: Inputs) -> FsContext:
+    """Return the context of the new superblock, of whatever kind."""
+    if isinstance(operation, MakeOverlay):
+        return overlay.create(operation, inputs.layers)
+    if isinstance(operation, MakeComposefs):
+        return composefs.create(operation, inputs.layers, inputs.naming)
+    return create(operation, inputs)
 
 
 def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:

@@ -199,6 +199,7 @@ class Staging:
         """Detach what a worker that was killed has left, and has kept. Raises SyscallError."""
         shared.take_away(f"{self.directory}/{number}")
         shared.clean(f"{self.directory}/{SHARED}", number)
+        naming.detach(f"{self.directory}{NAMES}/{number}")
 
     def namespaces(self) -> frozenset[int]:
         """Return the ids of both mount namespaces. Raises SyscallError, NotSupported."""

@@ -131,6 +131,30 @@ class MakeOverlay:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeComposefs:
+    """Make a composefs: an overlay of one mount of metadata over the mounts of object directories.
+
+    The contents of files are looked up in these, and nothing else in them is shown. With `verify`, each is
+    read only if fs-verity has for it the digest that the metadata names. Raises ValueError without objects.
+    """
+
+    objects: int
+    verify: bool
+
+    def __post_init__(self) -> None:
+        if self.objects < 1:
+            raise ValueError("a composefs has an object directory")
+
+    def describe(self) -> str:
+        """Return the step in one line."""
+        checked = "has to have" if self.verify else "need not have"
+        return (
+            f"make a read-only composefs over {self.objects} object directories, "
+            f"whose files {checked} the digests that the metadata names"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CloneTree:
     """Make a detached mount of a directory, without what is mounted below it.
 
@@ -192,7 +216,15 @@ class Seal:
 
 
 Operation = (
-    CreateSuperblock | MakeOverlay | MakeMount | CloneTree | MapToNamespace | MapRanges | MapRootOwner | Seal
+    CreateSuperblock
+    | MakeOverlay
+    | MakeComposefs
+    | MakeMount
+    | CloneTree
+    | MapToNamespace
+    | MapRanges
+    | MapRootOwner
+    | Seal
 )
 
 

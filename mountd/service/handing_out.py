@@ -95,6 +95,7 @@ class Entry:
     ) -> Record:
         judged, decision, caller = self._judged, self._judged.decision, self._judged.caller
         superblock = not self._is_of_a_directory
+        of_layers = bool(judged.layers) or judged.inspected.source.composefs is not None
         return Record(
             id=id,
             watch=watch,
@@ -109,7 +110,7 @@ class Entry:
             id_map=described(judged),
             since=int(time.time()),
             superblock=superblock,
-            shared=superblock and read_only and not judged.layers,
+            shared=superblock and read_only and not of_layers,
             sent=sent,
             unit=caller.unit,
             rule=decision.rule,
@@ -127,7 +128,7 @@ def file_system_of(judged: Judged) -> str:
     source = judged.inspected.source
     if source.directory is not None:
         return source.directory.file_system
-    if source.kind is SourceKind.STACK:
+    if source.kind is SourceKind.STACK or source.composefs is not None:
         return "overlay"
     return "tmpfs" if source.file_system is None else source.file_system.type
 

@@ -17,7 +17,7 @@ from mountd.execute.run import Inputs, run_all
 from mountd.fds import close_all
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mounts
-from mountd.service import directories, disks, stacks
+from mountd.service import composefs, directories, disks, stacks
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
@@ -224,7 +224,12 @@ def judge_one(
     may_change: bool,
 ) -> Judged:
     """Find out the facts about one source and decide, as `judge` does."""
-    inspected = inspect(request, caller, fds, context, may_change=may_change)
+    if request.composefs is not None:
+        inspected = composefs.look_at(
+            request, request.composefs, caller, fds, context, may_change=may_change
+        )
+    else:
+        inspected = inspect(request, caller, fds, context, may_change=may_change)
     if inspected.source.disk is not None:
         inspected = disks.settle(inspected, request, caller, context)
     decision = context.policy.decide(caller, inspected.source, inspected.evidence, request.wishes)
@@ -274,6 +279,8 @@ def make(
         return [stacks.make(judged, context, make, note)]
     if inspected.source.directory is not None:
         return [directories.make(judged, context, note)]
+    if inspected.source.composefs is not None:
+        return [composefs.make(judged, context, note)]
     plans = plan_mounts(
         inspected.source,
         judged.decision,
@@ -313,7 +320,7 @@ def file_system_type(source: Source) -> str:
         return "gpt"
     if source.directory is not None:
         return source.directory.file_system
-    if source.kind is SourceKind.STACK:
+    if source.kind is SourceKind.STACK or source.composefs is not None:
         return stacks.OVERLAY
     return source.file_system.type if source.file_system is not None else "tmpfs"
 
@@ -370,7 +377,7 @@ def facts(judged: Judged) -> dict[str, str]:
         shown = consent.details(judged.source, decision)
         found["polkit action"] = consent.action_of(source, decision)
         found["polkit details"] = ", ".join(f"{name} {value}" for name, value in shown.items())
-    found |= directories.facts(judged) | stacks.facts(judged, facts)
+    found |= directories.facts(judged) | composefs.facts(judged) | stacks.facts(judged, facts)
     return {name: str(value) for name, value in found.items() if value is not None}
 
 

@@ -48,7 +48,20 @@ SOURCES = (
 )
 DIRECTORY_FIELD = "source.directoryFileDescriptor"
 COMPANIONS = ("verity", "signature")  # of imageFileDescriptor
-SUPPORTED_SOURCES = ("imageFileDescriptor", "directoryFileDescriptor", "layers", "reference", "tmpfs")
+SUPPORTED_SOURCES = (
+    "imageFileDescriptor",
+    "directoryFileDescriptor",
+    "layers",
+    "composefs",
+    "reference",
+    "tmpfs",
+)
+COMPOSEFS_FIELD = "source.composefs"
+DESCRIPTION_FIELD = f"{COMPOSEFS_FIELD}.dumpFileDescriptor"
+OBJECTS_FIELD = f"{COMPOSEFS_FIELD}.objectsFileDescriptors"
+COMPOSEFS_TYPES = ("composefs", "overlay")
+DIGEST = re.compile("[0-9a-f]{64}")
+MAXIMUM_OBJECTS = 16
 LAYERS_FIELD = "source.layers"
 # Each is a superblock of its own, and may take a loop device.
 MAXIMUM_LAYERS = 32
@@ -65,7 +78,8 @@ class MountRequest:
     Of `image_fd`, `stored` (the digest of an image of the store, or a name in a registry with the digest of
     a manifest), `tmpfs` and `directory_fd`, one is not None. `verity` and the bytes of `signature` may go
     with `image_fd`. A stack has none of these but `layers`, the topmost first, which are requests with the
-    same wishes. `target_fd` is for Attach. `interactive` is whether a person may be asked.
+    same wishes. `composefs` goes with the `image_fd` of metadata, or has a description in its stead.
+    `target_fd` is for Attach. `interactive` is whether a person may be asked.
     """
 
     kind: SourceKind
@@ -81,6 +95,7 @@ class MountRequest:
     interactive: bool = False
     directory_fd: int | None = None
     layers: tuple[MountRequest, ...] = ()
+    composefs: ComposefsRequest | None = None
 
     @classmethod
     def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
@@ -118,7 +133,20 @@ class MountRequest:
             parameters.get("interactive") is True,
             what.directory_fd,
         )
+        if what.composefs is not None:
+            return made.with_objects(what.composefs)
         return made.stacked(layers) if layers else made
+
+    def with_objects(self, composefs: ComposefsRequest) -> MountRequest:
+        """Return this request as one for a composefs. Raises InvalidParameter, NotSupported."""
+        wishes = self.wishes
+        if wishes.file_system_type not in (None, *COMPOSEFS_TYPES):
+            raise InvalidParameter("fileSystemType", f"a composefs is one of {', '.join(COMPOSEFS_TYPES)}")
+        if not wishes.read_only:
+            raise NotSupported(
+                "a composefs to write to", hint="mount it read-only, and put an overlay on it"
+            )
+        return replace(self, composefs=composefs, wishes=replace(wishes, file_system_type=None))
 
     def stacked(self, layers: tuple[What, ...]) -> MountRequest:
         """Return this request as one of a stack with these layers. Raises InvalidParameter, NotSupported."""
@@ -157,6 +185,21 @@ class What:
     signature: bytes | None = None
     verity: VerityRequest | None = None
     layers: tuple[What, ...] = ()
+    composefs: ComposefsRequest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ComposefsRequest:
+    """The directories with the contents of a composefs, and its description if no image came; borrowed.
+
+    `digest` is the one that the image has to have, in hexadecimal, `verity` whether contents are to be
+    checked.
+    """
+
+    objects_fds: tuple[int, ...]
+    description_fd: int | None
+    digest: str | None
+    verity: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +246,8 @@ def read_what(source: Mapping[str, Any], table: Descriptors) -> What:
     image_fd, tmpfs, stored = read_source(source, table)
     if source.get("layers") is not None:
         return What(SourceKind.STACK, layers=read_layers(source["layers"], table))
+    if source.get("composefs") is not None:
+        return read_composefs(source["composefs"], source.get("signature"), table)
     directory_fd = table.optional(source.get("directoryFileDescriptor"), DIRECTORY_FIELD)
     verity = read_verity(source.get("verity"), table)
     signature = read_signature(source.get("signature"), SIGNATURE_FIELD)
@@ -215,6 +260,33 @@ def read_what(source: Mapping[str, Any], table: Descriptors) -> What:
     return What(kind, image_fd, tmpfs, stored, directory_fd, signature, verity)
 
 
+def read_composefs(composefs: Mapping[str, Any], signature: str | None, table: Descriptors) -> What:
+    """Read a composefs. Raises InvalidParameter, LimitExceeded."""
+    image_fd = table.optional(composefs.get("imageFileDescriptor"), f"{COMPOSEFS_FIELD}.imageFileDescriptor")
+    description_fd = table.optional(composefs.get("dumpFileDescriptor"), DESCRIPTION_FIELD)
+    if (image_fd is None) is (description_fd is None):
+        raise InvalidParameter(
+            COMPOSEFS_FIELD, "one of imageFileDescriptor and dumpFileDescriptor has to be given"
+        )
+    if signature is not None and image_fd is None:
+        raise InvalidParameter(SIGNATURE_FIELD, "nobody can have signed what mountd makes itself")
+    numbers = composefs["objectsFileDescriptors"]
+    if not numbers:
+        raise InvalidParameter(OBJECTS_FIELD, "there has to be one directory at least")
+    if len(numbers) > MAXIMUM_OBJECTS:
+        raise LimitExceeded("object directories of a composefs", MAXIMUM_OBJECTS)
+    digest = composefs.get("digest")
+    if digest is not None and DIGEST.fullmatch(digest) is None:
+        raise InvalidParameter(f"{COMPOSEFS_FIELD}.digest", "it is not 64 digits of 0-9 and a-f")
+    objects = tuple(table.take(each, f"{OBJECTS_FIELD}[{at}]") for at, each in enumerate(numbers))
+    return What(
+        SourceKind.IMAGE if description_fd is None else SourceKind.COMPOSEFS,
+        image_fd,
+        signature=read_signature(signature, SIGNATURE_FIELD),
+        composefs=ComposefsRequest(objects, description_fd, digest, composefs.get("verity") is True),
+    )
+
+
 def read_layers(layers: Sequence[Mapping[str, Any]], table: Descriptors) -> tuple[What, ...]:
     """Read the layers of a stack. Raises InvalidParameter, NotSupported, LimitExceeded."""
     if len(layers) > MAXIMUM_LAYERS:
@@ -224,7 +296,7 @@ def read_layers(layers: Sequence[Mapping[str, Any]], table: Descriptors) -> tupl
     found = []
     for number, layer in enumerate(layers):
         with at_layer(number):
-            for name in ("layers", "tmpfs"):
+            for name in ("layers", "tmpfs", "composefs"):
                 if layer.get(name) is not None:
                     reason = "a layer is an image, a directory or a reference"
                     raise InvalidParameter(f"source.{name}", reason)
@@ -245,11 +317,12 @@ def read_source(
     if given[0] not in SUPPORTED_SOURCES:
         raise NotSupported(f"source.{given[0]}", hint="hand over the image itself, as imageFileDescriptor")
     for name in COMPANIONS:
-        if source.get(name) is not None and given[0] != "imageFileDescriptor":
+        signed = name == "signature" and given[0] == "composefs"
+        if source.get(name) is not None and given[0] != "imageFileDescriptor" and not signed:
             raise InvalidParameter(f"source.{name}", "it goes with imageFileDescriptor only")
     if given[0] == "tmpfs":
         return None, read_tmpfs(source["tmpfs"]), None
-    if given[0] in ("directoryFileDescriptor", "layers"):
+    if given[0] in ("directoryFileDescriptor", "layers", "composefs"):
         return None, None, None
     if given[0] == "reference":
         return None, None, read_reference(source["reference"])

@@ -17,6 +17,7 @@ class SourceKind(StrEnum):
     TMPFS = "tmpfs"
     DIRECTORY = "directory"
     STACK = "stack"
+    COMPOSEFS = "composefs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +174,24 @@ class Directory:
 
 
 @dataclass(frozen=True, slots=True)
+class Composefs:
+    """What belongs to an image of a composefs: the directories in which the contents of its files lie.
+
+    `verity` is whether it was asked for that fs-verity checks these. `digest` is the one that the image has
+    to have (`evidence.fs_verity.digest_of`); with one, they are checked where that is possible.
+    """
+
+    objects: tuple[Directory, ...]
+    verity: bool
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """What is to be mounted: `backing` is there for an image, with `file_system` or, where the image has
     partitions, `disk`; `tmpfs` is there for a tmpfs, `directory` for a directory. A stack has none of these,
-    but layers, which are sources of their own.
+    but layers, which are sources of their own. An image with `composefs` is one of metadata only; of the
+    kind COMPOSEFS is one that mountd makes of a description, and has no `backing` before.
     """
 
     kind: SourceKind
@@ -185,3 +200,4 @@ class Source:
     tmpfs: Tmpfs | None
     disk: Disk | None = None
     directory: Directory | None = None
+    composefs: Composefs | None = None

@@ -83,6 +83,10 @@ class Store:
         self._path = state_dir
         self.limits = limits or Limits()
 
+    def part(self, name: str, limits: Limits | None = None) -> Store:
+        """Return a store of its own in a directory below this one's; its images are none of this one."""
+        return Store(self._path / name, limits)
+
     def prepare(self) -> None:
         """Make what is missing, and sweep what killed processes have left. Raises SyscallError, NotFound."""
         with self._named("preparing the store"):

@@ -30,7 +30,7 @@ from mountd.errors import (
     UnsupportedFileSystem,
 )
 from mountd.source.model import SourceKind
-from mountd.trust import image_policy, options, owned, partitions
+from mountd.trust import contents, image_policy, options, owned, partitions
 from mountd.trust.case import Case
 from mountd.trust.match import caller_mismatch, copy_hint, image_mismatch, location_problem, shorten
 from mountd.trust.partitions import WRITABLE
@@ -73,8 +73,8 @@ class Decision:
     `trusted_by` names the proof that the verdict rests on, None where there is none to need; `signer` is who
     signed the image, and `digest` what is known of its contents, where that is known. `attributes` are the
     flags to lock on the mount, `options` what to pass to the file system, `attach` and `max_mounts` are
-    those of the grant, `uses` are the partitions to mount of a disk image; they and `read_only` mean
-    nothing if the verdict is deny.
+    those of the grant, `uses` are the partitions to mount of a disk image, `verify` is whether fs-verity has
+    to check the contents of a composefs; they and `read_only` mean nothing if the verdict is deny.
     """
 
     verdict: Verdict
@@ -92,16 +92,21 @@ class Decision:
     attach: tuple[str, ...] = ()
     max_mounts: int | None = None
     uses: tuple[Use, ...] = ()
+    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Why a rule that allows does: the reason, the kind of immutability, who signed, and what is used."""
+    """Why a rule that allows does: the reason, the kind of immutability, who signed, and what is used.
+
+    `verify` is as in a Decision.
+    """
 
     reason: str
     by: str | None = None
     signer: str | None = None
     uses: tuple[Use, ...] = ()
+    verify: bool = False
 
 
 def decide(
@@ -165,6 +170,7 @@ def apply(rule: Rule, case: Case, before: tuple[Step, ...], rest: tuple[Step, ..
         attach=grant.attach,
         max_mounts=grant.max_mounts,
         uses=trust.uses,
+        verify=trust.verify,
     )
 
 
@@ -231,7 +237,11 @@ def judge_image(rule: Rule, grant: Grant, case: Case) -> Trust:
     if file_system is not None:
         check_image_policy(rule, case, file_system)
     signer = signer if signer is not None else known_signer(case.evidence)
-    return Trust(TRUSTED_BECAUSE[kind], kind, signer, uses)
+    reason, verify = TRUSTED_BECAUSE[kind], False
+    if case.source.composefs is not None:
+        verify, more = contents.check(rule, case, case.source.composefs, kind)
+        reason = f"{reason}; {more}"
+    return Trust(reason, kind, signer, uses, verify)
 
 
 def check_types(rule: Rule, grant: Grant, case: Case, types: list[str]) -> None:

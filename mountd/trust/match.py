@@ -25,6 +25,7 @@ NAMES = {
     SourceKind.IMAGE: "an image",
     SourceKind.TMPFS: "a tmpfs",
     SourceKind.DIRECTORY: "a directory",
+    SourceKind.COMPOSEFS: "a description of a composefs",
 }
 
 

@@ -30,9 +30,12 @@ FILE_SYSTEMS = ("btrfs", "erofs", "ext4", "squashfs", "xfs")
 TMPFS = "tmpfs"
 IMAGE = "image"
 DIRECTORY = "directory"
+COMPOSEFS = "composefs"
 ROOT_OWNED = "root-owned"
 # The kinds of immutability, as they are called in `require.integrity` and as `Proof.kind`.
-INTEGRITY = (ROOT_OWNED, "sealed", "dm-verity", "fs-verity", "stored")
+INTEGRITY = (ROOT_OWNED, "sealed", "dm-verity", "fs-verity", "stored", "regenerated", "composefs-verity")
+# Those that what mountd makes of a description has; no image that somebody hands over does.
+OF_DESCRIPTIONS = ("regenerated", "composefs-verity")
 NAMESPACES = ("own", "none")
 # What a signature is required to be by, if it is not a key of the policy: containers-policy.json(5).
 CONTAINERS_POLICY = "containers-policy"
@@ -114,9 +117,11 @@ class ImageMatch:
             raise PolicyValueError(
                 "image", "give exactly one of location, signed, digest, registry, kind and any = true"
             )
-        if self.kind not in (None, TMPFS, IMAGE, DIRECTORY):
+        if self.kind not in (None, TMPFS, IMAGE, DIRECTORY, COMPOSEFS):
             raise PolicyValueError(
-                "image.kind", f"“{self.kind}” is {NOT_SUPPORTED}; “{IMAGE}”, “{DIRECTORY}” and “{TMPFS}” are"
+                "image.kind",
+                f"“{self.kind}” is {NOT_SUPPORTED}; “{IMAGE}”, “{DIRECTORY}”, “{COMPOSEFS}” and “{TMPFS}” "
+                "are",
             )
         check_patterns("image.location", self.location, location_pattern.check_pattern)
         check_patterns("image.registry", self.registry, registry_pattern.check_pattern)
@@ -343,6 +348,12 @@ class Rule:
             )
         if grant.access is Access.READ_WRITE:
             self.check_writable(self.require)
+        if self.image.kind == COMPOSEFS:
+            self.check_composefs(self.require, grant)
+        elif not self.image.any and set(self.require.integrity) <= set(OF_DESCRIPTIONS):
+            raise PolicyValueError(
+                "require.integrity", f'it is about descriptions; give image = {{ kind = "{COMPOSEFS}" }}'
+            )
         if not grant.file_systems:
             raise PolicyValueError("grant.file-systems", f"name some of {', '.join(FILE_SYSTEMS)}")
         self.check_absent(
@@ -350,6 +361,18 @@ class Rule:
             **{"grant.max-size": grant.max_size, "grant.max-inodes": grant.max_inodes},
         )
         self.check_options(grant, grant.file_systems)
+
+    def check_composefs(self, require: Require, grant: Grant) -> None:
+        """Refuse what a rule about descriptions of composefs cannot have, and what it cannot lack."""
+        if not set(require.integrity) <= set(OF_DESCRIPTIONS):
+            raise PolicyValueError(
+                "require.integrity",
+                f"what mountd makes itself is immutable by {' or '.join(OF_DESCRIPTIONS)}; remove others",
+            )
+        if require.signature is not None or require.min_strength is not None:
+            raise PolicyValueError("require", "nobody signs what mountd makes itself; give integrity only")
+        if grant.file_systems != ("erofs",):
+            raise PolicyValueError("grant.file-systems", 'what mountd makes is erofs; give ["erofs"]')
 
     def check_directory(self, grant: Grant) -> None:
         """Refuse what a rule about directories cannot have, and what it cannot lack."""

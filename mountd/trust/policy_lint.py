@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mountd.trust.policy import CONTAINERS_POLICY, DIRECTORY, IMAGE, ROOT_OWNED, TMPFS, Strength, Verdict
+from mountd.trust.policy import (
+    COMPOSEFS,
+    CONTAINERS_POLICY,
+    DIRECTORY,
+    IMAGE,
+    ROOT_OWNED,
+    TMPFS,
+    Strength,
+    Verdict,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +75,7 @@ def image_covers(wide: ImageMatch, narrow: ImageMatch) -> bool:
         return False
     if wide.kind is not None:
         if wide.kind == IMAGE:
-            return narrow.kind not in (TMPFS, DIRECTORY)
+            return narrow.kind not in (TMPFS, DIRECTORY, COMPOSEFS)
         # One about all directories is about those at a place, too.
         return wide.kind == narrow.kind and not wide.location
     if narrow.kind is not None:

@@ -23,15 +23,26 @@ WAYS_OUT = {
     "(source.verity)",
     "fs-verity": "run “fsverity enable IMAGE”, and open it again, read-only",
     "stored": "run “mountctl image import IMAGE”, and mount what that names",
+    "regenerated": "hand over what “composefs-info dump IMAGE” prints, as a sealed memfd "
+    "(source.composefs.dumpFileDescriptor)",
+    "composefs-verity": "hand over a description in which each file has a digest, and object directories on "
+    "a file system with fs-verity",
 }
 # What is not looked for in the image itself.
-UNPROVEN = {"dm-verity": "no hash data came along", "stored": "it is not an image of the store"}
+UNPROVEN = {
+    "dm-verity": "no hash data came along",
+    "stored": "it is not an image of the store",
+    "regenerated": "mountd has not made it of a description",
+    "composefs-verity": "it is no description of a composefs whose contents fs-verity can check",
+}
 TRUSTED_BECAUSE = {
     ROOT_OWNED: "only root can change the image where it lies",
     "sealed": "the image is a sealed memfd, which nobody can change",
     "dm-verity": "dm-verity refuses every block that is not the one its root hash stands for",
     "fs-verity": "fs-verity makes the image unchangeable",
     "stored": "the image is in the store, which only mountd writes to",
+    "regenerated": "mountd makes the metadata itself, of what the description says",
+    "composefs-verity": "mountd makes the metadata itself, of what the description says",
 }
 FOR_STRENGTH = {
     Strength.SIGNED: "hand over a detached signature of it, by a key of the policy (source.signature)",

@@ -179,3 +179,31 @@ def test_what_the_directory_cannot_hold_has_no_name(
         return made(images["erofs"], "erofs", "/etc/passwd", names, target)
 
     assert forked(work).startswith("/proc/self/fd/")
+
+
+def test_mounts_are_attached_for_a_while(directory: Path, tmp_path: Path) -> None:
+    """Also those that a worker has left which was killed are detached by the next."""
+    tree = build_tree(tmp_path / "tree")
+
+    def work() -> list[object]:
+        staged(directory)
+        names = Naming(f"{directory}/0")
+        before = len(Path("/proc/self/mountinfo").read_text().splitlines())
+
+        def attached() -> int:
+            return len(Path("/proc/self/mountinfo").read_text().splitlines()) - before
+
+        with mount_api.clone_mount(str(tree)) as one, mount_api.clone_mount(str(tree)) as other:
+            with names.attached([one.fileno(), other.fileno()]) as paths:
+                found = [attached(), [(Path(path) / "hello").exists() for path in paths]]
+            found.append(attached())
+        with mount_api.clone_mount(str(tree)) as one:
+            place = names.attached([one.fileno()])
+            place.__enter__()
+            found.append(attached())
+            naming.detach(f"{directory}/0")
+            found.append(attached())
+        naming.detach(f"{directory}/1")
+        return found
+
+    assert forked(work) == [2, [True, True], 0, 1, 0]

@@ -215,3 +215,47 @@ def test_a_stack_is_bounded_read_only_and_an_overlay(fds: list[OwnedFd]) -> None
         request(fds, 0, source={"layers": [STORED] * 2}, fileSystemType="erofs")
     found = request(fds, 0, source={"layers": [STORED] * 2}, fileSystemType="overlay")
     assert found.layers[0].wishes.file_system_type is None
+
+
+OBJECTS = {"dumpFileDescriptor": 0, "objectsFileDescriptors": [1]}
+
+
+def test_a_composefs(fds: list[OwnedFd]) -> None:
+    found = request(fds, 2, source={"composefs": {**OBJECTS, "digest": HASH}}, fileSystemType="overlay")
+    assert (found.kind, found.image_fd, found.wishes.file_system_type) == (SourceKind.COMPOSEFS, None, None)
+    assert found.composefs is not None
+    assert found.composefs.description_fd == fds[0].fileno()
+    assert found.composefs.objects_fds == (fds[1].fileno(),)
+    assert (found.composefs.digest, found.composefs.verity) == (HASH, False)
+    of_image = {"imageFileDescriptor": 0, "objectsFileDescriptors": [1], "verity": True}
+    found = request(fds, 2, source={"composefs": of_image, "signature": "c2lnbmVk"})
+    assert (found.kind, found.image_fd, found.signature) == (SourceKind.IMAGE, fds[0].fileno(), b"signed")
+
+
+@pytest.mark.parametrize(
+    ("composefs", "parameter"),
+    [
+        ({"objectsFileDescriptors": [0, 1]}, "source.composefs"),
+        ({**OBJECTS, "imageFileDescriptor": 0}, "source.composefs.dumpFileDescriptor"),
+        ({**OBJECTS, "objectsFileDescriptors": []}, "source.composefs.objectsFileDescriptors"),
+        ({**OBJECTS, "objectsFileDescriptors": [2]}, "source.composefs.objectsFileDescriptors[0]"),
+        ({**OBJECTS, "objectsFileDescriptors": [1, 1]}, "source.composefs.objectsFileDescriptors[1]"),
+        ({**OBJECTS, "digest": HASH.upper()}, "source.composefs.digest"),
+        ({**OBJECTS, "digest": f"sha256:{HASH}"}, "source.composefs.digest"),
+    ],
+)
+def test_no_composefs(fds: list[OwnedFd], composefs: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        request(fds, 2, source={"composefs": composefs})
+    assert caught.value.parameters["parameter"] == parameter
+
+
+def test_a_composefs_is_bounded_read_only_and_unsigned(fds: list[OwnedFd]) -> None:
+    with pytest.raises(LimitExceeded):
+        request(fds, 2, source={"composefs": {**OBJECTS, "objectsFileDescriptors": [1] * 17}})
+    with pytest.raises(NotSupported, match="write"):
+        request(fds, 2, source={"composefs": OBJECTS}, readOnly=False)
+    with pytest.raises(InvalidParameter, match="fileSystemType"):
+        request(fds, 2, source={"composefs": OBJECTS}, fileSystemType="erofs")
+    with pytest.raises(InvalidParameter, match="signature"):
+        request(fds, 2, source={"composefs": OBJECTS, "signature": "c2lnbmVk"})

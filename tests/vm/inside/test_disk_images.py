@@ -286,15 +286,6 @@ def test_explain_shows_the_partitions(scene: Scene, verified: dict[str, Verified
     assert facts["mounted"] == "root (dm-verity)"
 
 
-def pem_files(directory: Path, team: Signatory) -> tuple[Path, Path]:
-    """What the programs that build images take for signing."""
-    certificate, key = directory / "cert.pem", directory / "key.pem"
-    certificate.write_bytes(team.certificate.public_bytes(Encoding.PEM))
-    key.touch(mode=0o600)
-    key.write_bytes(team.private)
-    return certificate, key
-
-
 def repart(directory: Path, team: Signatory, files: Path) -> Path:
     """An image by systemd-repart(8), with all that it can put there for us."""
     definitions = directory / "repart.d"
@@ -310,7 +301,10 @@ def repart(directory: Path, team: Signatory, files: Path) -> Path:
     (definitions / "40-srv.conf").write_text(
         f"[Partition]\nType=srv\nFormat=ext4\nSizeMinBytes=8M\nCopyFiles={files}:/\n"
     )
-    certificate, key = pem_files(directory, team)
+    certificate, key = directory / "cert.pem", directory / "key.pem"
+    certificate.write_bytes(team.certificate.public_bytes(Encoding.PEM))
+    key.touch(mode=0o600)
+    key.write_bytes(team.private)
     image = directory / "repart.raw"
     command = [
         *("systemd-repart", "--empty=create", "--size=auto", "--offline=yes", "--dry-run=no"),
@@ -335,42 +329,3 @@ def test_an_image_by_systemd_repart(scene: Scene, scratch: Path) -> None:
     strict = "root=signed+read-only-on+growfs-off:srv=unprotected+ext4:=absent"
     assert uses(scene, trusted, imagePolicy=strict) == [("root", "dm"), ("srv", "loop"), ("place", "rule")]
     assert result(scene, trusted, imagePolicy="root=signed+growfs-on")[0] == "DeniedByPolicy"
-
-
-def mkosi(directory: Path, team: Signatory, files: Path) -> Path:
-    """An image by mkosi(1) of a tree that is an operating system by its name only."""
-    (files / "usr/lib").mkdir(parents=True)
-    (files / "usr/lib/os-release").write_text("ID=test\nVERSION_ID=1\n")
-    certificate, key = pem_files(directory, team)
-    definitions = directory / "mkosi.repart"
-    definitions.mkdir()
-    for name, about in {
-        "10-root": "Type=root\nFormat=erofs\nCopyFiles=/\nVerity=data\nMinimize=best\n",
-        "20-hash": "Type=root-verity\nVerity=hash\nMinimize=best\n",
-        "30-signature": "Type=root-verity-sig\nVerity=signature\n",
-    }.items():
-        (definitions / f"{name}.conf").write_text(f"[Partition]\n{about}VerityMatchKey=root\n")
-    (directory / "mkosi.conf").write_text(
-        "[Distribution]\nDistribution=custom\n"
-        "[Output]\nFormat=disk\nOutput=image\n"
-        f"[Content]\nBaseTrees={files}\nBootable=no\n"
-        f"[Validation]\nVerity=yes\nVerityKey={key}\nVerityCertificate={certificate}\n"
-    )
-    done = subprocess.run(
-        ["mkosi", "--directory", directory, "build"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return directory / "image.raw"
-
-
-def test_an_image_by_mkosi(scene: Scene, scratch: Path) -> None:
-    work = scratch / "mkosi"
-    work.mkdir()
-    image = mkosi(work, scene.team, build_tree(work / "files"))
-    users = scene.home / "mkosi.raw"
-    users.write_bytes(image.read_bytes())
-    os.chown(users, USER, USER)
-    assert uses(scene, users) == [("root", "dm"), ("signed", "rule")]
-    trusted = scene.trusted / "mkosi.raw"
-    trusted.write_bytes(image.read_bytes())
-    assert uses(scene, trusted, imagePolicy="root=signed") == [("root", "dm"), ("place", "rule")]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mountd.errors import SyscallError
-from mountd.evidence.fs_verity import NOT_ENABLED, prove
+from mountd.evidence.fs_verity import NOT_ENABLED, digest_of, missing_in, prove
 from mountd.evidence.model import Proof
 from mountd.execute.run import Inputs, run
 from mountd.fds import OwnedFd
@@ -93,6 +93,31 @@ def test_the_measured_digest_is_that_of_the_contents(place: Path, size: int) -> 
     assert proof(path) == NOT_ENABLED
     enable(path)
     assert proof(path) == Proof("fs-verity", computed(path))
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4097, 128 * 4096, 128 * 4096 + 1, 3 * MIB])
+def test_the_computed_digest_is_the_measured_one(place: Path, size: int) -> None:
+    """As a composefs has it, whose image need not have fs-verity."""
+    path = write(place / f"computed-{size}", size)
+    with OwnedFd(os.open(path, os.O_RDONLY)) as fd:
+        digest = digest_of(fd.fileno(), size)
+        with pytest.raises(ValueError, match="shorter"):
+            digest_of(fd.fileno(), size + 1)
+    enable(path)
+    assert proof(path) == Proof("fs-verity", f"sha256:{digest}")
+
+
+def test_which_directories_can_have_such_files(place: Path, bare: dict[str, Path]) -> None:
+    def missing(path: Path) -> str | None:
+        with OwnedFd(os.open(path, os.O_RDONLY)) as fd:
+            return missing_in(fd.fileno())
+
+    (place / "objects").mkdir()
+    assert missing(place / "objects") is None
+    assert {kind: missing(path) for kind, path in bare.items()} == {
+        "plain ext4": "its file system has no fs-verity, or was made without the feature verity",
+        "xfs": "its file system has no fs-verity",
+    }
 
 
 def test_other_algorithm_and_salt(place: Path) -> None:
