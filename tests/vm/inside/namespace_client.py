@@ -3,22 +3,25 @@
 Prints as JSON what was answered, and what root of the namespace could do in that mount and outside it.
 """
 
-import array
+from __future__ import annotations
+
 import json
 import os
 import socket
 import sys
+from typing import Any
 
 DIRECTORY, ELSEWHERE, REGISTRAR, MOUNTER = sys.argv[1:]
 
 
-def call(address, method, fds, **parameters):
+def call(address: str, method: str, fds: list[int], **parameters: Any) -> tuple[dict[str, Any], list[int]]:
     """The reply of a call, and the descriptors that came with it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.connect(address)
         body = json.dumps({"method": method, "parameters": parameters}).encode() + b"\0"
         socket.send_fds(connection, [body], fds)
-        received, numbers = b"", array.array("i")
+        received = b""
+        numbers: list[int] = []
         while not received.endswith(b"\0"):
             data, more, _, _ = socket.recv_fds(connection, 65536, 16)
             assert data, f"{method}: no answer"
@@ -27,7 +30,7 @@ def call(address, method, fds, **parameters):
         return json.loads(received[:-1]), list(numbers)
 
 
-def new_namespace():
+def new_namespace() -> int:
     """A user namespace of the caller's, without maps."""
     ready, go = os.pipe(), os.pipe()
     child = os.fork()
@@ -44,7 +47,7 @@ def new_namespace():
     return fd
 
 
-def made(userns, where):
+def made(userns: int, where: int) -> str:
     """Whether root of the namespace can make a directory there: "made", or the error."""
     reader, writer = os.pipe()
     if os.fork() == 0:
@@ -63,7 +66,7 @@ def made(userns, where):
 
 userns = new_namespace()
 method = "io.systemd.NamespaceResource.AllocateUserRange"
-found = {}
+found: dict[str, Any] = {}
 found["allocated"], _ = call(
     REGISTRAR, method, [userns], name="conform", size=65536, userNamespaceFileDescriptor=0
 )

@@ -132,7 +132,12 @@ def images(scratch: Path) -> dict[str, Path]:
 def serving(scratch: Path, home: Path, images: dict[str, Path], udev: None) -> Iterator[Daemon]:
     """mountd, nsresourced with its security module, and udev, without which nspawn takes no image."""
     (RUN / "system").mkdir(parents=True, exist_ok=True)
-    made = ["systemd-tmpfiles", "--create", "--prefix=/run/systemd", ROOT / "units/tmpfiles.d/mountd.conf"]
+    made: list[str | Path] = [
+        "systemd-tmpfiles",
+        "--create",
+        "--prefix=/run/systemd",
+        ROOT / "units/tmpfiles.d/mountd.conf",
+    ]
     subprocess.run(made, check=True)
     # For RootImage= of any unit.
     (RUN / "mount-rootfs").mkdir(exist_ok=True, mode=0o555)
@@ -210,7 +215,16 @@ def test_a_registered_namespace_may_write_there_only(serving: Daemon, home: Path
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     script = Path(__file__).with_name("namespace_client.py").read_text()
-    command = [sys.executable, "-I", "-c", script, directory, open_to_all, REGISTRAR, MOUNTER]
+    command: list[str | Path] = [
+        sys.executable,
+        "-I",
+        "-c",
+        script,
+        directory,
+        open_to_all,
+        REGISTRAR,
+        MOUNTER,
+    ]
     done = run(*command)
     assert done.returncode == 0, done.stderr + serving.log
     found = json.loads(done.stdout)
