@@ -3,6 +3,9 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 VM_STAMP := $(VENV)/.complete-vm
+BENCH_STAMP := $(VENV)/.complete-bench
+# For bench-seed: --readme puts what it finds into README.md, --entries=N takes so many of /usr.
+SEED :=
 
 DESTDIR :=
 PREFIX := /usr
@@ -11,7 +14,7 @@ SBIN := $(DESTDIR)$(PREFIX)/sbin
 BIN := $(DESTDIR)$(PREFIX)/bin
 SHARE := $(DESTDIR)$(PREFIX)/share
 
-.PHONY: demo test test-vm bench setup install deb clean
+.PHONY: demo test test-vm bench bench-seed setup install deb clean
 
 demo: $(STAMP)
 	$(PYTHON) -m tests.demo
@@ -26,6 +29,9 @@ test-vm: $(VM_STAMP)
 bench: $(STAMP)
 	$(PYTHON) -m tests.bench
 
+bench-seed: $(BENCH_STAMP)
+	$(PYTHON) -m tests.bench.seed $(SEED)
+
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml Makefile tests/packages.txt tests/setup tests/composefs
@@ -34,6 +40,10 @@ $(STAMP): pyproject.toml Makefile tests/packages.txt tests/setup tests/composefs
 
 $(VM_STAMP): $(STAMP) tests/vm/packages.txt
 	tests/setup $(VENV) tests/vm/packages.txt
+	touch $@
+
+$(BENCH_STAMP): $(STAMP) tests/bench/packages.txt
+	tests/setup $(VENV) tests/bench/packages.txt
 	touch $@
 
 # For the system's own Python: the modules lie where nothing else is, and the programs ignore the environment.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 import errno
 import os
 
@@ -245,6 +244,8 @@ def read_signature(path: str) -> str:
         data = os.read(fd.fileno(), MAXIMUM_SIGNATURE + 1)
     if not 0 < len(data) <= MAXIMUM_SIGNATURE:
         raise InvalidParameter("signature", f"{path} has not 1 to {MAXIMUM_SIGNATURE} bytes")
+    import binascii
+
     return binascii.b2a_base64(data, newline=False).decode()
 
 

@@ -6,10 +6,7 @@ waits for the answer. It is started only once mountd has said that somebody has 
 
 from __future__ import annotations
 
-import contextlib
 import os
-import select
-import signal
 import sys
 
 from mountd.errors import InteractiveAuthenticationRequired
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
-    from mountd.client import Request
+    from mountd.request import Request
 
     Reply = TypeVar("Reply")
 
@@ -72,6 +69,8 @@ class Agent:
         """Start it and wait until it is known to polkit, or has given up."""
         if not os.access(PROGRAM, os.X_OK):
             return self
+        import contextlib
+        import select
         import termios
 
         with contextlib.suppress(termios.error):
@@ -105,6 +104,9 @@ class Agent:
 
     def _stop(self) -> None:
         """End it: by SIGTERM, so that it gives the terminal back as it was."""
+        import contextlib
+        import signal
+
         pid, self._pid = self._pid, 0
         if pid:
             with contextlib.suppress(ProcessLookupError):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
+from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
 from mountd.cli.report import printable, say, show_json, tell_left_out
-from mountd.client import Client, attach_reply, open_target
 from mountd.errors import NotFound, SyscallError
 from mountd.fds import OwnedFd
-from mountd.kernel import mount_api
-from mountd.kernel.flags import StatxMask, Unmount
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
     Reply = TypeVar("Reply")
 
-    from mountd.client import Request
+    from mountd.request import Request
 
 CAP_SYS_ADMIN = 21  # linux/capability.h
 # How long one who has interrupted a call waits to hear whether it was carried out all the same.
@@ -101,24 +99,25 @@ def umount(options: argparse.Namespace) -> int:
 
 def mount_at(path: str) -> int:
     """Return the unique id of what is mounted at `path`. Raises NotFound, OSError."""
-    from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
+    from mountd.kernel import moving
 
     try:
         root = open_target(path)
     except NotFound:
         raise NotFound(path) from None  # without the hint to make it
     with root:
-        # Not asking its file system: who mounted it may not answer any more.
-        status = statx(root.fileno(), "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)
-    if not status.stx_attributes & STATX_ATTR_MOUNT_ROOT:
+        id = moving.mount_at(root.fileno())
+    if id is None:
         raise NotFound(f"a mount at {path}", hint="“findmnt” shows what is mounted")
-    return int(status.stx_mnt_id)
+    return id
 
 
 def detach_here(path: str, *, lazy: bool) -> bool:
     """Detach what is mounted at `path`, if this process may. Raises SyscallError for another reason."""
+    from mountd.kernel import moving
+
     try:
-        mount_api.umount(path, Unmount.DETACH if lazy else Unmount(0))
+        moving.unmount(path, moving.DETACH if lazy else 0)
     except SyscallError as error:
         if error.errno == errno.EPERM:
             return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import socket
 
@@ -17,10 +18,10 @@ from mountd.client import Client, Request
 from mountd.errors import MountdError, NotFound, SyscallError
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import attaching, mount_api, namespaces, sockets
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.child import end_with_parent
 from mountd.kernel.flags import Clone, MoveMount, OpenTree, Propagation, Unmount
 from mountd.kernel.libc import call
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.wire.framing import MAX_FDS
 
 TYPE_CHECKING = False
@@ -77,7 +78,7 @@ def run_in_image(request: Request, client: Client, command: Sequence[str]) -> in
                 signal.signal(number, lambda number, _: os.kill(pid, number))
             ours.send(b"go")
             said = ours.recv(64)  # nothing, once the command is running
-        _, status = os.waitpid(pid, 0)
+        status = _status_of(pid)
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -87,6 +88,28 @@ def run_in_image(request: Request, client: Client, command: Sequence[str]) -> in
         raise CannotRun(command[0], int(said))
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def _status_of(pid: int) -> int:
+    """Wait for the end of process `pid`, and return what waitpid(2) says of it.
+
+    In a call that waits for the process only, a signal that came just before it would wait as well, and not
+    be passed on.
+    """
+    woken, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    try:
+        with OwnedFd(os.pidfd_open(pid)) as ended:
+            poller = select.poll()
+            poller.register(ended.fileno(), select.POLLIN)
+            poller.register(woken, select.POLLIN)
+            while ended.fileno() not in dict(poller.poll()):
+                os.read(woken, 512)
+        return os.waitpid(pid, 0)[1]
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(woken)
+        os.close(wake)
 
 
 def _prepare(channel: socket.socket, pid: int, request: Request, client: Client) -> None:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
-import stat
 import sys
 
-from mountd.cli.report import UsageError, fail, line_about, printable, say
-from mountd.errors import SyscallError
+from mountd.cli.report import UsageError, fail, finish, leave, line_about, printable, say
+from mountd.errors import MountdError, SyscallError
 from mountd.fds import OwnedFd
+from mountd.kernel import sockets
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import NoReturn
+
+    Flag = tuple[str, str]  # with its dash or dashes, and its value, "" for none
 
 JOURNAL = "/run/systemd/journal/socket"
 JOURNAL_STREAM = "JOURNAL_STREAM"
@@ -28,6 +34,90 @@ def become_caller() -> None:
         # The groups first, which takes the rights that go with the uid.
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
+
+
+class Wishes:
+    """A command line, read: what those of both programs have."""
+
+    def __init__(self) -> None:
+        """Nothing is asked for yet."""
+        self.directory = ""
+        self.namespace: str | None = None
+        self.verbose = self.json = False
+
+    def read(self, argv: list[str]) -> None:
+        """Read a command line; how its errors are to be told comes first. Raises MountdError."""
+        raise NotImplementedError
+
+
+def carry_out(program: str, usage: str, argv: list[str], wishes: Wishes, work: Callable[[], int]) -> int:
+    """Have `wishes` read a command line, do `work` and return the exit status; what goes wrong is told.
+
+    Raises KeyboardInterrupt.
+    """
+    if argv[:1] in (["-h"], ["--help"]):
+        say(usage)
+        return 0
+    if argv[:1] in (["-V"], ["--version"]):
+        from mountd.version import VERSION
+
+        say(f"{program} {VERSION}")
+        return 0
+    try:
+        wishes.read(argv)
+        return work()
+    except (MountdError, OSError) as error:
+        return failed(program, error, where=wishes.directory, as_json=wishes.json)
+
+
+def read_line(
+    argv: list[str], letters: str, words: Sequence[str] = (), *, names: Sequence[str], usage: str
+) -> tuple[list[Flag], list[str]]:
+    """Return the options of a command line with their values, and what stands for each of `names`.
+
+    As getopt_long(3) reads it, but without abbreviated words: `letters` that take a value are followed by a
+    colon, `words` take none. The standard library's getopt loads regular expressions and translations, for
+    which every mount would have to wait. Raises UsageError.
+    """
+    flags: list[Flag] = []
+    others: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        if argument == "--":
+            others += rest
+        elif argument.startswith("--"):
+            if argument[2:] not in words:
+                raise UsageError(f"option {argument} not recognized", hint=usage)
+            flags.append((argument, ""))
+        elif argument.startswith("-") and argument != "-":
+            flags += read_letters(argument[1:], letters, rest, usage)
+        else:
+            others.append(argument)
+    if len(others) != len(names):
+        needed = f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} needed"
+        raise UsageError(f"{needed}, and nothing else", hint=usage)
+    return flags, others
+
+
+def read_letters(text: str, letters: str, rest: Iterator[str], usage: str) -> Iterator[Flag]:
+    """Yield the options of one argument; the value of the last one may be the next of `rest`."""
+    for number, letter in enumerate(text, 1):
+        if letter == ":" or letter not in letters:
+            raise UsageError(f"option -{letter} not recognized", hint=usage)
+        if f"{letter}:" not in letters:
+            yield f"-{letter}", ""
+            continue
+        value = text[number:] or next(rest, None)
+        if value is None:
+            raise UsageError(f"option -{letter} requires argument", hint=usage)
+        yield f"-{letter}", value
+        return
+
+
+def run_program(program: str, run: Callable[[list[str]], int]) -> NoReturn:
+    """Be the program: with the rights of who called it, and no longer than it takes."""
+    become_caller()
+    leave(finish(program, lambda: run(sys.argv[1:])))
 
 
 class Place:
@@ -90,8 +180,9 @@ class Inside:
 def enter(namespace: OwnedFd) -> None:
     """Enter a mount namespace. Raises SyscallError.
 
-    With what is imported here for that comes all that is used there.
+    What is imported here is all that is used there, besides what has been imported by then.
     """
+    from mountd.kernel import attaching, moving, paths  # noqa: F401 - not for here
     from mountd.kernel.flags import Clone
     from mountd.kernel.namespaces import setns
 
@@ -121,9 +212,7 @@ def note(program: str, line: str, priority: int) -> None:
     message = printable(line).encode("utf-8", "replace").decode()
     data = f"MESSAGE={message}\nPRIORITY={priority}\nSYSLOG_IDENTIFIER={program}\n".encode()
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as journal:
-            journal.setblocking(False)
-            journal.sendto(data, JOURNAL)
+        sockets.send_datagram(JOURNAL, data)
     except OSError:
         return  # there is none, or it does not listen
 
@@ -137,4 +226,6 @@ def leads_to_journal() -> bool:
         status = os.fstat(2)
     except OSError:
         return False
+    import stat
+
     return stat.S_ISSOCK(status.st_mode) and stream == f"{status.st_dev}:{status.st_ino}"

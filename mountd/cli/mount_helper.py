@@ -14,25 +14,22 @@ more rights than the user has, it gives them up first: what mountd judges is the
 from __future__ import annotations
 
 import errno
-import getopt
 import os
-import sys
 
+from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
 from mountd.cli.attaching import can_attach, regretting
-from mountd.cli.helper import Place, become_caller, failed, tell
-from mountd.cli.report import UsageError, end, say, show_json, tell_left_out
-from mountd.client import IDMAPS, Client, Request, attach_reply, open_target
+from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
+from mountd.cli.helper import Wishes as CommandLine
+from mountd.cli.report import show_json, tell_left_out
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
 from mountd.fds import OwnedFd
-from mountd.kernel import mount_api
-from mountd.kernel.flags import Unmount
-from mountd.version import VERSION
+from mountd.request import IDMAPS, Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import TypeVar
+    from typing import NoReturn, TypeVar
 
     Reply = TypeVar("Reply")
     Made = Mapping[str, object]
@@ -83,12 +80,14 @@ NOT_DONE = {
 }
 
 
-class Wishes:
+class Wishes(CommandLine):
     """The command line, read."""
 
     def __init__(self) -> None:
         """The defaults of mount.mountd."""
-        self.fake = self.sloppy = self.verbose = self.json = False
+        super().__init__()
+        self.spec = ""
+        self.fake = self.sloppy = False
         self.read_only: bool | None = None
         self.type: str | None = None
         self.options: list[str] = []
@@ -98,7 +97,27 @@ class Wishes:
         self.image_policy: str | None = None
         self.interactive: bool | None = None
         self.digest: str | None = None
-        self.namespace: str | None = None
+
+    def read(self, argv: list[str]) -> None:
+        """Read the command line. Raises UsageError, OptionNotPermitted."""
+        self.json = asks_for_json(argv)
+        flags, (self.spec, directory) = read_line(
+            argv, "sfnvrwo:t:N:", ["json"], names=["SPEC", "DIR"], usage=USAGE
+        )
+        given = {flag for flag, _ in flags}
+        self.json, self.verbose = "--json" in given, "-v" in given
+        self.sloppy, self.fake = "-s" in given, "-f" in given
+        for flag, value in flags:
+            if flag == "-N":
+                self.namespace = value
+            elif flag in ("-r", "-w"):
+                self.read_only = flag == "-r"
+            elif flag == "-t":
+                self.type = read_type(value)
+            elif flag == "-o":
+                for option in filter(None, value.split(",")):
+                    self.read_option(option)
+        self.directory = directory
 
     def read_option(self, option: str) -> None:
         """Take one entry of -o. Raises OptionNotPermitted."""
@@ -165,32 +184,6 @@ def is_digest(text: str) -> bool:
     )
 
 
-def parse(argv: list[str]) -> tuple[Wishes, list[str]]:
-    """Read the command line. Raises getopt.GetoptError, OptionNotPermitted."""
-    flags, positional = getopt.gnu_getopt(argv, "sfnvrwo:t:N:", ["json"])
-    wishes = Wishes()
-    wishes.sloppy = any(flag == "-s" for flag, _ in flags)
-    for flag, value in flags:
-        if flag == "-N":
-            wishes.namespace = value
-        elif flag in ("-r", "-w"):
-            wishes.read_only = flag == "-r"
-        elif flag == "-f":
-            wishes.fake = True
-        elif flag == "-v":
-            wishes.verbose = True
-        elif flag == "--json":
-            wishes.json = True
-        elif flag == "-t":
-            wishes.type = read_type(value)
-        elif flag == "-o":
-            for option in filter(None, value.split(",")):
-                wishes.read_option(option)
-    if len(positional) != 2:
-        raise getopt.GetoptError("SPEC and DIR are needed, and nothing else")
-    return wishes, positional
-
-
 def read_type(text: str) -> str | None:
     """Return the type of file system that -t asks for: “mountd.erofs” is an erofs, “mountd” anything."""
     own, _, subtype = text.partition(".")
@@ -199,22 +192,8 @@ def read_type(text: str) -> str | None:
 
 def run(argv: list[str]) -> int:
     """Do what the command line says and return the exit status. Raises KeyboardInterrupt."""
-    if argv[:1] in (["-h"], ["--help"]):
-        say(USAGE)
-        return 0
-    if argv[:1] in (["-V"], ["--version"]):
-        say(f"{PROGRAM} {VERSION}")
-        return 0
-    as_json = asks_for_json(argv)
-    directory = ""
-    try:
-        wishes, (spec, directory) = parse(argv)
-        as_json = wishes.json
-        return mount(wishes, spec, directory)
-    except getopt.GetoptError as error:
-        return failed(PROGRAM, UsageError(str(error), hint=USAGE), as_json=as_json)
-    except (MountdError, OSError) as error:
-        return failed(PROGRAM, error, where=directory, as_json=as_json)
+    wishes = Wishes()
+    return carry_out(PROGRAM, USAGE, argv, wishes, lambda: mount(wishes))
 
 
 def asks_for_json(argv: list[str]) -> bool:
@@ -222,13 +201,14 @@ def asks_for_json(argv: list[str]) -> bool:
     return "--json" in argv[: argv.index("--") if "--" in argv else None]
 
 
-def mount(wishes: Wishes, spec: str, directory: str) -> int:
+def mount(wishes: Wishes) -> int:
     """Mount and attach, or with -f only ask whether that would be allowed. Raises MountdError, OSError."""
+    directory = wishes.directory
     with (
         Place(wishes.namespace) as place,
         open_within(place, directory) as target,
         Request(
-            spec,
+            wishes.spec,
             read_only=wishes.read_only,
             file_system_type=wishes.type,
             options=wishes.options,
@@ -299,9 +279,11 @@ def attach_ourselves(
 
 
 def drop(mount: OwnedFd) -> None:
-    """Detach a mount that may have been attached already. Its descriptor leads to it, wherever that is."""
+    """Detach a mount that may have been attached already."""
+    from mountd.kernel import moving
+
     try:
-        mount_api.umount(f"/proc/self/fd/{mount.fileno()}", Unmount.DETACH)
+        moving.detach(mount.fileno())
     except OSError:
         return  # it was not
 
@@ -367,10 +349,9 @@ def judge(decision: object, directory: str, wishes: Wishes) -> int:
     return failed(PROGRAM, error, where=directory, as_json=wishes.json)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of the console script."""
-    become_caller()
-    end(PROGRAM, lambda: run(sys.argv[1:]))
+    run_program(PROGRAM, run)
 
 
 if __name__ == "__main__":

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 
-from mountd.errors import (
-    AttachNotPermitted,
-    BadFileDescriptor,
-    DeniedByPolicy,
-    InteractiveAuthenticationRequired,
-    InvalidParameter,
-    KeyUnknown,
-    LimitExceeded,
-    MountdError,
-    NotFound,
-    NotImmutable,
-    OptionNotPermitted,
-    PeerGone,
-    ProtocolError,
-    RegistryFailed,
-    ShuttingDown,
-    SignatureInvalid,
-    StorageFull,
-    SyscallError,
-    TimedOut,
-    Unreachable,
-    UserNamespaceNotPermitted,
-)
+from mountd import errors
+from mountd.errors import MountdError, SyscallError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import NoReturn
 
 # mount(8), EXIT STATUS
 EXIT_USAGE = 1  # incorrect invocation or permissions
@@ -43,31 +22,31 @@ EXIT_INTERRUPTED = 8
 EXIT_FAILURE = 32  # mount failure
 
 PERMISSION = (
-    AttachNotPermitted,
-    BadFileDescriptor,
-    DeniedByPolicy,
-    InteractiveAuthenticationRequired,
-    InvalidParameter,
-    KeyUnknown,
-    NotFound,
-    NotImmutable,
-    OptionNotPermitted,
-    SignatureInvalid,
-    UserNamespaceNotPermitted,
+    errors.AttachNotPermitted,
+    errors.BadFileDescriptor,
+    errors.DeniedByPolicy,
+    errors.InteractiveAuthenticationRequired,
+    errors.InvalidParameter,
+    errors.KeyUnknown,
+    errors.NotFound,
+    errors.NotImmutable,
+    errors.OptionNotPermitted,
+    errors.SignatureInvalid,
+    errors.UserNamespaceNotPermitted,
     FileNotFoundError,
     IsADirectoryError,
     NotADirectoryError,
     PermissionError,
 )
 SYSTEM = (
-    LimitExceeded,
-    PeerGone,
-    ProtocolError,
-    RegistryFailed,
-    ShuttingDown,
-    StorageFull,
-    TimedOut,
-    Unreachable,
+    errors.LimitExceeded,
+    errors.PeerGone,
+    errors.ProtocolError,
+    errors.RegistryFailed,
+    errors.ShuttingDown,
+    errors.StorageFull,
+    errors.TimedOut,
+    errors.Unreachable,
 )
 EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
 
@@ -162,6 +141,8 @@ def say(text: str) -> None:
 
 def show_json(value: object) -> None:
     """Print one JSON document. Raises OSError."""
+    import json
+
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding if sys.stdout is not None else "utf-8")
@@ -191,6 +172,11 @@ def occupy_standard_descriptors() -> None:
 
 def end(program: str, work: Callable[[], int]) -> None:
     """Do `work` and end with the status it returns; whatever goes wrong is one line. Never returns."""
+    sys.exit(finish(program, work))
+
+
+def finish(program: str, work: Callable[[], int]) -> int:
+    """Do `work` and return the exit status; whatever goes wrong is one line."""
     status = EXIT_BUG
     try:
         occupy_standard_descriptors()
@@ -201,4 +187,15 @@ def end(program: str, work: Callable[[], int]) -> None:
         status = EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - a user has no use for a traceback
         complain(f"{program}: this is a bug of mountd, please report it: {error!r}")
-    sys.exit(status)
+    return status
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once. What it holds, the kernel takes back sooner than the interpreter would."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            continue  # who reads it has gone; that was found out when it was written
+    os._exit(status)

@@ -12,86 +12,69 @@ by themselves do that.
 from __future__ import annotations
 
 import errno
-import getopt
 import os
-import sys
 
+from mountd.asking import Client
 from mountd.cli.attaching import can_attach, mount_at
-from mountd.cli.helper import Place, become_caller, failed, tell
-from mountd.cli.report import UsageError, end, say
-from mountd.client import Client
-from mountd.errors import InUse, MountdError, NotFound, SyscallError
-from mountd.kernel import mount_api
-from mountd.kernel.flags import Unmount
-from mountd.version import VERSION
+from mountd.cli.helper import Place, carry_out, read_line, run_program, tell
+from mountd.cli.helper import Wishes as CommandLine
+from mountd.errors import InUse, NotFound, SyscallError
+from mountd.kernel import moving
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 PROGRAM = "umount.mountd"
 USAGE = f"usage: {PROGRAM} DIR [-flnrv] [-t TYPE] [-N NAMESPACE]"
 
 
-class Wishes:
+class Wishes(CommandLine):
     """The command line, read."""
 
     def __init__(self) -> None:
         """The defaults of umount.mountd."""
-        self.lazy = self.force = self.verbose = False
-        self.namespace: str | None = None
+        super().__init__()
+        self.lazy = self.force = False
 
-
-def parse(argv: list[str]) -> tuple[Wishes, str]:
-    """Read the command line. Raises getopt.GetoptError."""
-    flags, positional = getopt.gnu_getopt(argv, "flnrvt:N:")
-    wishes = Wishes()
-    for flag, value in flags:
-        if flag == "-l":
-            wishes.lazy = True
-        elif flag == "-f":
-            wishes.force = True
-        elif flag == "-v":
-            wishes.verbose = True
-        elif flag == "-N":
-            wishes.namespace = value
+    def read(self, argv: list[str]) -> None:
+        """Read the command line. Raises UsageError."""
+        flags, (directory,) = read_line(argv, "flnrvt:N:", names=["DIR"], usage=USAGE)
+        given = dict(flags)
         # -n is about a file that umount(8) writes, -t about what mount(8) was told, and what is in use stays
         # as it is: there is nothing to be made read-only in its place (-r).
-    if len(positional) != 1:
-        raise getopt.GetoptError("DIR is needed, and nothing else")
-    return wishes, positional[0]
+        self.lazy, self.force, self.verbose = "-l" in given, "-f" in given, "-v" in given
+        self.namespace = given.get("-N")
+        self.directory = directory
 
 
 def run(argv: list[str]) -> int:
     """Do what the command line says and return the exit status. Raises KeyboardInterrupt."""
-    if argv[:1] in (["-h"], ["--help"]):
-        say(USAGE)
-        return 0
-    if argv[:1] in (["-V"], ["--version"]):
-        say(f"{PROGRAM} {VERSION}")
-        return 0
-    directory = ""
-    try:
-        wishes, directory = parse(argv)
-        unmount(wishes, directory)
-        if wishes.verbose:
-            tell(PROGRAM, f"{directory} unmounted")
-        return 0
-    except getopt.GetoptError as error:
-        return failed(PROGRAM, UsageError(str(error), hint=USAGE))
-    except (MountdError, OSError) as error:
-        return failed(PROGRAM, error, where=directory)
+    wishes = Wishes()
+    return carry_out(PROGRAM, USAGE, argv, wishes, lambda: unmount(wishes))
 
 
-def unmount(wishes: Wishes, directory: str) -> None:
+def unmount(wishes: Wishes) -> int:
+    """Unmount what the command line names, and return 0. Raises MountdError, OSError."""
+    take_away(wishes, wishes.directory)
+    if wishes.verbose:
+        tell(PROGRAM, f"{wishes.directory} unmounted")
+    return 0
+
+
+def take_away(wishes: Wishes, directory: str) -> None:
     """Unmount what is at `directory`. Raises MountdError, OSError."""
     with Place(wishes.namespace) as place, place.inside():
         # What lies on top of a mount is what its path leads to, and what umount2(2) takes.
         id = mount_at(directory)
         if can_attach():
-            flags = Unmount.NOFOLLOW
+            flags = moving.NOFOLLOW
             if wishes.lazy:
-                flags |= Unmount.DETACH
+                flags |= moving.DETACH
             if wishes.force:
-                flags |= Unmount.FORCE
+                flags |= moving.FORCE
             try:
-                mount_api.umount(directory, flags)
+                moving.unmount(directory, flags)
                 return
             except SyscallError as error:
                 if error.errno == errno.EBUSY:
@@ -115,10 +98,9 @@ def busy(directory: str) -> InUse:
     return InUse(f"{directory}: it is in use", hint="“fuser -vm DIR” says by whom; or “umount --lazy DIR”")
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point of the console script."""
-    become_caller()
-    end(PROGRAM, lambda: run(sys.argv[1:]))
+    run_program(PROGRAM, run)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from mountd.fds import OwnedFd
 from mountd.kernel import dm_verity, namespaces
 from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.fuse import mount_fusectl
-from mountd.kernel.libc import call
+from mountd.kernel.libc import call, prepare_all
 from mountd.ledger.book import Book
 from mountd.service import signatures
 from mountd.service.admin import METHODS as ADMIN_METHODS
@@ -52,6 +52,7 @@ from mountd.service.revoke import METHODS as REVOKE_METHODS
 from mountd.store.store import Store
 from mountd.trust.policy import Policy
 from mountd.trust.policy_file import Loader
+from mountd.wire import rebuilding  # noqa: F401 - or each worker would, that asks another service
 from mountd.wire.dispatch import Dispatcher, interface_directory
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class ForkServer:
         call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        prepare_all()
         gc.collect()
         gc.freeze()
         channel.tell(self._control, Word.READY)

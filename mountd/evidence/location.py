@@ -17,8 +17,8 @@ from mountd.errors import SyscallError
 from mountd.evidence.model import Evidence
 from mountd.evidence.mounts import problem_of
 from mountd.fds import OwnedFd
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import StatxMask
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.kernel.paths import statx
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 from mountd.errors import SyscallError
 from mountd.kernel import loop_device
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import MountAttr, StatxMask
 from mountd.kernel.mount_info import statmount
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.kernel.paths import statx
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from mountd.errors import SyscallError
 from mountd.kernel import mount_api
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import MoveMount, Propagation, StatmountMask, StatxMask, Unmount
 from mountd.kernel.mount_info import mount_id, statmount
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.kernel.paths import statx
 from mountd.kernel.visitor import visit
 

@@ -1,28 +1,11 @@
-"""System call numbers and structures, as the uapi headers declare them.
+"""Structures of system calls, as the uapi headers declare them.
 
-Sources: asm-generic/unistd.h (the numbers from 424 on are the same on every architecture but alpha),
-linux/mount.h, linux/openat2.h, linux/stat.h, linux/loop.h, linux/fsverity.h, linux/dm-ioctl.h, statfs(2).
+Sources: linux/mount.h, linux/openat2.h, linux/stat.h, linux/loop.h, linux/fsverity.h, linux/dm-ioctl.h,
+statfs(2).
 """
 
 import ctypes
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
-
-AT_FDCWD = -100
-
-NUMBERS = {
-    "open_tree": 428,
-    "move_mount": 429,
-    "fsopen": 430,
-    "fsconfig": 431,
-    "fsmount": 432,
-    "fspick": 433,
-    "pidfd_open": 434,
-    "openat2": 437,
-    "mount_setattr": 442,
-    "statmount": 457,
-    "listmount": 458,
-    "open_tree_attr": 467,
-}
 
 
 class Structure(ctypes.Structure):

@@ -4,12 +4,11 @@ The directories are looked up in the image, whose links may lead anywhere: they 
 directory were that of the system (RESOLVE_IN_ROOT in openat2(2)), so that nothing outside is reached.
 """
 
-import contextlib
 import os
 
 from mountd.errors import NotFound, SyscallError
-from mountd.kernel import mount_api, paths
-from mountd.kernel.flags import MoveMount, Resolve, Unmount
+from mountd.kernel import moving, paths
+from mountd.kernel.flags import Resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
     from mountd.fds import OwnedFd
 
-EMPTY = MoveMount.F_EMPTY_PATH | MoveMount.T_EMPTY_PATH
 NOT_THERE = ("ENOENT", "ENOTDIR", "ELOOP")
 # For firmware: what it holds is of no use to who runs in the image, and systemd leaves it out, too.
 OPTIONAL = {"efi": ("efi", "boot"), "boot": ("boot",)}
@@ -28,7 +26,7 @@ def attach_tree(directory_fd: int, parts: "Sequence[tuple[int, str]]") -> "list[
     (first_fd, first_place), *others = parts
     if first_place:
         return attach_parts(directory_fd, parts)
-    mount_api.move_mount(first_fd, "", to_dir_fd=directory_fd, flags=EMPTY)
+    moving.attach(first_fd, directory_fd)
     try:
         return attach_parts(first_fd, others)
     except BaseException:
@@ -51,7 +49,7 @@ def attach_parts(root_fd: int, parts: "Sequence[tuple[int, str]]") -> "list[str]
                 missing.append(place)
                 continue
             with target:
-                mount_api.move_mount(mount_fd, "", to_dir_fd=target.fileno(), flags=EMPTY)
+                moving.attach(mount_fd, target.fileno())
             done.append(mount_fd)
     except BaseException:
         for mount_fd in reversed(done):
@@ -77,5 +75,7 @@ def find_place(root_fd: int, place: str) -> "OwnedFd | None":
 
 def detach(mount_fd: int) -> None:
     """Detach what was attached, with all that is below it, if that can be done."""
-    with contextlib.suppress(SyscallError):
-        mount_api.umount(f"/proc/self/fd/{mount_fd}", Unmount.DETACH)  # which follows the link
+    try:
+        moving.detach(mount_fd)
+    except SyscallError:
+        return  # it has gone already

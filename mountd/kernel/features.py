@@ -12,10 +12,10 @@ import os
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel import child, dm_verity, fs_verity, mount_api, mount_info, namespaces
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import Clone, Ioctl, MountAttr, OpenTree, Propagation
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.libc import call
+from mountd.kernel.numbers import AT_FDCWD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ import os
 
 from mountd.errors import SyscallError
 from mountd.fds import OwnedFd
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import FsConfig, FsMount, FsOpen, FsPick, MountAttr
 from mountd.kernel.libc import call
 from mountd.kernel.mount_api import path_bytes
+from mountd.kernel.numbers import AT_FDCWD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,11 +7,10 @@
 
 import ctypes
 import errno
-from enum import IntEnum, IntFlag
-from functools import partial
+import sys
 
 from mountd.errors import NotSupported, SyscallError
-from mountd.kernel.abi import AT_FDCWD, NUMBERS
+from mountd.kernel.numbers import AT_FDCWD, NUMBERS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,20 +58,27 @@ _FUNCTIONS = {
 }
 
 
-def _prepare() -> "dict[str, Callable[..., int]]":
-    """Return one function object for each call, its conversions fixed once and for all."""
-    calls: dict[str, Callable[..., int]] = {}
-    for name, kinds in _SYSCALLS.items():
+def _prepare(name: str) -> "Callable[..., int]":
+    """Return the function object of one call, its conversions fixed once and for all."""
+    kinds = _SYSCALLS.get(name)
+    if kinds is not None:
         types = [ctypes.c_long, *(_KINDS[kind] for kind in kinds)]
-        function = ctypes.CFUNCTYPE(ctypes.c_long, *types, use_errno=True)(("syscall", _libc))
-        calls[name] = partial(function, NUMBERS[name])
-    for name, kinds in _FUNCTIONS.items():
-        types = [_KINDS[kind] for kind in kinds]
-        calls[name] = ctypes.CFUNCTYPE(ctypes.c_int, *types, use_errno=True)((name, _libc))
-    return calls
+        return ctypes.CFUNCTYPE(ctypes.c_long, *types, use_errno=True)(("syscall", _libc))
+    types = [_KINDS[kind] for kind in _FUNCTIONS[name]]
+    return ctypes.CFUNCTYPE(ctypes.c_int, *types, use_errno=True)((name, _libc))
 
 
-_calls = _prepare()
+def prepare_all() -> None:
+    """Make the function objects of all calls: for a process whose children are to find them ready.
+
+    Others make each when it is called first; a program that makes one call has no use for the rest.
+    """
+    for name in (*_SYSCALLS, *_FUNCTIONS):
+        if name not in _calls:
+            _calls[name] = _prepare(name)
+
+
+_calls: "dict[str, Callable[..., int]]" = {}
 # Which arguments are strings, which must not have a NUL inside.
 _TEXTS = {
     name: tuple(index for index, kind in enumerate(kinds) if kind == "s")
@@ -95,8 +101,12 @@ def call(name: str, *args: object) -> int:
         if text is not None and b"\0" in text:  # type: ignore[operator]  # bytes, as the table says
             raise ValueError(f"{name}: text with a NUL: {text!r}")
     number = _injected(name, args) if inject else 0
+    function = _calls.get(name)
+    if function is None:
+        function = _calls[name] = _prepare(name)
+    numbered = (NUMBERS[name], *args) if name in NUMBERS else args
     while not number:
-        result = _calls[name](*args)
+        result = function(*numbered)
         if result >= 0:
             return result
         number = ctypes.get_errno()
@@ -118,9 +128,11 @@ def show(argument: object) -> str:
         return "NULL"
     if isinstance(argument, bytes):
         return '"' + argument.decode("utf-8", "backslashreplace").replace('"', '\\"') + '"'
-    if isinstance(argument, IntEnum):
-        return argument.name
-    if isinstance(argument, IntFlag):
+    # Whoever has not loaded that module has no flags of it, and does not wait for it.
+    enum = sys.modules.get("enum")
+    if enum is not None and isinstance(argument, enum.IntEnum):
+        return str(argument.name)
+    if enum is not None and isinstance(argument, enum.IntFlag):
         return "|".join(member.name or "?" for member in type(argument) if member in argument) or "0"
     if isinstance(argument, int):
         return "AT_FDCWD" if argument == AT_FDCWD else str(argument)

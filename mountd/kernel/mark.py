@@ -15,9 +15,9 @@ import os
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel import capabilities
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.libc import call
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.kernel.paths import statx
 
 # include/uapi/linux/fanotify.h

@@ -7,9 +7,10 @@ function raises SyscallError, and NotSupported where the kernel lacks the call.
 from ctypes import byref, sizeof
 
 from mountd.fds import OwnedFd
-from mountd.kernel.abi import AT_FDCWD, mount_attr
+from mountd.kernel.abi import mount_attr
 from mountd.kernel.flags import AtFlags, MountAttr, MoveMount, OpenTree, Propagation, Unmount
 from mountd.kernel.libc import call
+from mountd.kernel.numbers import AT_FDCWD
 
 # Combining flags costs more than most system calls do.
 NO_CHANGE = MountAttr(0)

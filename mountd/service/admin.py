@@ -74,7 +74,7 @@ def reload(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     """io.mountd.Admin.Reload: have the policy read again, and say what came of it."""
     around = admit(fds, context)
     # Who had it done is worth a line, unlike who only asks.
-    context.note_caller(context.peer.identify())
+    context.caller()
     return around.reload(), []
 
 

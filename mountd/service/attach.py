@@ -101,10 +101,7 @@ def attach_made(
     mount_fd = table.take(parameters[MOUNT_FIELD], MOUNT_FIELD)
     target_fd = table.take(parameters[TARGET_FIELD], TARGET_FIELD)
     table.check_all_named()
-    caller = context.peer.identify()
-    context.note_caller(caller)
-    if context.policy.refusal is not None:
-        raise context.policy.refusal
+    caller = context.caller_to_judge()
     record = made_for(caller, root_id(mount_fd, MOUNT_FIELD), context)
     if os.fstatvfs(mount_fd).f_flag & LOCKED_FLAGS != LOCKED_FLAGS:
         raise AttachNotPermitted("the mount is not nosuid and nodev", hint=BY_ITSELF)
@@ -291,8 +288,7 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     context.enter(Phase.VERIFY)
     records = needed(context)
     id = wanted_id(parameters, fds)
-    caller = context.peer.identify()
-    context.note_caller(caller)
+    caller = context.caller()
     context.notes["mount"] = str(id)
     record = records.find(id)
     if record is None or not (caller.is_host_root or (record.uid == caller.uid != OVERFLOW_ID)):

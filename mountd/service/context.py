@@ -138,9 +138,17 @@ class RequestContext:
     _decision: Decision | None = None
     _file_system: str = ""
 
-    def note_caller(self, caller: Caller) -> None:
-        """Take note of who called."""
-        self._caller = caller
+    def caller(self) -> Caller:
+        """Return who calls, which the journal is to say. Raises PeerGone, and as `Peer.identify`."""
+        self._caller = self.peer.identify()
+        return self._caller
+
+    def caller_to_judge(self) -> Caller:
+        """Return who calls, for the policy to decide; raise its refusal if it could not be read."""
+        caller = self.caller()
+        if self.policy.refusal is not None:
+            raise self.policy.refusal
+        return caller
 
     def note_decision(self, decision: Decision, file_system: str) -> None:
         """Take note of what was decided."""

@@ -187,8 +187,7 @@ def admit(context: RequestContext) -> tuple[Caller, Owner, Store]:
 
     Raises NotFound where there is none, PeerGone, UserNamespaceNotPermitted, NotSupported, SyscallError.
     """
-    caller = context.peer.identify()
-    context.note_caller(caller)
+    caller = context.caller()
     owner = owner_of(caller)
     if context.store is None:
         raise NotFound("the store", hint="the journal of mountd says why it has none")

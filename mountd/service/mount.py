@@ -162,10 +162,7 @@ def judge(
     """
     context.enter(Phase.VERIFY)
     request = MountRequest.from_call(parameters, fds)
-    caller = context.peer.identify()
-    context.note_caller(caller)
-    if context.policy.refusal is not None:
-        raise context.policy.refusal
+    caller = context.caller_to_judge()
     if caller.uid == OVERFLOW_ID and not caller.on_host:
         raise UserNamespaceNotPermitted(
             "the caller's uid is not mapped on the host, so nothing can belong to it",

@@ -351,10 +351,7 @@ def make_directory(parameters: dict[str, Any], fds: list[OwnedFd], context: Requ
 def judged_new(parent: OwnedFd, context: RequestContext, *, interactive: bool) -> Judged:
     """Judge a directory that is to be made in one of the caller's. Raises DeniedByPolicy for any other."""
     context.enter(Phase.VERIFY)
-    caller = context.peer.identify()
-    context.note_caller(caller)
-    if context.policy.refusal is not None:
-        raise context.policy.refusal
+    caller = context.caller_to_judge()
     if OVERFLOW_ID in (caller.uid, caller.gid):
         raise UserNamespaceNotPermitted("the caller's ids are not mapped on the host")
     source, evidence = directories.look_at(parent.fileno(), caller, context)

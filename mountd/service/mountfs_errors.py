@@ -8,35 +8,14 @@ from __future__ import annotations
 
 import errno
 
-from mountd.errors import (
-    BadFileDescriptor,
-    DeniedByPolicy,
-    InteractiveAuthenticationRequired,
-    InvalidImage,
-    InvalidParameter,
-    KeyUnknown,
-    LimitExceeded,
-    MountdError,
-    MountFailed,
-    NotFound,
-    NotImmutable,
-    NotSupported,
-    OptionNotPermitted,
-    PeerGone,
-    ProtocolError,
-    ShuttingDown,
-    SignatureInvalid,
-    StorageFull,
-    TimedOut,
-    UnsupportedFileSystem,
-    UserNamespaceNotPermitted,
-)
+from mountd import errors
+from mountd.errors import MountdError
 
 PREFIX = "io.systemd.MountFileSystem."
 SYSTEM = "io.systemd.System"
 PERMISSION_DENIED = "org.varlink.service.PermissionDenied"
 INTERACTIVE = "io.systemd.InteractiveAuthenticationRequired"
-INVALID_PARAMETER = InvalidParameter.wire_name
+INVALID_PARAMETER = errors.InvalidParameter.wire_name
 BAD_FLAGS = f"{PREFIX}BadFileDescriptorFlags"
 DENIED = f"{PREFIX}DeniedByImagePolicy"
 INCOMPATIBLE = f"{PREFIX}IncompatibleImage"
@@ -56,30 +35,30 @@ FIELDS = {
     "interactive": "allowInteractiveAuthentication",
 }
 NAMES: dict[type[MountdError], str] = {
-    DeniedByPolicy: PERMISSION_DENIED,
-    NotImmutable: PERMISSION_DENIED,
-    OptionNotPermitted: PERMISSION_DENIED,
-    InteractiveAuthenticationRequired: INTERACTIVE,
-    SignatureInvalid: f"{PREFIX}VerityFailure",
-    KeyUnknown: f"{PREFIX}KeyNotFound",
-    InvalidImage: INCOMPATIBLE,
+    errors.DeniedByPolicy: PERMISSION_DENIED,
+    errors.NotImmutable: PERMISSION_DENIED,
+    errors.OptionNotPermitted: PERMISSION_DENIED,
+    errors.InteractiveAuthenticationRequired: INTERACTIVE,
+    errors.SignatureInvalid: f"{PREFIX}VerityFailure",
+    errors.KeyUnknown: f"{PREFIX}KeyNotFound",
+    errors.InvalidImage: INCOMPATIBLE,
 }
 # Of an image; of anything else, they are errnos.
 OF_IMAGES: dict[type[MountdError], str] = {
-    DeniedByPolicy: DENIED,
-    NotImmutable: DENIED,
-    UnsupportedFileSystem: INCOMPATIBLE,
-    NotSupported: INCOMPATIBLE,
+    errors.DeniedByPolicy: DENIED,
+    errors.NotImmutable: DENIED,
+    errors.UnsupportedFileSystem: INCOMPATIBLE,
+    errors.NotSupported: INCOMPATIBLE,
 }
 NUMBERS: dict[type[MountdError], int] = {
-    LimitExceeded: errno.EUSERS,
-    NotFound: errno.ENOENT,
-    NotSupported: errno.EOPNOTSUPP,
-    PeerGone: errno.ESRCH,
-    ShuttingDown: errno.ECONNREFUSED,
-    StorageFull: errno.ENOSPC,
-    TimedOut: errno.ETIMEDOUT,
-    UnsupportedFileSystem: errno.EOPNOTSUPP,
+    errors.LimitExceeded: errno.EUSERS,
+    errors.NotFound: errno.ENOENT,
+    errors.NotSupported: errno.EOPNOTSUPP,
+    errors.PeerGone: errno.ESRCH,
+    errors.ShuttingDown: errno.ECONNREFUSED,
+    errors.StorageFull: errno.ENOSPC,
+    errors.TimedOut: errno.ETIMEDOUT,
+    errors.UnsupportedFileSystem: errno.EOPNOTSUPP,
 }
 
 
@@ -101,7 +80,7 @@ def system(number: int, reason: str, *, hint: str | None = None) -> TheirError:
 def of_image(error: MountdError) -> MountdError:
     """Return what says `error`, which is about an image."""
     if (
-        isinstance(error, UnsupportedFileSystem)
+        isinstance(error, errors.UnsupportedFileSystem)
         and error.parameters.get("fileSystemType") == PARTITION_TABLE
     ):
         return TheirError(NO_ROOT, error.message, hint=error.hint)
@@ -113,13 +92,13 @@ def in_their_words(error: MountdError) -> MountdError:
     """Return the error that clients of systemd's interface know for `error`."""
     if isinstance(error, TheirError):
         return error
-    if isinstance(error, InvalidParameter | BadFileDescriptor | ProtocolError):
+    if isinstance(error, errors.InvalidParameter | errors.BadFileDescriptor | errors.ProtocolError):
         field = str(error.parameters["parameter"])
         reason = str(error.parameters["reason"])
         return TheirError(INVALID_PARAMETER, reason, hint=error.hint, parameter=FIELDS.get(field, field))
-    if isinstance(error, UserNamespaceNotPermitted):
+    if isinstance(error, errors.UserNamespaceNotPermitted):
         return TheirError(INVALID_PARAMETER, error.message, hint=error.hint, parameter=NAMESPACE_FIELD)
-    if isinstance(error, MountFailed):
+    if isinstance(error, errors.MountFailed):
         return system(number_of(str(error.parameters["errnoName"])), error.message, hint=error.hint)
     name = NAMES.get(type(error))
     if name is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from mountd.errors import MountFailed, ProtocolError, UserNamespaceNotPermitted
@@ -16,10 +17,10 @@ from mountd.kernel import sockets
 from mountd.wire.framing import decode, encode
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Sequence
 
     from mountd.fds import OwnedFd
+    from mountd.kernel.sockets import Socket
 
 SOCKET = "/run/systemd/io.systemd.NamespaceResource"
 METHOD = "io.systemd.NamespaceResource.AddMountToUserNamespace"
@@ -37,7 +38,7 @@ def add_mounts(userns: OwnedFd, mounts: Sequence[OwnedFd], *, must_be_registered
     """
     deadline = time.monotonic() + SECONDS
     try:
-        with sockets.connect(SOCKET, SECONDS) as connection:
+        with closing(sockets.connect(SOCKET, SECONDS)) as connection:
             if sockets.peer_credentials(connection).uid != 0:
                 raise MountFailed(f"{METHOD}: whoever listens there is not root", "EPERM")
             registered = all([add(connection, userns, mount, deadline) for mount in mounts])
@@ -52,7 +53,7 @@ def add_mounts(userns: OwnedFd, mounts: Sequence[OwnedFd], *, must_be_registered
         )
 
 
-def add(connection: socket.socket, userns: OwnedFd, mount: OwnedFd, deadline: float) -> bool:
+def add(connection: Socket, userns: OwnedFd, mount: OwnedFd, deadline: float) -> bool:
     """Tell it of one mount; return whether the namespace is registered. Raises MountFailed, OSError."""
     parameters = {"userNamespaceFileDescriptor": 0, "mountFileDescriptor": 1}
     sockets.send(connection, encode({"method": METHOD, "parameters": parameters}), [userns, mount], deadline)

@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.child import EXIT_RAISED, close_all_but, end, end_with_parent, fork, pipe
 from mountd.kernel.flags import Clone, MountAttr, OpenTree, Propagation
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.libc import call
 from mountd.kernel.mount_api import mount_setattr, move_mount, open_tree, set_propagation
 from mountd.kernel.namespaces import setns, unshare
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.kernel.sandbox import NOBODY, PR_SET_NO_NEW_PRIVS
 from mountd.store.child import Child, Output
 

@@ -35,47 +35,29 @@ a boundary that both sides agree on, so the reader raises the same error forever
 
 Before json sees the bytes, the depth of their nesting is counted without recursion, which is why no input
 reaches the interpreter's recursion limit.
+
+Of the json package, only its scanner and its encoder in C are used. What it adds to them is for those who
+want something else than strict JSON on one line, and loads regular expressions, which takes longer than a
+mount.
 """
 
 from __future__ import annotations
 
-import json
+import _json
 
 from mountd.errors import (
-    ADMIN_INTERFACE,
-    IMAGES_INTERFACE,
     INTERFACE,
-    AttachNotPermitted,
-    BadFileDescriptor,
-    DeniedByPolicy,
-    InteractiveAuthenticationRequired,
-    InUse,
-    InvalidImage,
     InvalidParameter,
-    KeyUnknown,
     LimitExceeded,
     MountdError,
-    MountFailed,
-    NotFound,
-    NotImmutable,
-    NotSupported,
-    OptionNotPermitted,
-    PeerGone,
     ProtocolError,
-    RegistryFailed,
     RemoteError,
-    ShuttingDown,
-    SignatureInvalid,
-    StorageFull,
-    TimedOut,
-    UnsupportedFileSystem,
-    UserNamespaceNotPermitted,
 )
 from mountd.fds import close_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from typing import NoReturn
 
     from mountd.fds import OwnedFd
@@ -255,10 +237,17 @@ def decode(raw: bytes) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise ProtocolError(f"not UTF-8 at byte {error.start}") from None
     _check_depth(raw)
+    start = len(text) - len(text.lstrip(_BLANKS))
     try:
-        body = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise ProtocolError(f"not JSON at character {error.pos}: {error.msg}") from None
+        body, end = _scan(text, start)
+    except StopIteration as stop:
+        raise ProtocolError(f"not JSON at character {stop.value}: Expecting value") from None
+    except ValueError as error:  # json's JSONDecodeError
+        position, said = getattr(error, "pos", start), getattr(error, "msg", str(error))
+        raise ProtocolError(f"not JSON at character {position}: {said}") from None
+    rest = text[end:].lstrip(_BLANKS)
+    if rest:
+        raise ProtocolError(f"not JSON at character {len(text) - len(rest)}: Extra data")
     if not isinstance(body, dict):
         raise ProtocolError("not a JSON object")
     # Only an escape can make these: UTF-8 has no surrogates, and json takes no control character as it is.
@@ -273,7 +262,11 @@ def encode(body: Mapping[str, object]) -> bytes:
     Raises LimitExceeded if it is too long, ProtocolError if it holds what is no Unicode text or no number.
     """
     try:
-        text = _ENCODER.encode(body)
+        # One for each message: it remembers what it is in the middle of.
+        encoder = _json.make_encoder(
+            {}, _not_json, _json.encode_basestring, None, ":", ",", False, False, False
+        )
+        text = "".join(encoder(body, 0))
         raw = text.encode("utf-8")
     except ValueError as error:
         raise ProtocolError(f"cannot be said in JSON: {error}") from None
@@ -351,11 +344,23 @@ def _constant(name: str) -> NoReturn:
     raise ProtocolError(f"{name} is no JSON")
 
 
-# Made once: json.dumps() makes another for each call that wants anything but its defaults.
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
-)
+class _Strictly:
+    """What the scanner makes of what it reads."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = staticmethod(_object)
+    parse_int = staticmethod(_integer)
+    parse_float = staticmethod(_float)
+    parse_constant = staticmethod(_constant)
+
+
+def _not_json(value: object) -> NoReturn:
+    raise TypeError(f"{type(value).__name__} cannot be said in JSON")
+
+
+_BLANKS = " \t\n\r"
+_scan = _json.make_scanner(_Strictly)  # type: ignore[arg-type]  # anything with these attributes will do
 
 
 class Call:
@@ -420,7 +425,10 @@ def parse_reply(body: Mapping[str, object]) -> tuple[dict[str, object], bool]:
         name = body["error"]
         if not isinstance(name, str):
             raise ProtocolError("the error of a reply is not a string")
-        raise _rebuild(name, parameters)
+        # Most replies are none, and who waits for them does not wait for this.
+        from mountd.wire.rebuilding import rebuild
+
+        raise rebuild(name, parameters)
     continues = body.get("continues", False)
     if not isinstance(continues, bool):
         raise ProtocolError("“continues” of a reply is not a bool")
@@ -437,62 +445,3 @@ def error_body(error: MountdError, interface: str = INTERFACE) -> dict[str, obje
         raise ValueError(f"{type(error).__name__} has no name on the wire")
     full = name if "." in name else f"{interface}.{name}"
     return {"error": full, "parameters": dict(error.parameters)}
-
-
-# How an error is made again from its parameters: its class, and the fields as they are called on the wire. A
-# question mark is a field that may be missing; what is no string is listed in _KINDS.
-_ERRORS: Sequence[tuple[type[MountdError], str]] = (
-    (DeniedByPolicy, "reason rule? hint?"),
-    (NotImmutable, "reason rule? hint?"),
-    (SignatureInvalid, "reason hint?"),
-    (KeyUnknown, "reason hint?"),
-    (UnsupportedFileSystem, "reason fileSystemType? hint?"),
-    (InvalidImage, "reason offset?"),
-    (BadFileDescriptor, "parameter reason"),
-    (UserNamespaceNotPermitted, "reason hint?"),
-    (OptionNotPermitted, "option reason hint?"),
-    (AttachNotPermitted, "reason hint?"),
-    (LimitExceeded, "limit maximum hint?"),
-    (MountFailed, "call errnoName log"),
-    (TimedOut, "seconds"),
-    (InteractiveAuthenticationRequired, "hint?"),
-    (NotFound, "what hint?"),
-    (InUse, "what hint?"),
-    (NotSupported, "feature hint?"),
-    (RegistryFailed, "registry reason hint?"),
-    (StorageFull, "reason hint?"),
-    (PeerGone, "reason"),
-    (ShuttingDown, ""),
-    (InvalidParameter, "parameter reason?"),
-)
-_KINDS: Mapping[str, type] = {"offset": int, "maximum": int, "seconds": int, "log": list}
-_ARGUMENTS = {"fileSystemType": "file_system_type", "errnoName": "errno_name"}
-_BY_NAME = {
-    cls.wire_name if "." in cls.wire_name else f"{interface}.{cls.wire_name}": (cls, fields.split())
-    for cls, fields in _ERRORS
-    for interface in (INTERFACE, IMAGES_INTERFACE, ADMIN_INTERFACE)
-}
-
-
-def _rebuild(name: str, parameters: dict[str, object]) -> MountdError:
-    if name not in _BY_NAME:
-        return RemoteError(name, parameters)
-    cls, fields = _BY_NAME[name]
-    arguments = {}
-    for field in fields:
-        key = field.rstrip("?")
-        value = parameters.get(key)
-        if value is None and field.endswith("?"):
-            continue
-        # The exact type: a bool is an int to isinstance.
-        if type(value) is not _KINDS.get(key, str) or not _strings(value):
-            return RemoteError(name, parameters)
-        arguments[_ARGUMENTS.get(key, key)] = value
-    if cls is InvalidParameter and arguments["parameter"] == "message" and "reason" in arguments:
-        # What ProtocolError looks like on the wire, where it has no name of its own.
-        return ProtocolError(str(arguments["reason"]))
-    return cls(**arguments)  # type: ignore[arg-type]  # the table above says which arguments a class has
-
-
-def _strings(value: object) -> bool:
-    return not isinstance(value, list) or all(isinstance(item, str) for item in value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_short_methods_offer_no_progress(daemon: Daemon, method: str) -> None:
 
 
 def test_errors_have_the_name_of_the_interface(daemon: Daemon) -> None:
-    with sockets.connect(str(daemon.socket), 10) as connection:
+    with closing(sockets.connect(str(daemon.socket), 10)) as connection:
         request = {"method": f"{IMAGES}.Inspect", "parameters": {"digest": "sha256:" + "0" * 64}}
         connection.send(encode(request))
         assert json.loads(connection.recv(65536)[:-1])["error"] == f"{IMAGES}.NotFound"

@@ -157,7 +157,10 @@ def gone(incoming: Path) -> None:
 def test_who_does_not_read_progress_gets_the_image(
     daemon: Daemon, images: dict[str, Path], clean: Store
 ) -> None:
-    with sockets.connect(str(daemon.socket), 10) as connection, images["ext4"].open("rb") as file:
+    with (
+        contextlib.closing(sockets.connect(str(daemon.socket), 10)) as connection,
+        images["ext4"].open("rb") as file,
+    ):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         body = {"method": f"{IMAGES}.Import", "parameters": {"imageFileDescriptor": 0}, "more": True}
         with OwnedFd(os.dup(file.fileno())) as fd:

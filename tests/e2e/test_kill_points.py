@@ -84,7 +84,7 @@ def begun(daemon: Daemon, data: bytes, fds: list[int]) -> socket.socket:
 def leave_by_closing(daemon: Daemon, data: bytes, fds: list[int], seconds: float) -> bool:
     """Leave after so many seconds; return whether there was a reply by then."""
     begin = time.perf_counter()
-    with begun(daemon, data, fds) as connection:
+    with contextlib.closing(begun(daemon, data, fds)) as connection:
         wait_until(begin + seconds)
         try:
             # The descriptor that comes with it stays in the queue.

@@ -115,7 +115,7 @@ REFUSALS = {
     "writable erofs": (["-o", "mountd.access=read-write", "IMAGE", "TARGET"], 1, "“rw” .*read-only mount"),
     "lifting": (["-o", "suid", "IMAGE", "TARGET"], 0, ""),  # mount(8) keeps the defaults for itself
     "no such image": (["/nowhere.raw", "TARGET"], 1, "TARGET: not found: /nowhere.raw"),
-    "a directory": (["/etc", "TARGET"], 1, "denied by policy .*no rule lets this caller mount a directory"),
+    "a directory": (["/etc", "TARGET"], 1, "denied by policy.*: no rule lets this caller mount a directory"),
     "a device": (["/dev/null", "TARGET"], 1, "bad file descriptor in source.imageFileDescriptor: "),
     "no image": (["/etc/passwd", "TARGET"], 32, "unsupported file system: "),
     "no size": (["tmpfs:x", "TARGET"], 1, "“tmpfs:x” has no size such as 64M"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mountd.kernel.abi import NUMBERS
+from mountd.kernel.numbers import NUMBERS
 from tests.container import in_container
 from tests.daemon import ROOT, Daemon
 from tests.e2e.calls import mount, outcome

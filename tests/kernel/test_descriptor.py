@@ -16,8 +16,8 @@ from mountd.errors import BadFileDescriptor
 from mountd.evidence import location, mounts
 from mountd.fds import OwnedFd
 from mountd.kernel import fuse, libc, mount_api, paths
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import MountAttr, OpenTree
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.source import descriptor
 from mountd.source.descriptor import inspect_descriptor
 from mountd.source.model import BackingFile

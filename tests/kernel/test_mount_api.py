@@ -11,7 +11,6 @@ import pytest
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel import compat, libc, mount_api, mount_info, namespaces
-from mountd.kernel.abi import AT_FDCWD
 from mountd.kernel.flags import (
     Clone,
     FsPick,
@@ -24,6 +23,7 @@ from mountd.kernel.flags import (
 )
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.loop_device import attach
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.kernel.paths import openat2, statx
 from tests.process import in_child
 

@@ -34,7 +34,7 @@ def test_socket_paths(
 
 
 def test_unreachable_names_all_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mountd.client.SOCKETS", ("/nowhere/1", "/nowhere/2"))
+    monkeypatch.setattr("mountd.asking.SOCKETS", ("/nowhere/1", "/nowhere/2"))
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     with pytest.raises(
         Unreachable, match="/nowhere/1: No such file or directory; /nowhere/2: No such"

@@ -25,7 +25,29 @@ CLIENTS = [
     "mountd.cli.umount_helper",
     "mountd.cli.mountctl",
 ]
-LEAN_ROOMS = ("errors", "fds", "version", "kernel", "wire", "wire.framing", "request", "client", "cli")
+# What a mount waits for, of the standard library, besides what the interpreter has loaded by then: nothing
+# that is made of enumerations or regular expressions, each of which takes as long as all of this.
+LEANEST = {
+    *(
+        "__future__",
+        "errno",
+        "os",
+        "os.path",
+        "stat",
+        "_stat",
+        "posixpath",
+        "genericpath",
+        "_collections_abc",
+    ),
+    *("_json", "_socket", "select", "struct", "_struct"),
+}
+# For whoever attaches the mount, or finds out what is mounted: system calls.
+CALLS = {"ctypes", "ctypes._endian", "_ctypes", "types"}
+MAXIMUM_OWN = 20  # modules of mountd
+LEAN_ROOMS = (
+    *("errors", "fds", "version", "kernel", "wire", "wire.framing", "wire.rebuilding"),
+    *("request", "asking", "client", "cli"),
+)
 
 
 def lean_modules() -> list[str]:
@@ -76,10 +98,72 @@ def test_lean_module_loads_nothing_heavy(module: str) -> None:
     assert not foreign(loaded)
 
 
-def test_what_is_used_in_another_namespace_is_loaded_before_it_is_entered() -> None:
+@pytest.mark.parametrize(
+    ("program", "standard"),
+    [
+        ("import mountd.asking", LEANEST),
+        ("import mountd.cli.mount_helper", LEANEST),
+        ("import mountd.cli.mount_helper, mountd.kernel.moving", LEANEST | CALLS),
+        ("import mountd.cli.umount_helper, mountd.kernel.abi", LEANEST | CALLS),
+        # How a refusal is told is part of it; only JSON for programs, and asking in a terminal, are not.
+        (
+            "import mountd.cli.mount_helper, mountd.wire.rebuilding; from mountd.cli.helper import failed;"
+            "failed('p', mountd.wire.rebuilding.rebuild('io.mountd.Mount.NotFound', {'what': 'x'}))",
+            LEANEST,
+        ),
+    ],
+)
+def test_a_mount_loads_nothing_that_it_does_not_need(program: str, standard: set[str]) -> None:
+    loaded = loaded_by(program) - loaded_by("pass")
+    own = {name for name in loaded if name.split(".")[0] == "mountd"}
+    assert not loaded - own - standard
+    assert len(own) <= MAXIMUM_OWN
+
+
+def test_who_uses_the_client_has_everything_loaded() -> None:
+    """It may be in another root directory, or be another user, when it asks for a mount and attaches it."""
+    needed = {"mountd.kernel.attaching", "mountd.kernel.moving", "mountd.wire.rebuilding"}
+    assert needed <= loaded_by("import mountd.client")
+
+
+def test_nothing_is_loaded_in_another_mount_namespace() -> None:
     """A module that was looked for there would be whoever's that namespace is."""
-    begin = "from mountd.cli import umount_helper, mount_helper; from mountd.kernel import namespaces"
-    assert {"mountd.kernel.paths", "mountd.kernel.mount_api"} <= loaded_by(begin)
+    program = """
+from mountd.cli import attaching, helper, mount_helper, umount_helper
+from mountd.asking import MountReply, attach_reply, open_target
+from mountd.fds import OwnedFd
+import os
+
+def attempt(work):
+    try:
+        work()
+    except Exception as error:
+        str(error), error.args  # as it is told
+
+def reply(*places):
+    fds = [OwnedFd(os.open("/", os.O_PATH)) for _ in places]
+    return MountReply(fds[0], [{"mountPoint": place} for place in places], {}, fds[1:])
+
+with helper.Place("/proc/self/ns/mnt") as place, reply("") as one, reply("usr", "efi") as parts:
+    with place.inside():
+        before = set(sys.modules)
+        for path in ("/", "/proc", "/proc/version", "/nonexistent"):
+            attempt(lambda: open_target(path).close())
+            attempt(lambda: attaching.mount_at(path))
+        attempt(lambda: attach_reply(one, -1, "dir"))
+        with OwnedFd(os.open("/proc/self/fdinfo", os.O_PATH)) as nowhere:
+            attempt(lambda: attach_reply(parts, nowhere.fileno(), "dir"))
+        attempt(lambda: umount_helper.moving.unmount("/nonexistent", 2))
+        attempt(lambda: attaching.can_attach())
+        attempt(lambda: umount_helper.busy("dir"))
+        late = set(sys.modules) - before
+print("late:", *late)
+"""
+    text = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", text], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("late:\n", "")
 
 
 def test_mountctl_reads_its_command_line_with_argparse_and_nothing_else() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from mountd import errors
 from mountd.errors import InvalidParameter, MountdError, ProtocolError, RemoteError
-from mountd.wire import framing
+from mountd.wire import rebuilding
 from mountd.wire.framing import decode, encode, error_body, parse_call, parse_reply
 
 # Calls.
@@ -129,7 +129,7 @@ def test_errors_come_back_as_they_were_raised(error: MountdError) -> None:
 
 def test_every_error_class_comes_back() -> None:
     named = {cls for cls in MountdError.__subclasses__() if cls.wire_name}
-    assert {cls for cls, _ in framing._ERRORS} | {ProtocolError} == named
+    assert {cls for cls, _ in rebuilding.ERRORS} | {ProtocolError} == named
     assert {type(error) for error in EXAMPLES} == named
 
 

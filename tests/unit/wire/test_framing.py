@@ -92,6 +92,24 @@ def read_all(reader: MessageReader) -> list[dict[str, object]]:
     return bodies
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b" ", b" x", b"{", b"{} {}", b"{}\n\t x", b'{"a" 1}', b'{"a":01}', b'{"a":"', b"\xef\xbb\xbf{}"],
+)
+def test_says_where_it_is_no_json_as_the_package_does(raw: bytes) -> None:
+    with pytest.raises(json.JSONDecodeError) as theirs:
+        json.JSONDecoder().decode(raw.decode())
+    with pytest.raises(ProtocolError) as ours:
+        decode(raw)
+    assert str(ours.value).endswith(f"not JSON at character {theirs.value.pos}: {theirs.value.msg}")
+
+
+@pytest.mark.parametrize("value", [{1}, b"x", object(), [{"a": 1j}]])
+def test_what_is_no_json_is_a_mistake_of_the_program(value: object) -> None:
+    with pytest.raises(TypeError, match="cannot be said in JSON"):
+        encode({"a": value})
+
+
 @pytest.mark.parametrize(("raw", "body"), SIMPLE_CASES)
 def test_whole_bytewise_and_with_more_behind(
     reader: MessageReader, raw: bytes, body: dict[str, object]
