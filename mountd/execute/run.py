@@ -182,7 +182,7 @@ def run_all(plans: Iterable[Plan], inputs: Inputs) -> list[OwnedFd]:
 def superblock(operation: CreateSuperblock | MakeOverlay | MakeComposefs, inputs: Inputs) -> FsContext:
     """Return the context of the new superblock, of whatever kind."""
     if isinstance(operation, MakeOverlay):
-        return overlay.create(operation, inputs.layers)
+        return overlay.create(operation, inputs.layers, inputs.naming)
     if isinstance(operation, MakeComposefs):
         return composefs.create(operation, inputs.layers, inputs.naming)
     return create(operation, inputs)

@@ -116,6 +116,7 @@ def make(
             userns_fd=None,
             seal=context.seal,
             note=note,
+            naming=context.naming,
             layers=[mount.fileno() for mount in mounts],
         )
         return run(plan_stack(judged.decision, judged.caller, len(mounts)), inputs)
