@@ -1,4 +1,7 @@
-"""Whatever the bytes of a record of the store: NoRecord, or a record that is written and read as it is."""
+"""Whatever the bytes of a record of the store: NoRecord, or one that is written and read as it is.
+
+And so for the file that says which layers an image has.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from hypothesis import strategies as st
 
 from mountd.evidence.model import Provenance, Signer
 from mountd.source.model import FileSystem
+from mountd.store import layering
+from mountd.store.layering import PulledImage
 from mountd.store.record import NoRecord, Owner, Record, parse, serialise
 
 RELAXED = settings(
@@ -30,6 +35,9 @@ WHOLE = serialise(
         provenance=Provenance("example.com/a", DIGEST, (DIGEST,), "signedBy", "team", 7),
         signers=(Signer("team", "CN=team", "image", DIGEST),),
     )
+)
+LAYERED = layering.serialise(
+    PulledImage(Provenance("example.com/a", DIGEST, (DIGEST,) * 2, "signedBy", "team", 7), (DIGEST,) * 2)
 )
 PIECES = st.one_of(
     st.binary(max_size=8),
@@ -71,6 +79,26 @@ def check(data: bytes) -> None:
     except NoRecord:
         return
     assert parse(serialise(record)) == record
+
+
+def check_layered(data: bytes) -> None:
+    try:
+        pulled = layering.parse(data)
+    except NoRecord:
+        return
+    assert layering.parse(layering.serialise(pulled)) == pulled
+
+
+@RELAXED
+@given(st.integers(0, len(LAYERED)), st.integers(0, 16), PIECES)
+def test_layers_patched(offset: int, length: int, piece: bytes) -> None:
+    check_layered(LAYERED[:offset] + piece + LAYERED[offset + length :])
+
+
+@RELAXED
+@given(st.sampled_from(sorted(json.loads(LAYERED))), VALUES)
+def test_layers_with_anything_as_a_value(name: str, value: Any) -> None:
+    check_layered(json.dumps({**json.loads(LAYERED), name: value}).encode("utf-8", "surrogatepass"))
 
 
 @RELAXED
