@@ -42,10 +42,12 @@ MISSING = {
 PROGRAMS = {
     "skopeo": "images cannot be pulled from registries",
     "mkfs.erofs": "layers of container images cannot be made into images",
+    "mkcomposefs": "a composefs cannot be mounted by its description",
     "gpgv": "signatures of OpenPGP cannot be verified",
     "veritysetup": "hash data for dm-verity cannot be made here; mountd itself does without",
 }
 PACKAGES = {
+    "mkcomposefs": "composefs",
     "mkfs.erofs": "erofs-utils",
     "veritysetup": "cryptsetup-bin",
     "pkcheck": "polkitd",
