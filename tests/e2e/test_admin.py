@@ -74,10 +74,10 @@ class TestWhoMayAsk:
 
     def test_no_line_in_the_journal_for_a_question(self, start: Callable[..., Daemon]) -> None:
         daemon = start("")
-        before = daemon.log
-        for method in ("Status", "Metrics", "GetPolicy"):
+        questions = ("Status", "Metrics", "GetPolicy")
+        for method in questions:
             ask(daemon, method)
-        assert daemon.log == before
+        assert not any(method in daemon.log for method in questions), daemon.log
         ask(daemon, "Reload")
         assert "the policy was reloaded: 0 rules" in daemon.log
         assert eventually(lambda: f"Reload for uid 0 (pid {os.getpid()}): done" in daemon.log)

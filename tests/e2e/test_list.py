@@ -394,30 +394,32 @@ class TestLimits:
     ) -> None:
         daemon = start(trusting(images["erofs"].parent), "--max-mounts", "20")
 
-        def client() -> int:
+        released, release = os.pipe()
+
+        def client(writer: int) -> None:
             mounts = []
             for _ in range(10):
                 try:
                     mounts.append(mount(daemon.socket, images["erofs"]).mount)
                 except LimitExceeded:
                     continue
-            time.sleep(2)  # until all have asked
-            return len(mounts)
+            os.write(writer, bytes([len(mounts)]))
+            os.read(released, 1)  # until all have asked
 
         readers = []
         for _ in range(8):
             reader, writer = os.pipe()
             if os.fork() == 0:
                 try:
-                    os.write(writer, bytes([as_user(client)]))
+                    os.close(release)
+                    as_user(lambda writer=writer: client(writer))  # type: ignore[misc]
                 finally:
                     os._exit(0)
             os.close(writer)
             readers.append(reader)
-        counts = []
-        for reader in readers:
-            counts.append(os.read(reader, 1)[0])
-            os.close(reader)
+        counts = [os.read(reader, 1)[0] for reader in readers]
+        for fd in (release, released, *readers):
+            os.close(fd)
         for _ in readers:
             os.wait()
         assert sum(counts) == 20, counts
