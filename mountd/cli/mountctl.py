@@ -258,6 +258,8 @@ def explanation(reply: dict[str, object]) -> str:
         lines.append(f"{decision.get('verdict')}: {by}: {decision.get('reason')}")
         if decision.get("hint"):
             lines.append(f"hint: {decision['hint']}")
+        if decision.get("signer"):
+            lines.append(f"signed by: {decision['signer']}")
     if isinstance(facts, dict):
         lines += ["facts:", *(f"  {name}: {value}" for name, value in facts.items())]
     if isinstance(steps, list) and steps:

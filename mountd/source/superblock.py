@@ -102,4 +102,6 @@ def nothing_found(image: Image) -> str:
         return "the image is empty"
     if not any(image.head):
         return f"the image starts with {len(image.head)} zero bytes, where a superblock would be"
+    if image.head.startswith(b'{"rootHash"'):
+        return "the image is the signature of a root hash, for an image with hash data, and none itself"
     return "the image has no signature of a known file system"

@@ -437,6 +437,7 @@ def test_looks_at_the_end_too(heads: dict[str, Image], offset: int, magic: bytes
         (Image(b"", 1), "zero"),
         (Image(b"", 1 << 62), "zero bytes"),
         (Image(b"#!/bin/sh\n", 10), "no signature"),
+        (Image(b'{"rootHash":"', 16384), "the signature of a root hash"),
     ],
 )
 def test_nothing_there(image: Image, reason: str) -> None:
