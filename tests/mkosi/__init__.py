@@ -12,6 +12,11 @@ SIGNER = "CN=mkosi of root"  # as all have it who let mkosi make their key
 HELLO, SRV = "hello from mkosi\n", "hello from srv\n"
 # What there is of an image in files of its own, one for each partition.
 ROOT, HASHES, SIGNATURE = (f"root-x86-64{end}" for end in ("", "-verity", "-verity-sig"))
+# What it takes to mount the images that are signed, and one of them by its partitions.
+SIGNED = (
+    *(CERTIFICATE, "portable.raw", "signed.raw"),
+    *(f"portable.{part}.raw" for part in (ROOT, HASHES, SIGNATURE)),
+)
 
 
 def build() -> Path:
