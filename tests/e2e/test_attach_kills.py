@@ -70,13 +70,20 @@ class Target:
     def settle(self) -> bool:
         """Wait until it is consistent; detach what is there, and return whether there was something.
 
-        What is about to be taken back may be gone at any moment.
+        What is about to be taken back may be gone at any moment, and who serves a request that nobody waits
+        for may hold what is there for another.
         """
         assert eventually(self.consistent, 5), os.listdir(self.user.daemon.directory / "run/attached")
-        there = id_at(self.path)
-        detached = there != self.nothing and self.user.detach(there)[0] == ""
-        assert eventually(lambda: self.consistent() and id_at(self.path) == self.nothing, 5)
-        return detached
+        said: list[str] = []
+
+        def told() -> bool:
+            there = id_at(self.path)
+            said.append("nothing" if there == self.nothing else self.user.detach(there)[0])
+            return said[-1] != "InUse"
+
+        eventually(told, 5)
+        assert eventually(lambda: self.consistent() and id_at(self.path) == self.nothing, 5), said
+        return said[-1] == ""
 
     def seconds(self) -> float:
         """How long an ordinary request takes here and now: the median."""
