@@ -31,7 +31,7 @@ from mountd.daemon.worker import Worker, report_bug
 from mountd.errors import DeniedByPolicy, MountdError, NotSupported, SyscallError
 from mountd.execute.seal import NoSeal, Staging
 from mountd.fds import OwnedFd
-from mountd.kernel import dm_verity, namespaces
+from mountd.kernel import device_mapper, namespaces
 from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call, prepare_all
@@ -371,7 +371,7 @@ def serve(
 def remove_unused_devices() -> None:
     """Take away the dm-verity devices of a mountd that was killed before their mounts were made."""
     try:
-        dm_verity.remove_unused()
+        device_mapper.remove_unused()
     except SyscallError as error:
         log(Priority.WARNING, f"cannot look for unused devices: {error}", message_id=WORKER_ID)
 
