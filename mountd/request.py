@@ -244,7 +244,7 @@ class Request:
 
 
 def read_key(path: str) -> str:
-    """Return the text of a key file, “-” for the standard input. Raises NotFound, InvalidParameter, OSError."""
+    """Return the text of a key file, “-” for standard input. Raises NotFound, InvalidParameter, OSError."""
     data = b""
     if path == "-":
         while len(data) <= MAXIMUM_KEY and (piece := os.read(0, MAXIMUM_KEY + 1)):
