@@ -22,7 +22,7 @@ ARGON2 = (
     "--pbkdf-parallel",
     "2",
 )
-ROOM = 24 << 20
+ROOM, OFFSET = 4 << 20, 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,16 @@ def make_header(directory: Path, version: int = 2, *options: str) -> Header:
     ]
     command += ["--key-file=-", "--key-size=512", "--cipher=aes-xts-plain64", *(options or QUICK)]
     if version == 2:
-        command += [f"--sector-size={sector_size}"]
+        # As small as it can be, and all keys together.
+        command += [
+            f"--sector-size={sector_size}",
+            "--luks2-keyslots-size=512k",
+            f"--offset={OFFSET // SECTOR}",
+        ]
     done = subprocess.run([*command, volume], input=PASSWORD.encode(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     data = volume.read_bytes()
-    offset = 16 << 20 if version == 2 else int.from_bytes(data[104:108], "big") * SECTOR
+    offset = OFFSET if version == 2 else int.from_bytes(data[104:108], "big") * SECTOR
     volume.unlink()
     key.unlink()
     return Header(data[:offset], sector_size)

@@ -5,9 +5,8 @@ Explain is the same route, and stops after the decision; so it cannot say anythi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mountd.caller.delegated import delegated_ids
@@ -59,7 +58,7 @@ class Judged:
     gids: Extents
     source: str | None  # for people
     layers: tuple[Judged, ...] = ()  # of a stack, the topmost first
-    opened: Mapping[Window | None, str] = MappingProxyType({})  # devices of what was encrypted
+    opened: Mapping[Window | None, str] = field(default_factory=dict)  # devices of what was encrypted
 
 
 def mount(

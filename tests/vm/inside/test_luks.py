@@ -38,9 +38,13 @@ name = "opened"
 image = {{ location = "{place}/*.raw" }}
 caller = {{ any = true }}
 require = {{ integrity = ["root-owned"] }}
-grant = {{ file-systems = ["erofs", "ext4"], access = "read-write", options = ["lazytime"],
-  encrypted = true }}
 verdict = "allow"
+
+[rule.grant]
+file-systems = ["erofs", "ext4"]
+access = "read-write"
+options = ["lazytime"]
+encrypted = true
 """
 SOURCE: dict[str, object] = {"imageFileDescriptor": 0}
 HELLO = "hello from the image\n"
