@@ -175,7 +175,7 @@ def test_key_files(opening: Daemon, installed: Path, volumes: dict[str, Path], p
         return as_user([*command[:2], *options, command[2], "--", "true"], opening.socket, **popen)
 
     done = said(stdin=subprocess.DEVNULL)
-    assert (done.returncode, "a password is needed" in done.stderr) == (32, True), done.stderr
+    assert (done.returncode, "a password is needed" in done.stderr) == (1, True), done.stderr
     done = said("--json", "--key-file", binary)
     assert json.loads(done.stdout)["error"] == InvalidParameter.wire_name
     assert "no text in UTF-8" in done.stderr
