@@ -116,9 +116,7 @@ class Request:
         for the standard input; without, whoever uses this may ask for one on a terminal as long as `asks` is
         true. Raises NotFound, InvalidParameter, OptionNotPermitted and OSError.
         """
-        check_text(options, file_system_type)
-        if image_policy is not None and not is_text(image_policy):
-            raise InvalidParameter("imagePolicy", "it is no text")
+        check_text(options, file_system_type, image_policy)
         if read_only is None:
             read_only = not source.startswith(TMPFS)
         self.fds: list[OwnedFd] = []
@@ -139,10 +137,7 @@ class Request:
             else:
                 self.source = self._read_stack(source, layers, read_only, composefs=any(about))
             self._add_companions(signature, verity)
-            if userns is None and idmap in (None, "namespace") and in_user_namespace():
-                userns = "/proc/self/ns/user"
-            if userns not in (None, "none"):
-                self.parameters["userNamespaceFileDescriptor"] = self._add(open_image(str(userns)))
+            self._add_own_namespace(userns, idmap)
         except BaseException:
             self.close()
             raise
@@ -220,6 +215,12 @@ class Request:
                 }
             )
 
+    def _add_own_namespace(self, userns: str | None, idmap: str | None) -> None:
+        if userns is None and idmap in (None, "namespace") and in_user_namespace():
+            userns = "/proc/self/ns/user"
+        if userns not in (None, "none"):
+            self.add_namespace(open_image(str(userns)))
+
     def add_namespace(self, userns: OwnedFd) -> None:
         """Have ids mapped into this user namespace, which is taken over."""
         self.parameters["userNamespaceFileDescriptor"] = self._add(userns)
@@ -277,13 +278,15 @@ def given(parameters: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def check_text(options: Sequence[str], file_system_type: str | None) -> None:
+def check_text(options: Sequence[str], file_system_type: str | None, image_policy: str | None) -> None:
     """Raise OptionNotPermitted or InvalidParameter for what cannot be said on the wire, which is UTF-8."""
     for option in options:
         if not is_text(option):
             raise OptionNotPermitted(option, "it is no text", hint="write it in UTF-8")
     if file_system_type is not None and not is_text(file_system_type):
         raise InvalidParameter("fileSystemType", "it is no text")
+    if image_policy is not None and not is_text(image_policy):
+        raise InvalidParameter("imagePolicy", "it is no text")
 
 
 def parse_size(text: str) -> int:

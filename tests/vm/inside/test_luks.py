@@ -176,8 +176,6 @@ def test_refusals_that_leave_nothing(scene: Scene, volumes: dict[str, Path]) -> 
         found = refusal(scene, build_luks(scene.place / name, scene.headers["luks2"], inside))
         assert (found[0], text in found[1]) == (error, True), found
     assert refusal(scene, volumes["luks1"], writable=True)[0] == "OptionNotPermitted"
-    assert refusal(scene, volumes["luks1"], fileSystemType="ext4")[0] == "InvalidImage"
-    assert refusal(scene, volumes["luks1"], options=["lazytime"])[0] == "OptionNotPermitted"
     assert refusal(scene, volumes["luks1"], imagePolicy="root=ext4")[0] == "DeniedByPolicy"
 
 
@@ -242,9 +240,8 @@ def test_nobody_sees_the_password(scene: Scene, volumes: dict[str, Path]) -> Non
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        for _ in range(2):
-            with opened(scene, volumes["argon2"]):
-                pass
+        with opened(scene, volumes["argon2"]):
+            pass
     finally:
         done.set()
         watcher.join()
