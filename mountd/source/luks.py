@@ -151,7 +151,7 @@ def read_2(read: Read, size: int) -> Luks:
     return Luks(
         version=2,
         uuid=uuid_of(binary[168:208]),
-        label=text(binary[24:72], 24, ascii_only=False) or None,
+        label=printable(text(binary[24:72], 24, ascii_only=False)) or None,
         cipher=cipher,
         key_size=key_size,
         sector_size=sector_size,
@@ -372,7 +372,7 @@ def uuid_of(field: bytes) -> str | None:
 
 def printable(value: object) -> str:
     """Return a value of the header as something to print."""
-    return "".join(each if each.isprintable() else "?" for each in str(value)[:32])
+    return "".join(each if each.isprintable() else "?" for each in str(value)[:48])
 
 
 def whole(read: Read, offset: int, length: int) -> bytes:
