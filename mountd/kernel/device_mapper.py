@@ -68,7 +68,7 @@ def create(
     target, SyscallError (EINVAL for values that do not fit together, with the reason in the kernel's log
     only); nothing is left then.
     """
-    name = f"{PREFIX}{target}-{os.urandom(16).hex()}"
+    name = f"{PREFIX}{target}-{os.getpid()}-{os.urandom(16).hex()}"
     control: OwnedFd | None = None
     try:
         control = open_control(target)
@@ -108,19 +108,21 @@ def status(name: str, flags: DeviceMapper = DeviceMapper(0)) -> str:  # noqa: B0
         control.close()
 
 
-def remove_unused() -> int:
+def remove_unused(maker: "int | None" = None) -> int:
     """Have every device of mountd's go with its last user, at once if it has none; return their number.
 
     Only a process that was killed while it made one leaves such a device. This is for the start of the
-    daemon: a device that is being made by another process is taken from it, whose request fails. Nothing is
-    done where there is no device-mapper. Raises SyscallError.
+    daemon: a device that is being made by another process is taken from it, whose request fails. With
+    `maker`, it is about those of one process only, which has been killed. Nothing is done where there is no
+    device-mapper. Raises SyscallError.
     """
     try:
         control = open_control()
     except NotSupported:
         return 0
     try:
-        prefixes = tuple(f"{PREFIX}{kind}-" for kind in KINDS)
+        of = "" if maker is None else f"{maker}-"
+        prefixes = tuple(f"{PREFIX}{kind}-{of}" for kind in KINDS)
         names = [name for name in _list(control) if name.startswith(prefixes)]
         for name in names:
             _remove(control, name)

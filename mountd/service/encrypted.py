@@ -72,7 +72,6 @@ def opened(judged: Judged, context: RequestContext) -> Iterator[Judged]:
             keys = [
                 (window, found, key_to(judged, found, window, password)) for window, found in volumes(judged)
             ]
-        context.enter(Phase.MOUNT)
         inside: dict[Window | None, FileSystem] = {}
         paths: dict[Window | None, str] = {}
         try:
@@ -86,6 +85,8 @@ def opened(judged: Judged, context: RequestContext) -> Iterator[Judged]:
         finally:
             for _, _, key in keys:
                 luks.wipe(key)
+        # Not before: the kernel may have to load what decrypts, and to test it.
+        context.enter(Phase.MOUNT)
         yield replace(decided(judged, inside, context), opened=paths)
 
 

@@ -169,13 +169,11 @@ def test_refusals_that_leave_nothing(scene: Scene, volumes: dict[str, Path]) -> 
     cases = [
         ("foreign.raw", "squashfs", "DeniedByPolicy", "the image is squashfs"),
         ("noise.raw", b"\xa5" * MIB, "UnsupportedFileSystem", "no signature"),
-        ("nested.raw", scene.headers["luks2"].data[: 2 * MIB], "UnsupportedFileSystem", "LUKS"),
     ]
     for name, contents, error, text in cases:
         inside = contents if isinstance(contents, bytes) else scene.contents[contents]
         found = refusal(scene, build_luks(scene.place / name, scene.headers["luks2"], inside))
         assert (found[0], text in found[1]) == (error, True), found
-    assert refusal(scene, volumes["luks1"], writable=True)[0] == "OptionNotPermitted"
     assert refusal(scene, volumes["luks1"], imagePolicy="root=ext4")[0] == "DeniedByPolicy"
 
 
@@ -279,9 +277,14 @@ def test_whoever_is_killed_leaves_nothing(volumes: dict[str, Path]) -> None:
     with pytest.raises(AssertionError):
         in_child(work)
     wait_until_gone()
+    names = [f"{device_mapper.PREFIX}crypt-{maker}-left" for maker in (1, 2)]
     with device_mapper.open_control() as control:
-        device_mapper._ask(control, Ioctl.DM_DEV_CREATE, f"{device_mapper.PREFIX}crypt-left")
-    assert device_mapper.remove_unused() == 1
+        for name in names:
+            device_mapper._ask(control, Ioctl.DM_DEV_CREATE, name)
+    # Of a worker that was killed, and of a whole daemon.
+    assert device_mapper.remove_unused(1) == 1
+    assert names[1] in dm_devices()
+    assert device_mapper.remove_unused() >= 1
 
 
 @pytest.mark.parametrize("step", ["DM_DEV_CREATE", "DM_TABLE_LOAD", "DM_DEV_SUSPEND"])
