@@ -95,11 +95,12 @@ def copy_header(image_fd: int, volume: Encryption, complete: Callable[[bytes], b
     return copy
 
 
-def derive(header_fd: int, password: bytearray, volume: Encryption) -> bytearray:
+def derive(header_fd: int, password: bytearray, volume: Encryption, seconds: float = SECONDS) -> bytearray:
     """Return the key of the volume in hexadecimal, for the caller to wipe; all but that is borrowed.
 
-    `header_fd` is of `copy_header`. Raises WrongKey for a password that opens nothing, InvalidImage for a
-    header that cryptsetup does not take, LimitExceeded for a key that takes too long, NotSupported, OSError.
+    `header_fd` is of `copy_header`, and it may take `seconds`. Raises WrongKey for a password that opens
+    nothing, InvalidImage for a header that cryptsetup does not take, LimitExceeded for a key that takes too
+    long, NotSupported, OSError.
     """
     reader, writer = child.pipe()
     with reader:
@@ -111,7 +112,7 @@ def derive(header_fd: int, password: bytearray, volume: Encryption) -> bytearray
             ARGUMENTS,
             [header_fd],
             stdin=reader.fileno(),
-            seconds=SECONDS,
+            seconds=max(seconds, 0.0),
             memory=MEMORY + volume.memory,
             threads=True,
             secret=True,

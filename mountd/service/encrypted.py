@@ -44,6 +44,7 @@ PLACES_FILE = "opening"  # in the runtime directory; a place is a lock on a byte
 PLACES = 2
 OWNER_PLACES = 1 << 16  # where those of owners begin
 SECONDS_TO_WAIT = 20.0
+SECONDS_TO_ATTACH = 20.0  # with luks.SECONDS, less than clients wait
 PAUSE = 0.05
 
 
@@ -66,28 +67,34 @@ def opened(judged: Judged, context: RequestContext) -> Iterator[Judged]:
         yield judged
         return
     luks.check_available()
-    context.enter(Phase.TRANSFER, int(SECONDS_TO_WAIT + luks.SECONDS * len(volumes(judged))))
+    # The kernel may have to load what decrypts, and to test it, so that no shorter phase begins before.
+    context.enter(Phase.TRANSFER, int(SECONDS_TO_WAIT + luks.SECONDS + SECONDS_TO_ATTACH))
     with ExitStack() as stack:
-        with place(judged.caller, context):
-            keys = [
-                (window, found, key_to(judged, found, window, password)) for window, found in volumes(judged)
-            ]
+        stack.callback(luks.wipe, password)
         inside: dict[Window | None, FileSystem] = {}
         paths: dict[Window | None, str] = {}
-        try:
-            for window, found, key in keys:
-                device = luks.attach(
-                    fd_of(judged), Encryption.of(found, window), key, read_only=is_read_only(judged, window)
-                )
-                stack.enter_context(device)
-                inside[window] = recognise_image(device.fd.fileno(), found.size, confined=True)
-                paths[window] = device.path
-        finally:
-            for _, _, key in keys:
-                luks.wipe(key)
-        # Not before: the kernel may have to load what decrypts, and to test it.
+        for (window, found), key in keys_to(judged, password, context, stack):
+            volume, read_only = Encryption.of(found, window), is_read_only(judged, window)
+            device = stack.enter_context(luks.attach(fd_of(judged), volume, key, read_only=read_only))
+            luks.wipe(key)
+            inside[window] = recognise_image(device.fd.fileno(), found.size, confined=True)
+            paths[window] = device.path
         context.enter(Phase.MOUNT)
         yield replace(decided(judged, inside, context), opened=paths)
+
+
+def keys_to(
+    judged: Judged, password: bytearray, context: RequestContext, stack: ExitStack
+) -> list[tuple[tuple[Window | None, Luks], bytearray]]:
+    """Return all volumes, each with its key, which `stack` wipes at the latest. Raises what `opened` does."""
+    found = []
+    with place(judged.caller, context):
+        deadline = time.monotonic() + luks.SECONDS
+        for volume in volumes(judged):
+            key = key_to(judged, volume[1], volume[0], password, deadline - time.monotonic())
+            stack.callback(luks.wipe, key)
+            found.append((volume, key))
+    return found
 
 
 def needed_password(judged: Judged) -> bytearray | None:
@@ -123,7 +130,9 @@ def is_read_only(judged: Judged, window: Window | None) -> bool:
     return uses[0].read_only if uses else judged.decision.read_only
 
 
-def key_to(judged: Judged, found: Luks, window: Window | None, password: bytearray) -> bytearray:
+def key_to(
+    judged: Judged, found: Luks, window: Window | None, password: bytearray, seconds: float
+) -> bytearray:
     """Return the key to a volume. Raises InvalidImage if its header is not the one that was judged."""
     volume = Encryption.of(found, window)
     with luks.copy_header(fd_of(judged), volume, header.second_of) as copy:
@@ -131,7 +140,7 @@ def key_to(judged: Judged, found: Luks, window: Window | None, password: bytearr
         again = read_luks(copy.fileno(), size)
         if Encryption.of(again, window) != volume:
             raise InvalidImage("LUKS: its header is not the one that was judged", offset=volume.start)
-        return luks.derive(copy.fileno(), password, volume)
+        return luks.derive(copy.fileno(), password, volume, seconds)
 
 
 def decided(judged: Judged, inside: dict[Window | None, FileSystem], context: RequestContext) -> Judged:

@@ -48,10 +48,10 @@ def header_of(path: Path) -> Luks:
     return found
 
 
-def derived(path: Path, password: str = PASSWORD) -> bytes:
+def derived(path: Path, password: str = PASSWORD, seconds: float = 30) -> bytes:
     fd, _, volume = look(path)
     with fd, luks.copy_header(fd.fileno(), volume, header.second_of) as copy:
-        return bytes(luks.derive(copy.fileno(), bytearray(password.encode()), volume))
+        return bytes(luks.derive(copy.fileno(), bytearray(password.encode()), volume, seconds))
 
 
 @pytest.mark.parametrize("name", ["luks1", "luks2", "argon2"])
@@ -103,14 +103,14 @@ def test_what_is_exchanged_after_it_was_judged(volumes: dict[str, Path], tmp_pat
     password = bytearray(PASSWORD.encode())
     fd, found, _ = look(image)
     with fd:
-        assert encrypted.key_to(judged(fd), found, None, password) == KEY.hex().encode()
+        assert encrypted.key_to(judged(fd), found, None, password, 30) == KEY.hex().encode()
         for other in ("luks1", "argon2"):
             image.write_bytes(volumes[other].read_bytes())
             with pytest.raises(InvalidImage, match="not the one that was judged|do not lie within"):
-                encrypted.key_to(judged(fd), found, None, password)
+                encrypted.key_to(judged(fd), found, None, password, 30)
         image.write_bytes(volumes["luks2"].read_bytes()[:5000])
         with pytest.raises(InvalidImage, match="ends within its header"):
-            encrypted.key_to(judged(fd), found, None, password)
+            encrypted.key_to(judged(fd), found, None, password, 30)
 
 
 def test_a_volume_within_an_image(volumes: dict[str, Path], tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_volume_within_an_image(volumes: dict[str, Path], tmp_path: Path) -> N
     found = header_of(volumes["luks2"])
     with OwnedFd(os.open(image, os.O_RDONLY)) as fd:
         window = Window(5120, len(data))
-        key = encrypted.key_to(judged(fd), found, window, bytearray(PASSWORD.encode()))
+        key = encrypted.key_to(judged(fd), found, window, bytearray(PASSWORD.encode()), 30)
     assert key == KEY.hex().encode()
 
 
@@ -169,10 +169,10 @@ def test_what_cryptsetup_says(
     assert KEY.hex()[:32] not in str(caught.value)
 
 
-def test_a_key_that_takes_too_long(volumes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(luks, "SECONDS", 0.0)
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_a_key_that_takes_too_long(volumes: dict[str, Path], seconds: float) -> None:
     with pytest.raises(LimitExceeded, match="seconds to derive"):
-        derived(volumes["luks1"])
+        derived(volumes["luks1"], seconds=seconds)
 
 
 def test_a_key_that_takes_more_memory_than_its_header_says(
