@@ -86,7 +86,7 @@ def opened(judged: Judged, context: RequestContext) -> Iterator[Judged]:
 def keys_to(
     judged: Judged, password: bytearray, context: RequestContext, stack: ExitStack
 ) -> list[tuple[tuple[Window | None, Luks], bytearray]]:
-    """Return all volumes, each with its key, which `stack` wipes at the latest. Raises what `opened` does."""
+    """Return all volumes, each with its key, which `stack` wipes at last. Raises what `opened` does."""
     found = []
     with place(judged.caller, context):
         deadline = time.monotonic() + luks.SECONDS

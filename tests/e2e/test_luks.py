@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mountd.client import Client
 from mountd.errors import InvalidParameter, MountdError, NotSupported
+from mountd.execute.luks import SEALS
 from mountd.fds import OwnedFd
 from mountd.kernel import dm_crypt
 from tests.container import USER
+from tests.container import as_user as forked_as
 from tests.daemon import Daemon
 from tests.disks import Part
 from tests.e2e.calls import explain, mount, mount_fds, outcome, refused
 from tests.e2e.conftest import trusting
 from tests.e2e.test_disk_images import trusted
+from tests.e2e.trust import memfd, users_file
 from tests.images import build_image, build_tree
 from tests.luks import PASSWORD, build_luks, make_header
 from tests.programs import Done, as_user, environment
 
 SOURCE: dict[str, object] = {"imageFileDescriptor": 0}
+MOUNTFS = "luks-mountfs"
+BY_WHAT_IT_IS = """
+[[rule]]
+name = "named"
+image = {{ digest = ["sha256:{digest}"] }}
+caller = {{ any = true }}
+require = {{ integrity = ["stored", "sealed"] }}
+grant = {{ file-systems = ["erofs"], encrypted = true }}
+verdict = "allow"
+"""
 
 
 def what_the_kernel_lacks() -> str:
@@ -56,13 +70,24 @@ def volumes(place: Path, images: dict[str, Path]) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture
-def opening(start: Callable[..., Daemon], place: Path, volumes: dict[str, Path]) -> Iterator[Daemon]:
-    """A daemon whose policy grants that encrypted images are opened."""
-    daemon = start(trusting(place / "trusted", encrypted="true", access='"read-write"'))
+@pytest.fixture(scope="module")
+def serving(place: Path, volumes: dict[str, Path]) -> Iterator[Daemon]:
+    """A daemon whose policy grants that encrypted images are opened, for their place or for what they are."""
+    digest = hashlib.sha256(volumes["bare"].read_bytes()).hexdigest()
+    policy = trusting(place / "trusted", encrypted="true", access='"read-write"')
+    policy += BY_WHAT_IT_IS.format(digest=digest)
+    daemon = Daemon(place / "luks-daemon", policy, ["--mountfs-socket", str(place / MOUNTFS)])
     yield daemon
+    assert daemon.stop() == 0, daemon.log
     assert PASSWORD not in daemon.log
     assert "internal error" not in daemon.log
+
+
+@pytest.fixture
+def opening(serving: Daemon) -> Iterator[Daemon]:
+    """The same, which leaves no password in its log."""
+    yield serving
+    assert PASSWORD not in serving.log
 
 
 def ask(daemon: Daemon, image: Path, **fields: object) -> tuple[str, str]:
@@ -152,6 +177,24 @@ def test_what_takes_no_password(opening: Daemon, volumes: dict[str, Path]) -> No
     assert told["facts"]["encrypted"] == "LUKS1, aes-xts-plain64"  # type: ignore[index]
 
 
+def test_what_speaks_for_it_speaks_for_the_ciphertext(
+    opening: Daemon, place: Path, volumes: dict[str, Path]
+) -> None:
+    """A user's own image, that the policy names by its digest: in the store, or in a sealed memfd."""
+    data = volumes["bare"].read_bytes()
+
+    def asked(image: Path, password: str | None) -> str:
+        return forked_as(lambda: ask(opening, image, password=password)[0])
+
+    with users_file(place, data) as image, memfd(data, SEALS) as fd:
+        for password, expected in ((None, "KeyRequired"), (PASSWORD, OPENED)):
+            assert asked(image, password) == expected
+            sealed = outcome(lambda p=password: mount_fds(opening.socket, SOURCE, [fd], password=p))  # type: ignore[misc]
+            assert sealed[0] == expected
+    with users_file(place, data[:-1] + b"x") as image:
+        assert asked(image, PASSWORD) in ("DeniedByPolicy", "NotImmutable")
+
+
 def test_a_worker_that_has_seen_a_password_ends(opening: Daemon, volumes: dict[str, Path]) -> None:
     for password in ("another", [PASSWORD]):
         before = set(opening.workers)
@@ -219,14 +262,9 @@ def test_it_is_asked_for_on_a_terminal(opening: Daemon, installed: Path, volumes
     assert (b"device-mapper" in seen) is bool(OPENED), seen
 
 
-def test_in_the_words_of_mountfsd(
-    start: Callable[..., Daemon], place: Path, volumes: dict[str, Path]
-) -> None:
-    socket = place / "luks-mountfs"
-    start(trusting(place / "trusted", encrypted="true"), "--mountfs-socket", str(socket))
-
+def test_in_the_words_of_mountfsd(opening: Daemon, place: Path, volumes: dict[str, Path]) -> None:
     def call(image: Path, **fields: object) -> str:
-        with Client(str(socket)) as client, OwnedFd(os.open(image, os.O_RDONLY)) as fd:
+        with Client(str(place / MOUNTFS)) as client, OwnedFd(os.open(image, os.O_RDONLY)) as fd:
             try:
                 _, fds = client.call("io.systemd.MountFileSystem.MountImage", {**SOURCE, **fields}, [fd])
             except MountdError as error:
