@@ -72,7 +72,7 @@ def volumes(place: Path, images: dict[str, Path]) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def serving(place: Path, volumes: dict[str, Path]) -> Iterator[Daemon]:
-    """A daemon whose policy grants that encrypted images are opened, for their place or for what they are."""
+    """A daemon whose policy grants that encrypted images are opened, for their place or their digest."""
     digest = hashlib.sha256(volumes["bare"].read_bytes()).hexdigest()
     policy = trusting(place / "trusted", encrypted="true", access='"read-write"')
     policy += BY_WHAT_IT_IS.format(digest=digest)
