@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from mountd.errors import InvalidImage, KeyRequired, LimitExceeded, NotSupported
 from mountd.execute import luks
+from mountd.execute.run import refuse_lease
 from mountd.fds import OwnedFd
 from mountd.plan.operations import Encryption
 from mountd.service.consent import lock
@@ -67,6 +68,7 @@ def opened(judged: Judged, context: RequestContext) -> Iterator[Judged]:
         yield judged
         return
     luks.check_available()
+    refuse_lease(fd_of(judged))
     # The kernel may have to load what decrypts, and to test it, so that no shorter phase begins before.
     context.enter(Phase.TRANSFER, int(SECONDS_TO_WAIT + luks.SECONDS + SECONDS_TO_ATTACH))
     with ExitStack() as stack:
@@ -157,7 +159,7 @@ def decided(judged: Judged, inside: dict[Window | None, FileSystem], context: Re
         source = replace(source, file_system=inside[None])
     inspected = replace(judged.inspected, source=source)
     decision = context.policy.decide(judged.caller, source, inspected.evidence, judged.request.wishes)
-    if decision.verdict is Verdict.ASK:
+    if decision.verdict is Verdict.ASK and decision.rule == judged.decision.rule:
         # Whoever is asked has consented before.
         decision = replace(decision, verdict=Verdict.ALLOW, error=None, hint=None)
     context.note_decision(decision, "gpt" if source.disk is not None else inside[None].type)
