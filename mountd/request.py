@@ -25,6 +25,7 @@ COMPOSEFS = "composefs:"
 MAXIMUM_DESCRIPTION = 64 << 20  # bytes of a composefs as text
 MAXIMUM_SIGNATURE = 256 << 10  # bytes
 MAXIMUM_KEY = 4096  # bytes
+STANDARD_INPUT = 0
 MAXIMUM_INTEGER = (1 << 63) - 1
 
 
@@ -248,7 +249,7 @@ def read_key(path: str) -> str:
     """Return the text of a key file, “-” for standard input. Raises NotFound, InvalidParameter, OSError."""
     data = b""
     if path == "-":
-        while len(data) <= MAXIMUM_KEY and (piece := os.read(0, MAXIMUM_KEY + 1)):
+        while len(data) <= MAXIMUM_KEY and (piece := os.read(STANDARD_INPUT, MAXIMUM_KEY + 1)):
             data += piece
     else:
         with open_image(path) as fd:
