@@ -1,8 +1,8 @@
 """Opening a LUKS volume: the key is derived by cryptsetup(8), and the device is made by mountd.
 
 cryptsetup knows every way in which a key may be kept, so it does that, and nothing else. It runs as what
-reads an enemy's files does (kernel/program): as nobody, without capabilities, sockets, keyrings and other
-processes, within memory and time. It has a copy of the header in a sealed memfd, the very bytes that were
+reads an enemy's files does (kernel/program): as a user whom nobody else is, without capabilities, sockets,
+keyrings and other processes, within memory and time. It has a copy of the header in a sealed memfd, the very bytes that were
 judged, and of the image nothing; the password comes through a pipe; no command line and no environment has
 it. What it prints is the key of the volume, in hexadecimal. That it may lie is nothing: another key decrypts
 to noise.

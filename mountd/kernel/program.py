@@ -41,7 +41,8 @@ X32_BIT = 0x40000000  # of the numbers of x86_64's other ABI
 MAXIMUM_OUTPUT = 64 << 10
 MAXIMUM_DESCRIPTORS = 64
 MAXIMUM_PATIENCE = 1.0  # seconds from the end of its output to that of the program
-ANOTHER_NOBODY = NOBODY - 1  # the real group of what has a secret; nothing is asked of that
+# Of ids that are given to no user and no container (systemd's UIDS-GIDS.md), for what has a secret.
+UNUSED_IDS = range(1 << 31, (1 << 32) - 2)
 EXIT_NOT_RUN = child.EXIT_RAISED
 
 # Machine -> AUDIT_ARCH_*, and the numbers of: socket socketpair connect ptrace bpf perf_event_open add_key
@@ -89,10 +90,9 @@ def run(
 
     `fds` (borrowed) become its descriptors 3, 4, and so on, and `stdin` (borrowed) its 0; 2 leads nowhere,
     as 0 does without. It is killed after `seconds`, and once it has written MAXIMUM_OUTPUT bytes; `memory`
-    is its address space in bytes. With `threads` it may have some, but no processes. With `secret` nobody
-    but root may look into it, as another process of the same user could (PTRACE_MODE_READ in ptrace(2)): its
-    real and its effective group differ, so that the kernel lets nothing be read of it. Raises OSError, and
-    NotSupported on a machine whose system call numbers are not known.
+    is its address space in bytes. With `threads` it may have some, but no processes. With `secret` it is not
+    nobody, but a user whom nobody else is: other processes of nobody could look into it (PTRACE_MODE_READ in
+    ptrace(2)). Raises OSError, and NotSupported on a machine whose system call numbers are not known.
     """
     machine = os.uname().machine
     if machine not in FORBIDDEN:
@@ -160,8 +160,9 @@ def _restrict(seconds: float, memory: int, secret: bool) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAXIMUM_DESCRIPTORS, MAXIMUM_DESCRIPTORS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.setgroups([])
-    os.setresgid(ANOTHER_NOBODY if secret else NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)  # which drops every capability
+    id = UNUSED_IDS[int.from_bytes(os.urandom(4), "big") % len(UNUSED_IDS)] if secret else NOBODY
+    os.setresgid(id, id, id)
+    os.setresuid(id, id, id)  # which drops every capability
     child.end_with_parent()
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import tempfile
 import time
@@ -221,6 +222,39 @@ def test_nobody_looks_into_what_has_a_secret(secret: bool) -> None:
         os.write(go.fileno(), b"x")
         assert os.waitpid(runner, 0)[1] == 0
     assert found == (str(errno.EACCES) if secret else "seen")
+
+
+@pytest.mark.parametrize("secret", [False, True])
+def test_it_ends_with_who_runs_it(secret: bool) -> None:
+    """Also if that is killed, and has no time to end it."""
+    reader, writer = child.pipe()
+    text = "import os, time; os.write(3, str(os.getpid()).encode()); time.sleep(60)"
+    with reader:
+        with writer:
+            fds = [writer.fileno()]
+            runner = os.fork()
+            if runner == 0:
+                program.run(PYTHON, ("-I", "-S", "-c", text), fds, seconds=60, memory=MEMORY, secret=secret)
+                os._exit(0)
+        pid = int(os.read(reader.fileno(), 99))
+        os.kill(runner, signal.SIGKILL)
+        os.waitpid(runner, 0)
+        # Its end of the pipe closes with it.
+        assert select.select([reader], [], [], 20) == ([reader], [], [])
+        assert os.read(reader.fileno(), 1) == b""
+    with pytest.raises(ProcessLookupError):
+        wait_until_gone(pid)
+
+
+def wait_until_gone(pid: int) -> None:
+    """Raise ProcessLookupError once there is no such process, or only what is left of one."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            if file.read().rpartition(")")[2].split()[0] == "Z":
+                raise ProcessLookupError(pid)
+        time.sleep(0.01)
 
 
 def test_machine_whose_numbers_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
