@@ -2,10 +2,10 @@
 
 cryptsetup knows every way in which a key may be kept, so it does that, and nothing else. It runs as what
 reads an enemy's files does (kernel/program): as a user whom nobody else is, without capabilities, sockets,
-keyrings and other processes, within memory and time. It has a copy of the header in a sealed memfd, the very bytes that were
-judged, and of the image nothing; the password comes through a pipe; no command line and no environment has
-it. What it prints is the key of the volume, in hexadecimal. That it may lie is nothing: another key decrypts
-to noise.
+keyrings and other processes, within memory and time. It has a copy of the header in a sealed memfd, the very
+bytes that were judged, and of the image nothing; the password comes through a pipe; no command line and no
+environment has it. What it prints is the key of the volume, in hexadecimal. That it may lie is nothing:
+another key decrypts to noise.
 
 It would open the volume itself, too (cryptsetup open). Then a large program would read a stranger's header
 as root, with device-mapper, locks and udev at its command, and a device with a name of its choice would stay
