@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     mount = add_verb(verbs, "mount", "mount an image at a directory", MOUNT_EXAMPLES)
     add_request(mount)
     add_namespace(mount)
+    add_key(mount)
     mount.add_argument("target", metavar="TARGET", help="an existing directory")
     umount = add_verb(
         verbs, "umount", "detach what “mount” has mounted at a directory", ("mountctl umount ~/base",)
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s [OPTION…] SOURCE [--] COMMAND [ARGUMENT…]",
     )
     add_request(run)
+    add_key(run)
     run.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command, after --")
     explain = add_verb(verbs, "explain", "say whether an image could be mounted, and why", EXPLAIN_EXAMPLES)
     add_request(explain)
@@ -152,6 +154,15 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_key(verb: argparse.ArgumentParser) -> None:
+    """Add what opens an encrypted image."""
+    verb.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help="password of an encrypted image, “-” for the standard input; default: asked on a terminal",
+    )
+
+
 def add_namespace(verb: argparse.ArgumentParser) -> None:
     """Add what a verb has that makes no user namespace itself."""
     verb.add_argument(
@@ -195,7 +206,7 @@ def request_of(options: argparse.Namespace) -> Request:
         read_only = False
     elif "ro" in words:
         read_only = True
-    return Request(
+    request = Request(
         options.source,
         read_only=read_only,
         file_system_type=options.type,
@@ -213,7 +224,10 @@ def request_of(options: argparse.Namespace) -> Request:
         verity=None
         if options.verity is None
         else (options.verity, options.root_hash, options.root_hash_signature),
+        key_file=getattr(options, "key_file", None),
     )
+    request.asks = request.asks and not options.json
+    return request
 
 
 def run(options: argparse.Namespace, request: Request, client: Client) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, LimitExceeded, NotSupported
@@ -35,6 +35,8 @@ ROOT_HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{128}")
 MAXIMUM_SIGNATURE = 350_000  # characters of base64: as many bytes as a signature may have
 REFERENCE_FIELD = "source.reference"
 STORED_PREFIX = "stored:"
+PASSWORD_FIELD = "password"
+MAXIMUM_PASSWORD = 4096  # bytes; a pipe takes them at once
 NAMESPACE_FIELD = "userNamespaceFileDescriptor"
 TARGET_FIELD = "targetFileDescriptor"
 SOURCES = (
@@ -80,7 +82,8 @@ class MountRequest:
     manifest, or later a layer of what has this name), `tmpfs` and `directory_fd`, one is not None. `verity`
     and the bytes of `signature` may go with `image_fd`. A stack has none of these but `layers`, the topmost
     first, which are requests with the same wishes. `composefs` goes with the `image_fd` of metadata, or has
-    a description in its stead. `target_fd` is for Attach. `interactive` is whether a person may be asked.
+    a description in its stead. `password` opens what is encrypted, and is shown nowhere. `target_fd` is for
+    Attach. `interactive` is whether a person may be asked.
     """
 
     kind: SourceKind
@@ -97,10 +100,12 @@ class MountRequest:
     directory_fd: int | None = None
     layers: tuple[MountRequest, ...] = ()
     composefs: ComposefsRequest | None = None
+    password: bytearray | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
-        """Read the parameters. Raises InvalidParameter and NotSupported."""
+    def from_call(cls, parameters: dict[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
+        """Read the parameters, of which the password is taken out. Raises InvalidParameter, NotSupported."""
+        password = read_password(parameters.pop("password", None))
         table = Descriptors(fds)
         what = read_what(parameters["source"], table)
         layers = tuple(what.layers)
@@ -133,10 +138,19 @@ class MountRequest:
             target_fd,
             parameters.get("interactive") is True,
             what.directory_fd,
+            password=password,
         )
         if what.composefs is not None:
             return made.with_objects(what.composefs)
         return made.stacked(layers) if layers else made
+
+    def refuse_password(self) -> None:
+        """Raise InvalidParameter if there is a password: nothing is encrypted that could need it.
+
+        Whoever expects an encrypted image does not get one that somebody has put in its place.
+        """
+        if self.password is not None:
+            raise InvalidParameter(PASSWORD_FIELD, "nothing in the image is encrypted")
 
     def with_objects(self, composefs: ComposefsRequest) -> MountRequest:
         """Return this request as one for a composefs. Raises InvalidParameter, NotSupported."""
@@ -156,7 +170,7 @@ class MountRequest:
             raise InvalidParameter("fileSystemType", f"a stack is an {OVERLAY}")
         if not wishes.read_only:
             raise NotSupported("a stack to write to", hint="mount it read-only, and put an overlay on it")
-        each = replace(self, target_fd=None, wishes=replace(wishes, file_system_type=None))
+        each = replace(self, target_fd=None, password=None, wishes=replace(wishes, file_system_type=None))
         return replace(
             self,
             layers=tuple(
@@ -240,6 +254,16 @@ class Descriptors:
         for index in range(len(self._fds)):
             if index not in self._named:
                 raise InvalidParameter("fileDescriptors", f"no field names descriptor {index}")
+
+
+def read_password(text: str | None) -> bytearray | None:
+    """Return a password as it goes to whoever needs it. Raises InvalidParameter, which does not have it."""
+    if text is None:
+        return None
+    password = bytearray(text.encode())
+    if not 0 < len(password) <= MAXIMUM_PASSWORD:
+        raise InvalidParameter(PASSWORD_FIELD, f"it has not 1 to {MAXIMUM_PASSWORD} bytes")
+    return password
 
 
 def read_what(source: Mapping[str, Any], table: Descriptors) -> What:

@@ -38,7 +38,7 @@ _mountctl() {
   for ((index = 1; index < cword; index++)); do
     case ${words[index]} in
       --) [ "$verb" != run ] || { _command_offset $((index + 1)); return; } ;;
-      -t | --type | -o | --options | --idmap | --layer | --objects | --userns | --signature | --image-policy | --verity | --root-hash | \
+      -t | --type | -o | --options | --idmap | --layer | --objects | --userns | --signature | --key-file | --image-policy | --verity | --root-hash | \
         --root-hash-signature | --name | --age | --output | --digest | --uid | --as) ((index++)) ;;
       -*) ;;
       *) if [ -z "$verb" ]; then verb=${words[index]}
@@ -54,7 +54,7 @@ _mountctl() {
     -t | --type) _mountctl_words 'erofs squashfs ext4 xfs btrfs tmpfs'; return ;;
     --idmap) _mountctl_words 'none namespace caller'; return ;;
     -o | --options) _mountctl_words 'ro rw nosuid nodev noexec nosymfollow noatime nodiratime'; return ;;
-    --layer | --signature | --verity | --root-hash-signature | --output | --userns) _filedir; return ;;
+    --layer | --signature | --key-file | --verity | --root-hash-signature | --output | --userns) _filedir; return ;;
     --objects) _filedir -d; return ;;
     --digest) [ "$verb" != revoke ] || _mountctl_stored ''; return ;;
     --as) mapfile -t COMPREPLY < <(compgen -u -- "$cur"); return ;;
@@ -62,9 +62,9 @@ _mountctl() {
     --image-policy | --root-hash | --name | --age) return ;;
   esac
   case $verb/$sub in
-    mount/) options="$request --userns" ;;
+    mount/) options="$request --key-file --userns" ;;
     explain/) options="$request --userns --as" ;;
-    run/) options=$request ;;
+    run/) options="$request --key-file" ;;
     umount/) options='--lazy --json --help' ;;
     list/) options='--all --json --help' ;;
     revoke/) options='--digest --uid --json --help' ;;

@@ -62,6 +62,7 @@ complete -c mountctl -n $request -l objects -x -a '(__fish_complete_directories)
 complete -c mountctl -n $request -l digest -x -d 'the digest that a composefs has to have'
 complete -c mountctl -n $request -l check-contents -d 'have fs-verity check the contents of a composefs'
 complete -c mountctl -n $request -l signature -r -F -d 'a detached signature of the image'
+complete -c mountctl -n '__mountctl_any mount run' -l key-file -r -F -d 'the password of an encrypted image'
 complete -c mountctl -n $request -l image-policy -x -d 'what to demand of the image'
 complete -c mountctl -n $request -l verity -r -F -d 'hash data of dm-verity'
 complete -c mountctl -n $request -l root-hash -x -d 'the root hash of the hash data'
