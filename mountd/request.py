@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 HOST_ID_MAP = ["0", "0", "4294967295"]
 IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
 TMPFS = "tmpfs:"
+TOP_SIZE = "64M"  # of a top in memory for which none is given
 STORED = "stored:"
 OCI = "oci:"
 COMPOSEFS = "composefs:"
@@ -98,6 +99,7 @@ class Request:
         objects: Sequence[str] = (),
         digest: str | None = None,
         check_contents: bool | None = None,
+        top: str | None = None,
     ) -> None:
         """Open what has to be opened.
 
@@ -107,7 +109,8 @@ class Request:
         `digest` of the image in hexadecimal, and whether fs-verity has to check contents.
         `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
         of a user namespace, "none" for none, None for that of this process if it is not the host's.
-        `layers` are such sources as well, which come over it, the topmost first.
+        `layers` are such sources as well, which come over it, the topmost first. `top` is what takes what is
+        written: "tmpfs:SIZE", "tmpfs" for 64M of it, or the path of a directory in which it stays.
         `image_policy` is in the grammar of systemd.image-policy(7), `signature` the path of a detached
         signature of the image, `verity` the paths of hash data and of the signature of the root hash. With
         `interactive` an administrator may be asked, where the policy wants that. Raises
@@ -117,7 +120,7 @@ class Request:
         if image_policy is not None and not is_text(image_policy):
             raise InvalidParameter("imagePolicy", "it is no text")
         if read_only is None:
-            read_only = not source.startswith(TMPFS)
+            read_only = top is None and not source.startswith(TMPFS)
         self.fds: list[OwnedFd] = []
         about = (objects, digest, check_contents)
         self.parameters: dict[str, object] = {
@@ -132,7 +135,11 @@ class Request:
             if source.startswith(COMPOSEFS):
                 self.source = self._read_composefs(source, layers, *about)
             else:
-                self.source = self._read_stack(source, layers, read_only, composefs=any(about))
+                # With a top, nothing is written to what is below it.
+                below = read_only or top is not None
+                self.source = self._read_stack(source, layers, below, composefs=any(about))
+            if top is not None:
+                self.source["top"] = self._read_top(top)
             self._add_companions(signature, verity)
             if userns is None and idmap in (None, "namespace") and in_user_namespace():
                 userns = "/proc/self/ns/user"
@@ -195,6 +202,11 @@ class Request:
             "verity": check_contents,
         }
         return {"composefs": given(about)}
+
+    def _read_top(self, top: str) -> dict[str, object]:
+        if top == TMPFS[:-1] or top.startswith(TMPFS):
+            return {"sizeBytes": parse_size(top[len(TMPFS) :] or TOP_SIZE)}
+        return {"directoryFileDescriptor": self._add(open_directory(top))}
 
     def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
         composefs = self.source.get("composefs")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from mountd.execute.naming import Naming
+    from mountd.execute.top import Top
     from mountd.fds import OwnedFd
     from mountd.plan.operations import Operation, Plan
 
@@ -79,6 +80,7 @@ class Inputs:
         "naming",
         "note",
         "seal",
+        "top",
         "userns_fd",
     )
 
@@ -93,13 +95,15 @@ class Inputs:
         naming: Naming | None = None,
         mount_namespace_fd: int | None = None,
         layers: Sequence[int] = (),
+        top: Top | None = None,
     ) -> None:
         """`hash_fd` is the hash data of dm-verity, where the plan has it; `naming` names sources.
 
         `note` is shown the mount, borrowed, while its ids are those of the file system. `mount_namespace_fd`
         is where a directory, which is `image_fd` then, may lie. `layers` are the mounts of an overlay,
-        for a composefs that of the metadata first.
+        for a composefs that of the metadata first, and `top` is what takes what is written to it.
         """
+        self.top = top
         self.layers = layers
         self.mount_namespace_fd = mount_namespace_fd
         self.naming = naming
@@ -182,7 +186,7 @@ def run_all(plans: Iterable[Plan], inputs: Inputs) -> list[OwnedFd]:
 def superblock(operation: CreateSuperblock | MakeOverlay | MakeComposefs, inputs: Inputs) -> FsContext:
     """Return the context of the new superblock, of whatever kind."""
     if isinstance(operation, MakeOverlay):
-        return overlay.create(operation, inputs.layers, inputs.naming)
+        return overlay.create(operation, inputs.layers, inputs.naming, inputs.top)
     if isinstance(operation, MakeComposefs):
         return composefs.create(operation, inputs.layers, inputs.naming)
     return create(operation, inputs)

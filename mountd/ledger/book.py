@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TRIES = 4
 ROOT = "root"
+CLAIMED = "claimed"
 MAXIMUM_OF_ROOT = 65536
 COLLECT_EVERY = 256  # reservations, at least
 ABANDONED = 60.0  # seconds after which a place that nobody has written to belongs to nobody
@@ -61,6 +62,15 @@ class Reservation:
             raise SyscallError(error.errno or 0, "write(a record)") from None
         os.close(self._fd)
         self._fd = -1
+
+    @property
+    def path(self) -> str:
+        """The place itself."""
+        return self._paths[0]
+
+    def add(self, path: str) -> None:
+        """Have another name of the place, which goes with it."""
+        self._paths.append(path)
 
     def give_back(self) -> None:
         """Free the place; also what was filled, if its mount is not handed out after all."""
@@ -120,6 +130,14 @@ class Book:
             Reservation(fd, names).give_back()
             raise
         return Reservation(fd, names)
+
+    def claim(self, place: Reservation, name: str) -> None:
+        """Have what is called `name` belong to the mount of this place alone, whoever's it is.
+
+        Raises LimitExceeded if it belongs to one that is there, SyscallError.
+        """
+        mark = hashlib.sha256(name.encode()).hexdigest()[:32]
+        place.add(self._link(place.path, f"{self._directory}/{CLAIMED}.{mark}", 1))
 
     def watch(self, mount: OwnedFd) -> int:
         """Watch the superblock of a mount that has no ids mapped yet; return the watch, 0 for none."""

@@ -21,7 +21,7 @@ from mountd.service import composefs, directories, disks, pulled, stacks
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
-from mountd.service.layers import at_layer
+from mountd.service.layers import at_part
 from mountd.service.phase import Phase
 from mountd.service.requests import STORED_PREFIX, MountRequest
 from mountd.source.model import Source, SourceKind
@@ -56,6 +56,7 @@ class Judged:
     gids: Extents
     source: str | None  # for people
     layers: tuple[Judged, ...] = ()  # of a stack, the topmost first
+    top: Judged | None = None  # what takes what is written to it
 
 
 def mount(
@@ -118,11 +119,12 @@ def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judg
     from mountd.service import consent
 
     if judged.layers:
-        layers = []
-        for number, layer in enumerate(judged.layers):
-            with at_layer(number):
-                layers.append(allowed(layer, fds, context))
-        return of_layers(replace(judged, layers=tuple(layers)), context)
+        parts = []
+        for where, part in stacks.parts_of(judged.layers, judged.top):
+            with at_part(where):
+                parts.append(allowed(part, fds, context))
+        top = None if judged.top is None else parts.pop()
+        return of_layers(replace(judged, layers=tuple(parts), top=top), context)
     action = consent.action_of(judged.inspected.source, judged.decision)
     about = consent.details(judged.source, judged.decision)
     interactive, rule = judged.request.interactive, judged.decision.rule
@@ -178,7 +180,7 @@ def judge(
     if not request.layers:
         return judge_source(request)
     try:
-        layers = stacks.judge_layers(request.layers, judge_source, context)
+        layers, top = stacks.judge_parts(request, judge_source, context)
         judged = Judged(
             request,
             caller,
@@ -188,6 +190,7 @@ def judge(
             gids,
             context.notes.get("source"),
             layers,
+            top,
         )
         judged = of_layers(judged, context)
     except BaseException:
@@ -200,7 +203,7 @@ def judge(
 
 def of_layers(judged: Judged, context: RequestContext) -> Judged:
     """Return a stack with what was decided about its layers."""
-    decision = stacks.decision_of(judged.layers)
+    decision = stacks.decision_of(judged.layers, judged.top)
     context.note_decision(decision, stacks.OVERLAY)
     return replace(judged, decision=decision)
 
