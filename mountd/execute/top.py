@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mountd.errors import BadFileDescriptor, SyscallError
+from mountd.errors import BadFileDescriptor, NotSupported, SyscallError
 from mountd.fds import close_all
 from mountd.kernel.acting import acting_as
 from mountd.kernel.flags import Resolve
@@ -29,6 +29,7 @@ WORK_MODE = 0o700
 UNMAPPED = 65534  # whose the kernel says a file is whose owner has no id here (user_namespaces(7))
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 WITHIN = Resolve.NO_SYMLINKS | Resolve.NO_XDEV | Resolve.BENEATH
+OTHER_IDS = "use a file system that was not mounted in a user namespace"
 NO_DIRECTORY = (errno.ELOOP, errno.ENOTDIR, errno.EXDEV)
 
 
@@ -64,6 +65,8 @@ class Top:
         except FileExistsError:
             pass
         except OSError as error:
+            if error.errno == errno.EOVERFLOW:
+                raise NotSupported("writing to this directory by its owner's ids", hint=OTHER_IDS) from None
             raise SyscallError(error.errno or 0, f"mkdir(“{name}” in the top)") from None
         try:
             fd = openat2(at, name, DIRECTORY, WITHIN)

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import LimitExceeded, NotSupported, SyscallError
-from mountd.kernel import mark, watch
+from mountd.kernel import capabilities, mark, watch
 from mountd.ledger import live
 from mountd.ledger.record import MAXIMUM_SIZE, decode
 
@@ -141,12 +141,13 @@ class Book:
 
     def watch(self, mount: OwnedFd) -> int:
         """Watch the superblock of a mount that has no ids mapped yet; return the watch, 0 for none."""
-        try:
-            return watch.watch(self.watches_fd, mount.fileno())
-        except SyscallError:
-            # A root directory that this process may not read, or no room for more watches: looked for where
-            # it is attached, then.
-            return 0
+        # Also of a root directory that is its owner's alone to read.
+        for rights in (contextlib.nullcontext, capabilities.reading_everything):
+            with contextlib.suppress(SyscallError), rights():
+                return watch.watch(self.watches_fd, mount.fileno())
+        # A file system that lets nobody read it, or no room for more watches: looked for where it is attached,
+        # then.
+        return 0
 
     def mark(self, mount: OwnedFd) -> int:
         """Mark a mount that has no ids mapped yet; return the number of the mark, 0 for none."""

@@ -125,7 +125,7 @@ class MakeOverlay:
 
     def __post_init__(self) -> None:
         if self.layers < (2 if self.owner is None else 1):
-            raise ValueError("an overlay without an upper directory has two layers or more, with one, one")
+            raise ValueError("an overlay has two layers or more, or one and an upper directory")
 
     def describe(self) -> str:
         """Return the step in one line."""
