@@ -132,14 +132,7 @@ class Request:
             "interactive": interactive,
         }
         try:
-            if source.startswith(COMPOSEFS):
-                self.source = self._read_composefs(source, layers, *about)
-            else:
-                # With a top, nothing is written to what is below it.
-                below = read_only or top is not None
-                self.source = self._read_stack(source, layers, below, composefs=any(about))
-            if top is not None:
-                self.source["top"] = self._read_top(top)
+            self.source = self._read_all(source, layers, about, top, read_only=read_only)
             self._add_companions(signature, verity)
             if userns is None and idmap in (None, "namespace") and in_user_namespace():
                 userns = "/proc/self/ns/user"
@@ -148,6 +141,25 @@ class Request:
         except BaseException:
             self.close()
             raise
+
+    def _read_all(
+        self,
+        source: str,
+        layers: Sequence[str],
+        about: tuple[Sequence[str], str | None, bool | None],
+        top: str | None,
+        *,
+        read_only: bool,
+    ) -> dict[str, object]:
+        if source.startswith(COMPOSEFS):
+            found = self._read_composefs(source, layers, *about)
+        else:
+            # With a top, nothing is written to what is below it.
+            below = read_only or top is not None
+            found = self._read_stack(source, layers, below, composefs=any(about))
+        if top is not None:
+            found["top"] = self._read_top(top)
+        return found
 
     def _read_source(self, source: str, read_only: bool) -> dict[str, object]:
         if source.startswith(TMPFS):

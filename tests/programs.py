@@ -13,7 +13,24 @@ from typing import TypeVar
 from mountd.kernel.libc import call
 from tests.container import RANGE, USER, IdMap, forked, in_container
 
-COMMANDS = ("sh", "cat", "echo", "env", "id", "kill", "ls", "sleep", "stat", "touch", "true", "yes")
+COMMANDS = (
+    *(
+        "sh",
+        "cat",
+        "echo",
+        "env",
+        "id",
+        "kill",
+        "ls",
+        "mkdir",
+        "rm",
+        "sleep",
+        "stat",
+        "touch",
+        "true",
+        "yes",
+    ),
+)
 T = TypeVar("T")
 Done = subprocess.CompletedProcess[str]
 

@@ -52,8 +52,10 @@ class Top:
                 for name, bits in ((UPPER, mode), (WORK, WORK_MODE)):
                     opened.append(self._open(name, bits))
         except BaseException:
-            self.discard()
-            close_all(opened)
+            try:
+                self.discard()
+            finally:
+                close_all(opened)
             raise
         _, self.upper, self.work = opened
 

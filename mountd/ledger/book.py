@@ -145,8 +145,7 @@ class Book:
         for rights in (contextlib.nullcontext, capabilities.reading_everything):
             with contextlib.suppress(SyscallError), rights():
                 return watch.watch(self.watches_fd, mount.fileno())
-        # A file system that lets nobody read it, or no room for more watches: looked for where it is attached,
-        # then.
+        # One that nobody may read, or no room for more watches: looked for where it is attached, then.
         return 0
 
     def mark(self, mount: OwnedFd) -> int:

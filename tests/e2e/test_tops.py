@@ -19,14 +19,24 @@ from mountd.client import Client, MountReply, Request
 from mountd.kernel import mount_api
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
+from mountd.kernel.libc import call
 from mountd.request import open_directory
 from mountd.store.store import Store
 from tests.container import RANGE, USER, as_user, in_container
-from tests.daemon import Daemon
+from tests.daemon import ROOT, Daemon
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
 from tests.e2e.test_directories import rule
-from tests.e2e.test_stacks import directory, names, read, user
+from tests.e2e.test_stacks import (
+    CAP_LAST,
+    CAPABILITIES,
+    CAPBSET_DROP,
+    PUT_ASIDE,
+    directory,
+    names,
+    read,
+    user,
+)
 from tests.fuse import Fuse
 from tests.images import build_image
 from tests.layered import HIDDEN, pulled
@@ -668,6 +678,40 @@ def test_another_daemon_knows_what_is_used(
             assert refusal(daemon, images, other, own=False)[0] == "InUse"
         assert os.listdir(other) == ["upper"]
     assert os.listdir(other / "upper/mine") == ["later"]
+
+
+def test_with_the_capabilities_of_the_unit(
+    start: Callable[..., Daemon], images: list[Path], containers: None
+) -> None:
+    """They are enough for all that the root of a container does to its files, and none is in effect after."""
+    unit = (ROOT / "units/systemd/mountd.service").read_text()
+    line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
+    kept = {CAPABILITIES[name] for name in line.partition("=")[2].split()}
+
+    def drop() -> None:
+        for number in range(CAP_LAST + 1):
+            if number not in kept:
+                call("prctl", CAPBSET_DROP, number, 0, 0, 0)
+
+    daemon = start(trusting(images[0].parent) + MEMORY_RULE, preexec_fn=drop)
+
+    def work() -> tuple[object, ...]:
+        with at_mnt(mounted(daemon, images, MIB)) as top:
+            found = change(top)
+            os.chown(top / "dir", 33, 33)
+            os.chmod(top / "of-33", 0o2755)
+            os.seteuid(33)
+            (top / "dir/of-33").write_text("")
+            os.seteuid(0)
+            shutil.rmtree(top / "dir")
+            return found, stat.S_IMODE((top / "of-33").stat().st_mode), sorted(os.listdir(top / "etc"))
+
+    assert in_container(work) == (CHANGED, 0o2755, ["passwd"])
+    for pid in daemon.workers:
+        status = Path(f"/proc/{pid}/status").read_text()
+        effective = int(status.partition("CapEff:")[2].split()[0], 16)
+        assert effective == sum(1 << each for each in kept - PUT_ASIDE)
+        assert status.partition("Uid:")[2].split()[:4] == ["0"] * 4
 
 
 def test_what_is_left_of_work_is_cleared_away(
