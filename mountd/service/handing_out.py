@@ -25,7 +25,7 @@ OWN_DEVICES = ("btrfs",)
 UNKNOWN = "unknown"
 USED = "another mount that is there has this directory for its top"
 # Seconds: somebody else's clean-up after its reply may not have come to it.
-PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+PAUSES = (0.02, 0.1, 0.3, 0.6)
 
 
 class Entry:

@@ -43,6 +43,7 @@ from tests.layered import HIDDEN, pulled
 from tests.layered import rule as of_registry
 from tests.rogue import eventually, settled
 
+READER, ONE_TIME = 21_600, 21_601  # the uids of users with rules of their own
 INNER_ROOT = RANGE[0][1]  # the root of a container, on the host
 BASE = FOREIGN.start
 MIB = 1 << 20
@@ -59,6 +60,20 @@ caller = { any = true }
 grant = { max-size = "4M", idmap = ["none", "namespace", "caller", "ranges"] }
 verdict = "allow"
 """
+
+
+LIMITED = f"""
+[[rule]]
+name = "no memory"
+image = {{ kind = "tmpfs" }}
+caller = {{ users = [{READER}] }}
+verdict = "deny"
+""" + rule("readers", '"caller"').replace("any = true", f"users = [{READER}]")
+LIMITED += (
+    MEMORY_RULE.replace("any = true", f"users = [{ONE_TIME}]")
+    .replace('max-size = "4M"', 'max-size = "4M", max-mounts = 1')
+    .replace('"memory"', '"one at a time"')
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +105,8 @@ def images(place: Path) -> Iterator[list[Path]]:
 @pytest.fixture(scope="module")
 def one_daemon(place: Path, images: list[Path]) -> Iterator[tuple[Daemon, dict[str, object]]]:
     policy = (
-        trusting(place / "topped")
+        LIMITED
+        + trusting(place / "topped")
         + MEMORY_RULE
         + rule("shown", '"root"', image=f', location = "{place}/shown/*"')
         + rule("own", '"caller", "foreign"', WRITABLE)
@@ -476,7 +492,7 @@ def test_the_directories_are_swapped_while_it_is_made(
         thread = threading.Thread(target=swap)
         thread.start()
         try:
-            return {refusal(serving, images, home)[0] for _ in range(25)}
+            return {refusal(serving, images, home)[0] for _ in range(12)}
         finally:
             stop.set()
             thread.join()
@@ -516,13 +532,11 @@ def test_whose_directories_are_refused(
     shutil.rmtree(shown.parent)
 
 
-def test_what_the_policy_does_not_grant(
-    start: Callable[..., Daemon], images: list[Path], home: Path, containers: None
-) -> None:
+def test_what_the_policy_does_not_grant(serving: Daemon, images: list[Path], home: Path) -> None:
     """The top needs a rule of its own kind, which grants to write; the layers need no more than to read."""
-    daemon = start(trusting(images[0].parent) + rule("own", '"caller"'))
+    os.chown(home, READER, READER)
     for top, error in ((MIB, "DeniedByPolicy"), (home, "OptionNotPermitted")):
-        name, text = in_container(lambda top=top: refusal(daemon, images, top))  # type: ignore[misc]
+        name, text = as_user(lambda top=top: refusal(serving, images, top, own=False), READER)  # type: ignore[misc]
         assert (name, "source.top" in text) == (error, True), text
     assert os.listdir(home) == []
 
@@ -597,30 +611,26 @@ def test_a_top_within_a_layer_and_a_layer_within_it(
     assert "both" in found[1]
 
 
-def test_it_is_listed_explained_counted_and_revoked(
-    start: Callable[..., Daemon], images: list[Path], home: Path, containers: None
-) -> None:
-    daemon = start(trusting(images[0].parent) + MEMORY_RULE.replace('"4M"', '"4M", max-mounts = 1'))
-
+def test_it_is_listed_explained_and_counted(serving: Daemon, images: list[Path]) -> None:
     def work() -> tuple[object, ...]:
-        told = ask(daemon, images[:1], MIB, method=explain)
-        with mounted(daemon, images[:1], MIB) as reply:
-            with Client(str(daemon.socket)) as client:
+        told = ask(serving, images[:1], MIB, own=False, method=explain)
+        with mounted(serving, images[:1], MIB, own=False) as reply:
+            with Client(str(serving.socket)) as client:
                 listed = client.call("List", {}, [])[0]["mounts"]
-            return told, listed, reply.mounts[0]["id"], refusal(daemon, images[:1], MIB)
+            another = refusal(serving, images[:1], MIB, own=False)
+        # Its place is free again.
+        return told, listed, reply.mounts[0]["id"], another, refusal(serving, images[:1], MIB, own=False)
 
-    told, listed, id, another = in_container(work)
+    told, listed, id, another, again = as_user(work, ONE_TIME)
     facts, steps = told["facts"], told["steps"]  # type: ignore[index]
     assert told["decision"]["verdict"] == "allow"  # type: ignore[index]
     assert (facts["layers"], facts["top: source"]) == ("1", "tmpfs")
     assert any(step["reason"].startswith("source.top: ") for step in steps)
     (found,) = listed  # type: ignore[misc]
     assert (found["id"], found["readOnly"], found["fileSystemType"]) == (id, False, "overlay")
-    assert found["rule"] == "trusted in the test, memory"
+    assert found["rule"] == "trusted in the test, one at a time"
     assert found["source"].endswith(", tmpfs")
-    assert another[0] == "LimitExceeded"
-    # Its place is free again.
-    assert in_container(lambda: refusal(daemon, images[:1], MIB)) == ("", "")
+    assert (another[0], again) == ("LimitExceeded", ("", ""))
 
 
 def test_an_image_of_several_layers(serving: Daemon, home: Path, containers: None) -> None:
@@ -683,7 +693,7 @@ def test_another_daemon_knows_what_is_used(
 def test_with_the_capabilities_of_the_unit(
     start: Callable[..., Daemon], images: list[Path], containers: None
 ) -> None:
-    """They are enough for all that the root of a container does to its files, and none is in effect after."""
+    """They are enough for all that the root of a container does to its files, and not in effect after."""
     unit = (ROOT / "units/systemd/mountd.service").read_text()
     line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
     kept = {CAPABILITIES[name] for name in line.partition("=")[2].split()}
