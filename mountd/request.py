@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 HOST_ID_MAP = ["0", "0", "4294967295"]
 IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
 TMPFS = "tmpfs:"
+TOP_SIZE = "64M"  # of a top in memory for which none is given
 STORED = "stored:"
 OCI = "oci:"
 COMPOSEFS = "composefs:"
@@ -101,6 +102,7 @@ class Request:
         digest: str | None = None,
         check_contents: bool | None = None,
         key_file: str | None = None,
+        top: str | None = None,
     ) -> None:
         """Open what has to be opened.
 
@@ -110,16 +112,17 @@ class Request:
         `digest` of the image in hexadecimal, and whether fs-verity has to check contents. `read_only` is
         None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path of a user
         namespace, "none" for none, None for that of this process if it is not the host's. `layers` are such
-        sources as well, which come over it, the topmost first. `image_policy` is in the grammar of
-        systemd.image-policy(7), `signature` the path of a detached signature of the image, `verity` the
-        paths of hash data and of the signature of the root hash. With `interactive` an administrator may be
-        asked, where the policy wants that. `key_file` has the password of what is encrypted, all of it, "-"
-        for the standard input; without, whoever uses this may ask for one on a terminal as long as `asks` is
-        true. Raises NotFound, InvalidParameter, OptionNotPermitted and OSError.
+        sources as well, which come over it, the topmost first. `top` is what takes what is written:
+        "tmpfs:SIZE", "tmpfs" for 64M of it, or the path of a directory in which it stays. `image_policy` is
+        in the grammar of systemd.image-policy(7), `signature` the path of a detached signature of the image,
+        `verity` the paths of hash data and of the signature of the root hash. With `interactive` an
+        administrator may be asked, where the policy wants that. `key_file` has the password of what is
+        encrypted, all of it, "-" for the standard input; without, whoever uses this may ask for one on a
+        terminal as long as `asks` is true. Raises NotFound, InvalidParameter, OptionNotPermitted, OSError.
         """
         check_text(options, file_system_type, image_policy)
         if read_only is None:
-            read_only = not source.startswith(TMPFS)
+            read_only = top is None and not source.startswith(TMPFS)
         self.fds: list[OwnedFd] = []
         about = (objects, digest, check_contents)
         self.parameters: dict[str, object] = {
@@ -133,15 +136,31 @@ class Request:
         }
         self.asks = key_file is None
         try:
-            if source.startswith(COMPOSEFS):
-                self.source = self._read_composefs(source, layers, *about)
-            else:
-                self.source = self._read_stack(source, layers, read_only, composefs=any(about))
+            self.source = self._read_all(source, layers, about, top, read_only=read_only)
             self._add_companions(signature, verity)
             self._add_own_namespace(userns, idmap)
         except BaseException:
             self.close()
             raise
+
+    def _read_all(
+        self,
+        source: str,
+        layers: Sequence[str],
+        about: tuple[Sequence[str], str | None, bool | None],
+        top: str | None,
+        *,
+        read_only: bool,
+    ) -> dict[str, object]:
+        if source.startswith(COMPOSEFS):
+            found = self._read_composefs(source, layers, *about)
+        else:
+            # With a top, nothing is written to what is below it.
+            below = read_only or top is not None
+            found = self._read_stack(source, layers, below, composefs=any(about))
+        if top is not None:
+            found["top"] = self._read_top(top)
+        return found
 
     def _read_source(self, source: str, read_only: bool) -> dict[str, object]:
         if source.startswith(TMPFS):
@@ -196,6 +215,11 @@ class Request:
             "verity": check_contents,
         }
         return {"composefs": given(about)}
+
+    def _read_top(self, top: str) -> dict[str, object]:
+        if top == TMPFS[:-1] or top.startswith(TMPFS):
+            return {"sizeBytes": parse_size(top[len(TMPFS) :] or TOP_SIZE)}
+        return {"directoryFileDescriptor": self._add(open_directory(top))}
 
     def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
         composefs = self.source.get("composefs")

@@ -97,12 +97,14 @@ MOUNT_EXAMPLES = (
     "mountctl mount /var/lib/machines/base.raw ~/base",
     "unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt",
     "mountctl mount -o noexec tmpfs:64M /mnt",
+    "mountctl mount --top tmpfs:64M /var/lib/machines/base.raw /mnt",
     "mountctl mount --verity base.verity --root-hash 0123… base.raw /mnt",
     "mountctl mount --objects ~/objects composefs:tree.dump /mnt",
 )
 RUN_EXAMPLES = (
     "mountctl run /var/lib/machines/base.raw -- ls -l /",
     "mountctl run --idmap namespace stored:sha256:… /bin/sh",
+    "mountctl run --top ~/changes oci:registry.example.com/base@sha256:… /bin/sh",
 )
 EXPLAIN_EXAMPLES = (
     "mountctl explain /home/me/base.raw",
@@ -122,6 +124,11 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         action="append",
         help="lay this over SOURCE; may be repeated, the topmost comes first",
+    )
+    verb.add_argument(
+        "--top",
+        metavar="tmpfs[:SIZE]|DIRECTORY",
+        help="what takes what is written: memory, or a directory of yours, in which it stays",
     )
     verb.add_argument(
         "--objects",
@@ -218,6 +225,7 @@ def request_of(options: argparse.Namespace) -> Request:
         interactive=options.interactive,
         signature=options.signature,
         layers=options.layer or (),
+        top=options.top,
         objects=options.objects or (),
         digest=options.digest,
         check_contents=options.check_contents,

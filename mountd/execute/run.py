@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from mountd.execute.naming import Naming
+    from mountd.execute.top import Top
     from mountd.fds import OwnedFd
     from mountd.plan.operations import Operation, Plan, Window
 
@@ -81,6 +82,7 @@ class Inputs:
         "note",
         "opened",
         "seal",
+        "top",
         "userns_fd",
     )
 
@@ -96,15 +98,17 @@ class Inputs:
         mount_namespace_fd: int | None = None,
         layers: Sequence[int] = (),
         opened: Mapping[Window | None, str] = MappingProxyType({}),
+        top: Top | None = None,
     ) -> None:
         """`hash_fd` is the hash data of dm-verity, where the plan has it; `naming` names sources.
 
         `note` is shown the mount, borrowed, while its ids are those of the file system. `mount_namespace_fd`
         is where a directory, which is `image_fd` then, may lie. `layers` are the mounts of an overlay,
-        for a composefs that of the metadata first. `opened` are the paths of the devices that show what was
-        encrypted, by the part of the image that it is in.
+        for a composefs that of the metadata first, and `top` is what takes what is written to it. `opened`
+        are the paths of the devices that show what was encrypted, by the part of the image that it is in.
         """
         self.opened = opened
+        self.top = top
         self.layers = layers
         self.mount_namespace_fd = mount_namespace_fd
         self.naming = naming
@@ -187,7 +191,7 @@ def run_all(plans: Iterable[Plan], inputs: Inputs) -> list[OwnedFd]:
 def superblock(operation: CreateSuperblock | MakeOverlay | MakeComposefs, inputs: Inputs) -> FsContext:
     """Return the context of the new superblock, of whatever kind."""
     if isinstance(operation, MakeOverlay):
-        return overlay.create(operation, inputs.layers, inputs.naming)
+        return overlay.create(operation, inputs.layers, inputs.naming, inputs.top)
     if isinstance(operation, MakeComposefs):
         return composefs.create(operation, inputs.layers, inputs.naming)
     return create(operation, inputs)

@@ -145,22 +145,28 @@ class MakeMount:
 
 @dataclass(frozen=True, slots=True)
 class MakeOverlay:
-    """Make an overlay of mounts, the topmost first. It has no upper directory, and so is read-only.
+    """Make an overlay of mounts, the topmost first. Without a top it is read-only.
 
-    `options` are names with their value. Raises ValueError for fewer than two layers.
+    `options` are names with their value. `owner` is there if there is a top: the host's uid and gid by which
+    the kernel makes what it needs in it. Raises ValueError for fewer than two layers, or than one with a
+    top.
     """
 
     layers: int
     options: tuple[tuple[str, str], ...]
+    owner: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.layers < 2:
-            raise ValueError("an overlay without an upper directory has two layers or more")
+        if self.layers < (2 if self.owner is None else 1):
+            raise ValueError("an overlay has two layers or more, or one and an upper directory")
 
     def describe(self) -> str:
         """Return the step in one line."""
         options = ",".join(f"{name}={value}" for name, value in self.options)
-        return f"make a read-only overlay of {self.layers} layers ({options})"
+        if self.owner is None:
+            return f"make a read-only overlay of {self.layers} layers ({options})"
+        uid, gid = self.owner
+        return f"make a writable overlay of {self.layers} layers as {uid}:{gid} ({options})"
 
 
 @dataclass(frozen=True, slots=True)

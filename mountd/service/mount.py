@@ -21,7 +21,7 @@ from mountd.service import composefs, directories, disks, encrypted, pulled, sta
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
-from mountd.service.layers import at_layer
+from mountd.service.layers import at_part
 from mountd.service.phase import Phase
 from mountd.service.requests import STORED_PREFIX, MountRequest
 from mountd.source import luks
@@ -58,6 +58,7 @@ class Judged:
     gids: Extents
     source: str | None  # for people
     layers: tuple[Judged, ...] = ()  # of a stack, the topmost first
+    top: Judged | None = None  # what takes what is written to it
     opened: Mapping[Window | None, str] = field(default_factory=dict)  # devices of what was encrypted
 
 
@@ -121,11 +122,12 @@ def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judg
     from mountd.service import consent
 
     if judged.layers:
-        layers = []
-        for number, layer in enumerate(judged.layers):
-            with at_layer(number):
-                layers.append(allowed(layer, fds, context))
-        return of_layers(replace(judged, layers=tuple(layers)), context)
+        parts = []
+        for where, part in stacks.parts_of(judged.layers, judged.top):
+            with at_part(where):
+                parts.append(allowed(part, fds, context))
+        top = None if judged.top is None else parts.pop()
+        return of_layers(replace(judged, layers=tuple(parts), top=top), context)
     action = consent.action_of(judged.inspected.source, judged.decision)
     about = consent.details(judged.source, judged.decision)
     interactive, rule = judged.request.interactive, judged.decision.rule
@@ -184,8 +186,8 @@ def judge(
         return judge_source(request)
     try:
         request.refuse_password()
-        layers = stacks.judge_layers(
-            request.layers, lambda each: encrypted.refuse_layer(judge_source(each)), context
+        layers, top = stacks.judge_parts(
+            request, lambda each: encrypted.refuse_layer(judge_source(each)), context
         )
         judged = Judged(
             request,
@@ -196,6 +198,7 @@ def judge(
             gids,
             context.notes.get("source"),
             layers,
+            top,
         )
         judged = of_layers(judged, context)
     except BaseException:
@@ -208,7 +211,7 @@ def judge(
 
 def of_layers(judged: Judged, context: RequestContext) -> Judged:
     """Return a stack with what was decided about its layers."""
-    decision = stacks.decision_of(judged.layers)
+    decision = stacks.decision_of(judged.layers, judged.top)
     context.note_decision(decision, stacks.OVERLAY)
     return replace(judged, decision=decision)
 

@@ -58,6 +58,7 @@ complete -c mountctl -n $request -s t -l type -x -a 'erofs squashfs ext4 xfs btr
 complete -c mountctl -n $request -s o -l options -x -a 'ro rw nosuid nodev noexec nosymfollow noatime nodiratime' -d 'mount options'
 complete -c mountctl -n $request -l idmap -x -a 'none namespace caller' -d 'how to map ids'
 complete -c mountctl -n $request -l layer -r -F -d 'what to lay over it'
+complete -c mountctl -n $request -l top -x -a '(printf "tmpfs\tin memory\n"; __fish_complete_directories)' -d 'what takes what is written'
 complete -c mountctl -n $request -l objects -x -a '(__fish_complete_directories)' -d 'where the contents of a composefs lie'
 complete -c mountctl -n $request -l digest -x -d 'the digest that a composefs has to have'
 complete -c mountctl -n $request -l check-contents -d 'have fs-verity check the contents of a composefs'

@@ -27,6 +27,7 @@ _mountctl_request=(
   '*'{-o,--options}'[mount options]:option:(ro rw nosuid nodev noexec nosymfollow noatime nodiratime)'
   '--idmap[how to map ids]:kind:(none namespace caller)'
   '*--layer[what to lay over it]:file:_files'
+  '--top[what takes what is written]:directory or tmpfs\:SIZE:_files -/'
   '*--objects[where the contents of a composefs lie]:directory:_files -/'
   '--digest[the digest that a composefs has to have]:digest:'
   '--check-contents[have fs-verity check the contents of a composefs]'
