@@ -33,10 +33,11 @@ from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
 from mountd.service import encrypted
 from mountd.service.attachments import Attachment, Attachments
+from mountd.service.descriptors import Descriptors
 from mountd.service.handing_out import handing_out
 from mountd.service.mount import allowed, decision_reply, judge, make
 from mountd.service.phase import Phase
-from mountd.service.requests import TARGET_FIELD, Descriptors
+from mountd.service.requests import TARGET_FIELD
 from mountd.trust import attach as places
 
 if TYPE_CHECKING:
