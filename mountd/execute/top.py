@@ -99,12 +99,14 @@ class Top:
         """Remove what was made here, as far as it is empty: no stack has come of it. Raises SyscallError."""
         if not self._made:
             return
+        work = getattr(self, "work", None)
         with acting_as(*self.owner):
+            if work is not None and WORK in self._made:
+                with suppress(OSError):
+                    os.rmdir(INNER, dir_fd=work.fileno())
             for name in reversed(self._made):
-                paths = [f"{WORK}/{INNER}", WORK] if name == WORK else [name]
-                for path in paths:
-                    with suppress(OSError):
-                        os.rmdir(path, dir_fd=self.mount.fileno())
+                with suppress(OSError):
+                    os.rmdir(name, dir_fd=self.mount.fileno())
 
     def close(self) -> None:
         """Close the descriptors; an overlay has clones of what they are."""
