@@ -1,12 +1,13 @@
-"""A virtual machine with a kernel of Debian's, booted once to run tests of this checkout in it."""
+"""Virtual machines with a kernel of Debian's, booted once to run tests of this checkout in them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,18 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Machine:
+    """What there is of a machine: its disk, and what is its first program."""
+
+    disk: str
+    init: str
+
+
+DEBIAN_13 = Machine("root.img", "/checkout/tests/vm/inside/init")
+NEWEST = Machine("newest.img", "/checkout/tests/vm/newest/init")
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """All tests of one boot, by id; `exit` is pytest's exit status, None if it did not come to that."""
 
@@ -40,26 +53,38 @@ class Run:
     console: str
 
 
-def run(arguments: Sequence[str], place: Path) -> Run:
-    """Boot the machine, have it run pytest with `arguments`, and return what it told, however it ended.
+def build() -> Path:
+    """Return the directory of what the machines boot, which is built if it is missing or out of date."""
+    command = ["timeout", BUILD_SECONDS, HERE / "build_machine"]
+    built = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Path(built.stdout.strip())
+
+
+@contextlib.contextmanager
+def booted(what: Machine, built: Path, arguments: Sequence[str], place: Path) -> Iterator[Callable[[], Run]]:
+    """A machine that runs pytest with `arguments`; what is yielded waits for its end and says how it went.
 
     `place` is a directory for what that needs. Nothing of the machine is left but the files there.
     """
-    build = ["timeout", BUILD_SECONDS, HERE / "build_machine"]
-    built = subprocess.run(build, stdout=subprocess.PIPE, text=True, check=True)
     pack(place / "checkout.tar")
     results, console = place / "results", place / "console"
     # The machine must not outlive the tests, however they end.
     with subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *command(Path(built.stdout.strip()), place, arguments)],
+        ["setpriv", "--pdeathsig", "KILL", *command(what, built, place, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     ) as machine:
-        try:
+
+        def told() -> Run:
             problem = watch(machine, (results, console))
+            return understand(
+                results.read_text("utf-8", "replace"), problem, console.read_text("utf-8", "replace")
+            )
+
+        try:
+            yield told
         finally:
             machine.kill()
-    return understand(results.read_text("utf-8", "replace"), problem, console.read_text("utf-8", "replace"))
 
 
 def pack(archive: Path) -> None:
@@ -73,10 +98,10 @@ def pack(archive: Path) -> None:
             tar.add(ROOT / part, part, filter=clean)
 
 
-def command(built: Path, place: Path, arguments: Sequence[str]) -> list[str]:
+def command(what: Machine, built: Path, place: Path, arguments: Sequence[str]) -> list[str]:
     """Return the command that is the machine."""
     # The first disk is shared between runs: what is written to it is forgotten.
-    disks = (f"{built}/root.img,snapshot=on", f"{place}/checkout.tar,read-only=on")
+    disks = (f"{built}/{what.disk},snapshot=on", f"{place}/checkout.tar,read-only=on")
     # To turn itself off on a panic is to end qemu.
     # On a busy machine the kernel's look at the emulated timer fails, and it would stop there.
     # nsresourced (test_systemd_clients.py) guards its namespaces with a security module in BPF.
@@ -85,7 +110,7 @@ def command(built: Path, place: Path, arguments: Sequence[str]) -> list[str]:
         *("qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", MEMORY, "-smp", "1"),
         *("-nodefaults", "-display", "none", "-no-reboot", "-device", "virtio-rng-pci"),
         *("-kernel", f"{built}/vmlinuz", "-initrd", f"{built}/initrd.img"),
-        *("-append", f"{quiet} -- {' '.join(arguments)}"),
+        *("-append", f"{quiet} -- {' '.join((what.init, *arguments))}"),
         *("-serial", f"file:{place}/console", "-serial", f"file:{place}/results"),
         *(word for disk in disks for word in ("-drive", f"if=virtio,format=raw,file={disk}")),
     ]
