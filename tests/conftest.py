@@ -56,16 +56,15 @@ def state() -> dict[str, object]:
     }
 
 
-def pytest_collection_finish() -> None:
-    """Take all that was imported out of the collector's sight, which looks before and after each test."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    """Compare the counts before and after each test; what the kernel frees late gets two seconds."""
+    """Compare the counts before and after each test; what the kernel frees late gets two seconds.
+
+    The collector looks at what the test itself has made: at all that is kept of those before, such as their
+    reports, it would look for longer with each of them, and in the end for most of the time.
+    """
     gc.collect()
+    gc.freeze()
     before = state()
     yield
     gc.collect()

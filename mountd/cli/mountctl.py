@@ -178,7 +178,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def check_verity(options: argparse.Namespace) -> None:
     """Have the options of dm-verity come together. Raises UsageError."""
     if (options.verity is None) != (options.root_hash is None):
-        raise UsageError("--verity and --root-hash go together", hint="“veritysetup format” prints the hash")
+        hint = "“veritysetup format” prints the hash, a signature partition names it as rootHash"
+        raise UsageError("--verity and --root-hash go together", hint=hint)
     if options.root_hash_signature is not None:
         if options.verity is None:
             raise UsageError("--root-hash-signature needs --verity and --root-hash")
@@ -258,6 +259,8 @@ def explanation(reply: dict[str, object]) -> str:
         lines.append(f"{decision.get('verdict')}: {by}: {decision.get('reason')}")
         if decision.get("hint"):
             lines.append(f"hint: {decision['hint']}")
+        if decision.get("signer"):
+            lines.append(f"signed by: {decision['signer']}")
     if isinstance(facts, dict):
         lines += ["facts:", *(f"  {name}: {value}" for name, value in facts.items())]
     if isinstance(steps, list) and steps:

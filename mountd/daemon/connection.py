@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from mountd.daemon.channel import Entrance
+from mountd.daemon.transport import has_sent
 from mountd.service.mountfs_errors import in_their_words
 from mountd.wire.framing import encode, error_body
 
@@ -38,6 +39,14 @@ class Connection:
     def fileno(self) -> int:
         """Return the descriptor, borrowed."""
         return self._socket.fileno()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether something was sent that nobody has received yet."""
+        try:
+            return has_sent(self._socket)
+        except OSError:
+            return False
 
     def answer(self, error: MountdError) -> None:
         """Send an error reply, if there is room for it without waiting."""

@@ -164,7 +164,7 @@ class Listener:
             elif fd in self._channels:
                 self._hear_worker(self._channels[fd])
             elif fd in self._idle:
-                self._queue.add(self._idle.pop(fd))
+                self._has_spoken(self._idle[fd])
             elif self._woken is not None and fd == self._woken.fileno():
                 self._woken.recv(4096)
         for connection, error in self._pool.enforce(draining=self._draining_until is not None):
@@ -267,6 +267,14 @@ class Listener:
     def _wait_for_request(self, connection: Connection) -> None:
         connection.since = self._last_activity = time.monotonic()
         self._idle[connection.fileno()] = connection
+
+    def _has_spoken(self, connection: Connection) -> None:
+        """Have a request served, or end the connection of who has none any more: that takes no worker."""
+        if connection.speaks:
+            del self._idle[connection.fileno()]
+            self._queue.add(connection)
+        else:
+            self._drop(connection)
 
     def _drop(self, connection: Connection, error: MountdError | None = None) -> None:
         """End a connection, after an answer if there is one to give."""

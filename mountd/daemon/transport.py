@@ -7,6 +7,9 @@ worker keeps nothing between two requests.
 
 from __future__ import annotations
 
+import fcntl
+import struct
+import termios
 from typing import TYPE_CHECKING
 
 from mountd.errors import BadFileDescriptor, ProtocolError
@@ -29,6 +32,16 @@ class DescriptorsLost(BadFileDescriptor):
         super().__init__(
             "fileDescriptors", "some were lost: mountd has none left, or a security module kept them back"
         )
+
+
+def has_sent(connection: socket.socket) -> bool:
+    """Tell whether there is something to read; nothing is received for that (SIOCINQ, unix(7)).
+
+    If not, a connection that could be read has ended. Raises OSError.
+    """
+    raw = fcntl.ioctl(connection.fileno(), termios.FIONREAD, bytes(4))
+    (length,) = struct.unpack("i", raw)
+    return bool(length)
 
 
 def read_message(connection: socket.socket, deadline: float) -> Message | None:

@@ -24,7 +24,7 @@ from mountd.daemon.limits import (
     REQUESTS_PER_WORKER,
     SECONDS_OF_WORKER,
 )
-from mountd.daemon.transport import DescriptorsLost, read_message
+from mountd.daemon.transport import DescriptorsLost, has_sent, read_message
 from mountd.errors import MountdError, PeerGone, TimedOut
 from mountd.fds import close_all
 from mountd.kernel import sockets
@@ -149,6 +149,8 @@ class Worker:
     def _serve(self, held: Conversation) -> bool:
         """Serve one request; return whether the connection can have another."""
         connection = held.peer.connection
+        if not has_sent(connection):
+            return False  # it has left: to be in READ is to owe somebody an answer
         self._served += 1
         self._enter(Phase.READ)
         try:

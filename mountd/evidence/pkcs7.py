@@ -72,8 +72,11 @@ def _find_signer(
         raise problem
     names = ", ".join(loaded.name for loaded in keys)
     if signer is not None:
+        # mkosi, for one, gives the same name to every key that it makes.
+        alike = any(each.name == signer.name for loaded in keys for each in loaded.value)
         raise KeyUnknown(
-            f"no certificate of the keys that count ({names}) leads to its signer, {signer.name}",
+            f"no certificate of the keys that count ({names}) leads to its signer, {signer.name}"
+            + (" (another one of that name is among them)" if alike else ""),
             hint="have it signed by one of them, or name the signer's authority in the policy",
         )
     raise KeyUnknown(

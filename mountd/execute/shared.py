@@ -79,6 +79,8 @@ class SharedMounts:
 
         It is made by `clone`, if given.
         """
+        if self._seconds <= 0:
+            return None  # nobody keeps any
         path = f"{self._directory}/{NAMES}/{name}"
         try:
             found = (clone or self._clone)(path)

@@ -70,7 +70,10 @@ def find_place(root_fd: int, place: str) -> "OwnedFd | None":
                 raise
     if place in OPTIONAL:
         return None
-    raise NotFound(f"the directory {place} of the image, for its partition {place}")
+    raise NotFound(
+        f"the directory {place} of the image, for its partition {place}",
+        hint="have it in the image, or leave the partition out, with an imagePolicy such as “root=open”",
+    )
 
 
 def detach(mount_fd: int) -> None:

@@ -55,6 +55,8 @@ DESCRIPTIONS = {
     "vmdk": "a VMDK disk image",
     "vhdx": "a VHDX disk image",
 }
+# As images are kept and sent, and not mounted: mkosi's CompressOutput= makes such files.
+COMPRESSED = {b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"\x1f\x8b\x08": "gzip"}
 
 
 def recognise(read: Callable[[int, int], bytes], size: int) -> FileSystem:
@@ -102,4 +104,9 @@ def nothing_found(image: Image) -> str:
         return "the image is empty"
     if not any(image.head):
         return f"the image starts with {len(image.head)} zero bytes, where a superblock would be"
+    if image.head.startswith(b'{"rootHash"'):
+        return "the image is the signature of a root hash, for an image with hash data, and none itself"
+    for magic, program in COMPRESSED.items():
+        if image.head.startswith(magic):
+            return f"the image is compressed, with {program}; it has to be unpacked first"
     return "the image has no signature of a known file system"

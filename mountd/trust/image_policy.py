@@ -5,7 +5,7 @@
 
 Without a designator, a rule is for all partitions that no other names. The flags of use say what is allowed
 of a partition, and are alternatives: that it is used without protection, with dm-verity, with dm-verity and
-a signature, encrypted; that it is there but not used; that it is absent. The flags about read-only mounts,
+a signature, encrypted, encrypted with a check of integrity; that it is there but not used; that it is absent. The flags about read-only mounts,
 about growing and about types of file systems narrow how it is used. Where a group of flags is left out, all
 of the group is allowed, except that what nothing is said about may only be unused or absent.
 
@@ -42,7 +42,8 @@ DESIGNATORS = (
     "var",
 )
 NOT_USED = frozenset({"unused", "absent"})
-USES = frozenset({"unprotected", "verity", "signed", "encrypted"}) | NOT_USED
+# The last is in policies of systemd's programs from version 259 on. Nothing that is mounted here is of that kind.
+USES = frozenset({"unprotected", "verity", "signed", "encrypted", "encryptedwithintegrity"}) | NOT_USED
 READ_ONLY = frozenset({"read-only-on", "read-only-off"})
 GROWING = frozenset({"growfs-on", "growfs-off"})
 TYPES = frozenset({"ext4", "erofs", "squashfs", "btrfs", "xfs", "f2fs", "vfat"})

@@ -51,7 +51,7 @@ def image_mismatch(match: ImageMatch, source: Source, evidence: Evidence) -> Mis
     if source.kind is not SourceKind.IMAGE and not placed:
         return Mismatch(f"it is about images, and the source is {NAMES[source.kind]}")
     if match.signed is not None:
-        return signed_mismatch(match.signed, evidence)
+        return signed_mismatch(match.signed, source, evidence)
     if match.digest:
         return digest_mismatch(match.digest, evidence)
     if match.registry:
@@ -59,9 +59,17 @@ def image_mismatch(match: ImageMatch, source: Source, evidence: Evidence) -> Mis
     return location_mismatch(match.location, source, evidence)
 
 
-def signed_mismatch(key: str, evidence: Evidence) -> Mismatch | None:
-    """Return why the image is not proven to be signed with the policy's key `key`, None if it is."""
+def to_be_signed(key: str, source: Source) -> str:
+    """Return what would have an image be signed with `key`."""
     hint = f"hand over a detached signature by the key “{key}” with the image (source.signature)"
+    if source.disk is None:
+        return hint
+    return f"build it with hash data and the signature of its root hash by the key “{key}” in it, or {hint}"
+
+
+def signed_mismatch(key: str, source: Source, evidence: Evidence) -> Mismatch | None:
+    """Return why the image is not proven to be signed with the policy's key `key`, None if it is."""
+    hint = to_be_signed(key, source)
     own = [signer for signer in evidence.signers if signer.key == key]
     if any(is_bound(signer, evidence) for signer in own):
         return None

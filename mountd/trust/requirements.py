@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mountd.errors import DeniedByPolicy, KeyUnknown, NotImmutable, SignatureInvalid
-from mountd.trust.match import location_problem
+from mountd.trust.match import location_problem, to_be_signed
 from mountd.trust.options import shown
 from mountd.trust.policy import CONTAINERS_POLICY, ROOT_OWNED, Access, Strength
 from mountd.trust.vouching import is_bound, is_checked_provenance, strength
@@ -27,6 +27,14 @@ WAYS_OUT = {
     "(source.composefs.dumpFileDescriptor)",
     "composefs-verity": "hand over a description in which each file has a digest, and object directories on "
     "a file system with fs-verity",
+}
+# Of disk images, which have their hash data themselves: what is missing, and the way out.
+OF_DISKS = {
+    "dm-verity": (
+        "it has no hash data for its root or /usr partition, or none that fits",
+        "build it with hash data and the signature of its root hash in it, as systemd-repart and mkosi do "
+        "with Verity=",
+    ),
 }
 # What is not looked for in the image itself.
 UNPROVEN = {
@@ -94,6 +102,8 @@ def problem_with(kind: str, case: Case) -> tuple[str, str] | None:
     """Return why this kind of immutability is not proven, and the way out; None if it is proven."""
     if any(proof.kind == kind for proof in case.evidence.proofs):
         return None
+    if case.source.disk is not None and kind in OF_DISKS:
+        return OF_DISKS[kind]
     reason = dict(case.evidence.unproven).get(kind, UNPROVEN.get(kind, "nothing proves it"))
     return shown(reason, 255), WAYS_OUT[kind]
 
@@ -144,7 +154,7 @@ def check_signature(rule: Rule, key: str, case: Case) -> str:
     raise DeniedByPolicy(
         f"no signature came along, and the rule wants one by “{key}”",
         rule=rule.name,
-        hint=f"hand over a detached signature by the key “{key}” with the image (source.signature)",
+        hint=to_be_signed(key, case.source),
     )
 
 

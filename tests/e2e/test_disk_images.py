@@ -174,7 +174,7 @@ def test_each_way_to_be_refused(daemon: Daemon, place: Path, contents: dict[str,
         ),
         (trusted(place, "luks.raw", root, Part("home", LUKS)), "NotSupported", "encrypted partition (home)"),
         (trusted(place, "swap.raw", root, Part("srv", FIRMWARE)), "UnsupportedFileSystem", "(srv) holds"),
-        (damaged("header.raw", 600, b"\1"), "InvalidImage", "checksum of the header"),
+        (damaged("header.raw", 600, bytes([data[600] ^ 1])), "InvalidImage", "checksum of the header"),
         (damaged("entries.raw", 1100, b"\1"), "InvalidImage", "checksum of the entries"),
         (damaged("copy.raw", at_end, bytes(512)), "InvalidImage", "there is no header"),
         (damaged("both.raw", 0, b"hsqs"), "InvalidImage", "ambiguous contents: squashfs at byte 0 and gpt"),
@@ -357,7 +357,7 @@ def test_links_in_the_image_lead_nowhere_else(
         return [
             *found,
             done.returncode,
-            "srv" in done.stderr,
+            "srv" in done.stderr and "leave the partition out" in done.stderr,
             os.listdir(target),
             Path("/tmp/name").exists(),
         ]

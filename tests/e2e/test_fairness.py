@@ -106,6 +106,34 @@ def test_no_descriptor_for_a_connection_is_not_for_ever(
     assert seconds_of_an_answer(daemon, VICTIM) < SOON
 
 
+def test_who_leaves_takes_no_worker(start: Callable[..., Daemon], images: dict[str, Path]) -> None:
+    """Not even to be found out; what was sent before is served."""
+    daemon = start(trusting(images["erofs"].parent))
+    settled(daemon)
+    descriptors = Path(f"/proc/{daemon.process.pid}/fd")
+
+    def held() -> int:
+        return len(os.listdir(descriptors))
+
+    workers, before = daemon.workers, held()
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    with contextlib.ExitStack() as stack:
+        left = [stack.enter_context(Raw(daemon)) for _ in range(8)]
+        assert eventually(lambda: held() == before + len(left))
+        for raw in left[::2]:
+            raw.socket.shutdown(socket.SHUT_WR)
+        assert all(raw.ended() for raw in left[::2])
+    assert eventually(lambda: held() == before)
+    with Raw(daemon) as raw:
+        raw.send(GET_INFO)
+        raw.socket.shutdown(socket.SHUT_WR)
+        for pid in workers:
+            os.kill(pid, signal.SIGCONT)
+        assert error(raw.reply()) == ""
+        assert raw.ended()
+
+
 def test_lines_about_refused_connections_are_limited(
     start: Callable[..., Daemon], images: dict[str, Path]
 ) -> None:

@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import mkosi
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PARTS = ("mountd", "protocol", "pyproject.toml", "tests", "units")
+IMAGES = "mkosi"  # beside these: disk images that are built here, as it would take too long there
 
 # Without KVM: about ten times slower than the host. The whole run, and a single step without a word.
 SECONDS = 900.0
@@ -66,7 +69,7 @@ def booted(what: Machine, built: Path, arguments: Sequence[str], place: Path) ->
 
     `place` is a directory for what that needs. Nothing of the machine is left but the files there.
     """
-    pack(place / "checkout.tar")
+    pack(place / "checkout.tar", mkosi.build())
     results, console = place / "results", place / "console"
     # The machine must not outlive the tests, however they end.
     with subprocess.Popen(
@@ -87,8 +90,8 @@ def booted(what: Machine, built: Path, arguments: Sequence[str], place: Path) ->
             machine.kill()
 
 
-def pack(archive: Path) -> None:
-    """Write the checkout as an archive, which the machine gets as a disk."""
+def pack(archive: Path, images: Path) -> None:
+    """Write the checkout as an archive, which the machine gets as a disk, with what mkosi has made."""
 
     def clean(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
         return None if member.name.endswith("__pycache__") else member
@@ -96,6 +99,8 @@ def pack(archive: Path) -> None:
     with tarfile.open(archive, "w") as tar:
         for part in PARTS:
             tar.add(ROOT / part, part, filter=clean)
+        for name in mkosi.SIGNED:
+            tar.add(images / name, f"{IMAGES}/{name}")
 
 
 def command(what: Machine, built: Path, place: Path, arguments: Sequence[str]) -> list[str]:

@@ -65,6 +65,11 @@ def test_explanation_has_no_surprises_for_the_terminal() -> None:
     )
 
 
+def test_explanation_says_who_has_signed() -> None:
+    reply = {"decision": {"verdict": "allow", "rule": "r", "reason": "s", "signer": "CN=a\x1bb"}}
+    assert explanation(reply) == "allow: by rule “r”: s\nsigned by: CN=a?b"  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mountd.daemon.transport import DescriptorsLost, read_message
+from mountd.daemon.transport import DescriptorsLost, has_sent, read_message
 from mountd.errors import LimitExceeded, ProtocolError
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import sockets
@@ -33,6 +33,18 @@ def send(connection: socket.socket, data: bytes, fds: int = 0) -> None:
 
 def read(connection: socket.socket, seconds: float = 5) -> Message | None:
     return read_message(connection, time.monotonic() + seconds)
+
+
+def test_what_was_sent_is_known_without_receiving_it(ends: tuple[socket.socket, socket.socket]) -> None:
+    theirs, ours = ends
+    assert not has_sent(ours)
+    send(theirs, b'{"a":1}\0', fds=1)
+    theirs.shutdown(socket.SHUT_WR)
+    assert has_sent(ours)
+    message = read(ours)
+    assert message is not None
+    close_all(message.fds)
+    assert not has_sent(ours)
 
 
 def test_descriptors_stay_with_their_message(ends: tuple[socket.socket, socket.socket]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import subprocess
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -437,6 +439,9 @@ def test_looks_at_the_end_too(heads: dict[str, Image], offset: int, magic: bytes
         (Image(b"", 1), "zero"),
         (Image(b"", 1 << 62), "zero bytes"),
         (Image(b"#!/bin/sh\n", 10), "no signature"),
+        (Image(b'{"rootHash":"', 16384), "the signature of a root hash"),
+        (Image(zlib.compress(b"data", wbits=31), 1 << 20), "compressed, with gzip"),
+        (Image(lzma.compress(b"data"), 1 << 20), "compressed, with xz"),
     ],
 )
 def test_nothing_there(image: Image, reason: str) -> None:

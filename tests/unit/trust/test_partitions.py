@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from mountd.errors import DeniedByPolicy, MountdError, NotSupported, UnsupportedFileSystem
+from mountd.errors import DeniedByPolicy, MountdError, NotImmutable, NotSupported, UnsupportedFileSystem
 from mountd.source.model import Disk, FileSystem, Partition, PartitionVerity, VeritySuperblock, Window
 from mountd.trust import image_policy
 from mountd.trust.decide import decide
 from mountd.trust.partitions import LUKS, uses
-from mountd.trust.policy import Policy, Verdict
+from mountd.trust.policy import ImageMatch, Policy, Require, Verdict
 from tests.policies import LOCATED, USER, WISHES, image, rule
+from tests.policies import policy as with_keys
 
 WINDOW = Window(1 << 20, 1 << 20)
 VERITY = PartitionVerity(VeritySuperblock(4096, 4096, 1, 1, "sha256", b"", None), bytes(32), WINDOW, WINDOW)
@@ -194,3 +195,19 @@ def test_an_option_of_a_file_system_is_for_one() -> None:
 
 def test_writing_has_to_be_granted() -> None:
     assert "grants read-only access" in str(error(PLAIN, HOME, read_only=False))
+
+
+def test_what_would_make_a_disk_image_vouch_for_itself() -> None:
+    """Hash data are not handed over with it: it has them, or it has none."""
+    for one, error_type, hint in (
+        (
+            rule(image=ImageMatch(signed="team")),
+            DeniedByPolicy,
+            "root hash by the key “team” in it, or hand",
+        ),
+        (rule(require=Require(("dm-verity",))), NotImmutable, "as systemd-repart and mkosi do"),
+        (rule(require=Require(("root-owned",), "team")), DeniedByPolicy, "by the key “team” in it, or hand"),
+    ):
+        decision = decide(with_keys(one), USER, disk_of(PLAIN), LOCATED, WISHES)  # type: ignore[arg-type]
+        assert type(decision.error) is error_type, decision
+        assert hint in str(decision.hint)

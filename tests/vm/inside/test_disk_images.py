@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -17,18 +19,23 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from mountd.client import MountReply, attach_reply, open_target
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
+from tests import mkosi
 from tests.container import USER, as_user, in_container, mapper
 from tests.daemon import Daemon
 from tests.disks import FIRST, MIB, Part, build_disk, protected
-from tests.e2e.calls import explain, mount_fds, outcome
+from tests.e2e.calls import explain, mount_fds, outcome, text_of
 from tests.images import build_image, build_tree
 from tests.verity import Verified, build_verity, flip
 from tests.vm.inside.conftest import dm_devices
 from tests.vm.inside.test_daemon import Signatory
+from tests.vm.machine import IMAGES, ROOT
 
 POLICY = """
 [key.team]
 x509 = "{keys}/team.crt"
+
+[key.mkosi]
+x509 = "{keys}/mkosi.crt"
 
 [[rule]]
 name = "place"
@@ -45,7 +52,16 @@ caller = {{ any = true }}
 require = {{ integrity = ["dm-verity"], signature = "team" }}
 grant = {{ file-systems = ["erofs", "squashfs"], idmap = ["none", "namespace"] }}
 verdict = "allow"
+
+[[rule]]
+name = "mkosi"
+image = {{ signed = "mkosi" }}
+caller = {{ any = true }}
+require = {{ integrity = ["dm-verity"], signature = "mkosi" }}
+grant = {{ file-systems = ["erofs", "squashfs"], idmap = ["none", "namespace"] }}
+verdict = "allow"
 """
+BUILT = ROOT / IMAGES  # by mkosi
 NONE = ("", "")
 SOURCE: dict[str, object] = {"imageFileDescriptor": 0}
 
@@ -75,6 +91,7 @@ def scene(scratch: Path) -> Iterator[Scene]:
     os.chown(home, USER, USER)
     team, stranger = Signatory("team"), Signatory("stranger")
     (keys / "team.crt").write_bytes(team.certificate.public_bytes(Encoding.PEM))
+    mkosi.copy(BUILT / mkosi.CERTIFICATE, keys)
     daemon = Daemon(scratch / "disk-daemon", POLICY.format(keys=keys, trusted=trusted))
     yield Scene(daemon, team, stranger, trusted, home)
     assert daemon.stop() == 0, daemon.log
@@ -329,3 +346,35 @@ def test_an_image_by_systemd_repart(scene: Scene, scratch: Path) -> None:
     strict = "root=signed+read-only-on+growfs-off:srv=unprotected+ext4:=absent"
     assert uses(scene, trusted, imagePolicy=strict) == [("root", "dm"), ("srv", "loop"), ("place", "rule")]
     assert result(scene, trusted, imagePolicy="root=signed+growfs-on")[0] == "DeniedByPolicy"
+
+
+def test_images_by_mkosi(scene: Scene) -> None:
+    """Signed with the key that it makes for itself, whose certificate is the policy's."""
+    policy = "root=signed:srv=unprotected+absent:=absent"
+    for name, rest in (("signed", [("srv", "loop")]), ("portable", [])):
+        users = mkosi.copy(BUILT / f"{name}.raw", scene.home, USER)
+        assert uses(scene, users) == [("root", "dm"), ("mkosi", "rule")]
+        with ask(scene, users) as reply:
+            assert (reply.decision["signer"], text_of(reply)) == (mkosi.SIGNER, mkosi.HELLO)
+        trusted = mkosi.copy(BUILT / f"{name}.raw", scene.trusted)
+        assert uses(scene, trusted, imagePolicy=policy) == [("root", "dm"), *rest, ("place", "rule")]
+
+
+def test_partitions_by_mkosi(scene: Scene) -> None:
+    """The same in files: the data, the hash data, and the signature as it is, with zeros at its end."""
+    parts = [BUILT / f"portable.{part}.raw" for part in (mkosi.ROOT, mkosi.HASHES, mkosi.SIGNATURE)]
+    data, tree = (mkosi.copy(part, scene.home, USER) for part in parts[:2])
+    signature = parts[2].read_bytes()
+    verity = {
+        "dataFileDescriptor": 1,
+        "rootHash": json.loads(signature.rstrip(b"\0"))["rootHash"],
+        "signature": base64.b64encode(signature).decode(),
+    }
+
+    def work() -> tuple[object, bool, str]:
+        with opened(data) as image, opened(tree) as hashes:
+            fds = [image.fileno(), hashes.fileno()]
+            with mount_fds(scene.daemon.socket, {**SOURCE, "verity": verity}, fds) as reply:
+                return reply.decision["signer"], is_dm(reply.mount.fileno()), text_of(reply)
+
+    assert as_user(work) == (mkosi.SIGNER, True, mkosi.HELLO)
