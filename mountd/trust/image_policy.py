@@ -5,9 +5,10 @@
 
 Without a designator, a rule is for all partitions that no other names. The flags of use say what is allowed
 of a partition, and are alternatives: that it is used without protection, with dm-verity, with dm-verity and
-a signature, encrypted, encrypted with a check of integrity; that it is there but not used; that it is absent. The flags about read-only mounts,
-about growing and about types of file systems narrow how it is used. Where a group of flags is left out, all
-of the group is allowed, except that what nothing is said about may only be unused or absent.
+a signature, encrypted, encrypted with integrity; that it is there but not used; that it is absent. The flags
+about read-only mounts, about growing and about types of file systems narrow how it is used. Where a group of
+flags is left out, all of the group is allowed, except that what nothing is said about may only be unused or
+absent.
 
 Such a policy comes from the caller and is no reason to allow anything. It is read strictly, and can refuse.
 """
@@ -42,7 +43,7 @@ DESIGNATORS = (
     "var",
 )
 NOT_USED = frozenset({"unused", "absent"})
-# The last is in policies of systemd's programs from version 259 on. Nothing that is mounted here is of that kind.
+# Programs of systemd 262 name the last in policies of their own; nothing that is mounted here is such.
 USES = frozenset({"unprotected", "verity", "signed", "encrypted", "encryptedwithintegrity"}) | NOT_USED
 READ_ONLY = frozenset({"read-only-on", "read-only-off"})
 GROWING = frozenset({"growfs-on", "growfs-off"})

@@ -43,6 +43,7 @@ def uses(text: str, designator: str = "root") -> set[str]:
         ("root=verity:=absent", "root", {"verity"}),
         ("root=verity:=absent", "home", {"absent"}),
         ("root=verity", "home", {"unused", "absent"}),
+        ("root=encryptedwithintegrity", "root", {"encryptedwithintegrity"}),
         ("root=ext4", "root", USES),
         ("root=read-only-on", "root", USES),
         # dm-verity's own partitions follow from the one that they protect.
@@ -129,6 +130,14 @@ def test_protection_is_the_least_that_is_wanted() -> None:
     assert judge("root=signed", verity=True, signed=True) is None
     assert judge("root=unprotected", verity=True, signed=True) is None
     assert judge("root=encrypted", verity=True, signed=True) is not None
+    assert judge("root=encryptedwithintegrity", verity=True, signed=True) is not None
+
+
+def test_what_programs_of_systemd_262_send_for_a_unit() -> None:
+    every = "verity+signed+encrypted+encryptedwithintegrity+unprotected+absent"
+    text = f"root={every}:usr={every}:home=encrypted+encryptedwithintegrity+unprotected+absent"
+    assert judge(text) is None
+    assert described(intersect(parse("*"), parse(text))) == described(parse(text))
 
 
 def test_what_two_policies_do_not_share_nobody_may() -> None:

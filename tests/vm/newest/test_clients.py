@@ -1,0 +1,315 @@
+"""The programs of the newest systemd as an ordinary user, with mountd in place of mountfsd.
+
+systemd has booted the machine, and runs nsresourced and the user's manager. README.md has the table of what
+is found out here; where a program does not work with mountd, the test says how it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import loop_devices
+from tests.daemon import Daemon
+from tests.vm.inside.test_systemd_clients import GREETING, POLICY, images
+
+__all__ = ["images"]
+
+USER, UID = "nora", 4712
+INTERFACE = "io.systemd.MountFileSystem"
+ADDRESS = Path("/run/systemd") / INTERFACE
+REGISTRAR = "systemd-nsresourced.service"
+WORKER = "systemd-nsresourcework"
+# How many workers of nsresourced are taken at a time: one by each client that is connected, one by mountd.
+AT_ONCE = 3
+# Within five minutes a worker makes room for another, which is as slow at first.
+WORKS_SECONDS = 200.0
+# A worker has the kernel verify its security module first, which is slow where the processor is emulated.
+READY_SECONDS = 600.0
+SECONDS = 150.0
+ALLOCATE = """
+import json, os, socket, sys
+go, ready = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    os.unshare(os.CLONE_NEWUSER)
+    os.close(go[1])
+    os.write(ready[1], b"x")
+    os.read(go[0], 1)
+    os._exit(0)
+os.read(ready[0], 1)
+userns = os.open(f"/proc/{child}/ns/user", os.O_RDONLY)
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect("/run/systemd/io.systemd.NamespaceResource")
+    method = "io.systemd.NamespaceResource.AllocateUserRange"
+    parameters = {"name": sys.argv[1], "size": 65536, "userNamespaceFileDescriptor": 0}
+    call = json.dumps({"method": method, "parameters": parameters}).encode() + b"\\0"
+    socket.send_fds(connection, [call], [userns])
+    print(connection.recv(65536))
+"""
+
+
+def as_user(*command: str | Path) -> list[str | Path]:
+    """What runs a command as the user."""
+    become = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--init-groups", "--reset-env", "--"]
+    # The images are not the user's, so neither are the files beside them that nspawn would lock.
+    environment = ["SYSTEMD_NSPAWN_LOCK=0", "SYSTEMD_LOG_TARGET=console", f"XDG_RUNTIME_DIR=/run/user/{UID}"]
+    return [*become, "env", *environment, *command]
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as the user."""
+    return subprocess.run(as_user(*command), capture_output=True, text=True, check=False, timeout=SECONDS)
+
+
+def systemctl(*arguments: str) -> None:
+    """Have the manager of the system do something."""
+    subprocess.run(["systemctl", *arguments], check=True, timeout=READY_SECONDS)
+
+
+def workers() -> set[int]:
+    """The pids of the workers of nsresourced."""
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if Path("/proc", name, "cmdline").read_bytes().startswith(WORKER.encode()):
+                found.add(int(name))
+    return found
+
+
+def processor_time(pid: int) -> int:
+    """How long a process has run, in clock ticks; 0 if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(fields[11]) + int(fields[12])
+
+
+class Registrar:
+    """nsresourced, of which only workers that are ready take calls.
+
+    Each of its workers has the kernel verify a security module before its first answer. That takes longer
+    here than the clients wait for it.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is started yet."""
+        self.since = 0.0
+
+    def make_ready(self) -> None:
+        """Start it anew, and have some workers answer a call; the others are stopped."""
+        systemctl("restart", REGISTRAR)
+        self.since = time.monotonic()
+        # They are busy at the same time, so each call is taken by another worker.
+        calls = [
+            subprocess.Popen(as_user(sys.executable, "-I", "-c", ALLOCATE, f"ready{number}"))
+            for number in range(AT_ONCE)
+        ]
+        for call in calls:
+            assert call.wait(READY_SECONDS) == 0
+        by_time = sorted(workers(), key=processor_time, reverse=True)
+        assert len(by_time) >= AT_ONCE
+        for pid in by_time[AT_ONCE:]:
+            os.kill(pid, signal.SIGSTOP)
+
+    def is_ready(self) -> bool:
+        """Tell whether its workers will be there for a while."""
+        return time.monotonic() - self.since < WORKS_SECONDS
+
+
+@pytest.fixture(scope="module")
+def home(scratch: Path) -> Iterator[Path]:
+    """The home of the user, whose manager runs."""
+    path = scratch / USER
+    command = ["useradd", f"--uid={UID}", "--create-home", f"--home-dir={path}", USER]
+    subprocess.run(command, check=True, capture_output=True)
+    systemctl("start", f"user@{UID}.service")
+    yield path
+    systemctl("stop", f"user@{UID}.service")
+
+
+@pytest.fixture(scope="module")
+def own(home: Path, images: dict[str, Path]) -> Path:
+    """The tree of the images, as the user's own directory."""
+    path = home / "tree"
+    shutil.copytree(images["bare"].parents[1] / "system", path, symlinks=True)
+    for each in (path, *path.rglob("*")):
+        os.chown(each, UID, UID, follow_symlinks=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def started(scratch: Path, home: Path, images: dict[str, Path]) -> Iterator[Daemon]:
+    """mountd, and no mountfsd."""
+    systemctl("stop", "systemd-mountfsd.socket", "systemd-mountfsd.service")
+    policy = POLICY.format(place=images["bare"].parent)
+    before = loop_devices()
+    daemon = Daemon(scratch / "clients-daemon", policy, ["--mountfs-socket", str(ADDRESS)])
+    yield daemon
+    assert daemon.stop() == 0, daemon.log
+    assert "internal error" not in daemon.log, daemon.log
+    assert loop_devices() == before
+
+
+@pytest.fixture(scope="module")
+def registrar(home: Path) -> Registrar:
+    return Registrar()
+
+
+@pytest.fixture
+def serving(started: Daemon, registrar: Registrar) -> Daemon:
+    """mountd, and an nsresourced that answers in time."""
+    if not registrar.is_ready():
+        registrar.make_ready()
+    return started
+
+
+def why(done: subprocess.CompletedProcess[str], daemon: Daemon) -> str:
+    """All that is known of how a program went."""
+    journal = ["journalctl", "--no-pager", "--lines=25", f"_UID={UID}"]
+    said = subprocess.run(journal, capture_output=True, text=True, check=False, timeout=SECONDS).stdout
+    return f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr}\n{said}\n{daemon.log[-2000:]}"
+
+
+def declared(address: Path) -> dict[str, frozenset[str]]:
+    """What the interface at an address is made of: types, methods and errors, with the words of their fields."""
+    command = ["varlinkctl", "introspect", address, INTERFACE]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+    plain = " ".join(re.sub(r"#.*", "", text).split())
+    found = {}
+    for member in re.split(r" (?=(?:type|method|error) )", plain):
+        name, _, fields = member.partition("(")
+        found[name.strip()] = frozenset(re.split(r"[\s,()]+", fields))
+    return found
+
+
+def service(user_property: list[str], *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as a service of the user's manager."""
+    given = [f"--property={each}" for each in user_property]
+    return run("systemd-run", "--user", "--quiet", "--wait", "--pipe", *given, *command)
+
+
+def container(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a container of the user's."""
+    # The machine has neither an id nor a time zone that nspawn could hand on.
+    given = ["--register=no", "--keep-unit", "--pipe", "--link-journal=no", "--timezone=off"]
+    return run("systemd-nspawn", "--quiet", *given, *arguments, "/usr/bin/cat", "/etc/greeting")
+
+
+def test_systemd_is_the_newest_and_the_first_process() -> None:
+    assert os.readlink("/proc/1/exe") == "/usr/lib/systemd/systemd"
+    said = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=True).stdout
+    assert int(said.split()[1]) >= 262
+
+
+def test_the_interface_is_that_of_mountfsd(started: Daemon, scratch: Path) -> None:
+    """Errors here have a reason and a hint beside what they have there."""
+    ours = declared(ADDRESS)
+    theirs = scratch / "theirs"
+    environment = {**os.environ, "LISTEN": str(theirs)}
+    command = ["systemd-socket-activate", f"--listen={theirs}", "/usr/lib/systemd/systemd-mountfsd"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + SECONDS
+            while not theirs.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            real = declared(theirs)
+        finally:
+            process.terminate()
+    assert set(ours) == set(real)
+    for name, words in real.items():
+        assert words <= ours[name] if name.startswith("error") else words == ours[name], name
+
+
+@pytest.mark.parametrize("kind", ["bare", "disk"])
+def test_dissect_lists(serving: Daemon, images: dict[str, Path], kind: str) -> None:
+    done = run("systemd-dissect", "--no-pager", "--list", images[kind])
+    assert done.returncode == 0, why(done, serving)
+    assert {"etc/greeting", "usr/lib/os-release"} <= set(done.stdout.split())
+
+
+def test_dissect_says_who_owns_what(serving: Daemon, images: dict[str, Path]) -> None:
+    done = run("systemd-dissect", "--no-pager", "--mtree", images["bare"])
+    assert done.returncode == 0, why(done, serving)
+    digest = hashlib.sha256(GREETING.encode()).hexdigest()
+    lines = [line for line in done.stdout.splitlines() if line.startswith("./etc/greeting ")]
+    assert [set(line.split()) >= {"uid=0", "gid=0", f"sha256sum={digest}"} for line in lines] == [True]
+
+
+def test_dissect_copies_a_file(serving: Daemon, images: dict[str, Path]) -> None:
+    done = run("systemd-dissect", "--copy-from", images["bare"], "/etc/greeting", "-")
+    assert done.returncode == 0, why(done, serving)
+    assert done.stdout == GREETING
+
+
+def test_dissect_makes_an_archive(serving: Daemon, images: dict[str, Path], home: Path) -> None:
+    done = run("systemd-dissect", "--make-archive", images["bare"], home / "archive.tar")
+    assert done.returncode == 0, why(done, serving)
+
+
+def test_dissect_runs_a_command(serving: Daemon, images: dict[str, Path]) -> None:
+    done = run("systemd-dissect", "--with", images["bare"], "/usr/bin/cat", "etc/greeting")
+    assert done.returncode == 0, why(done, serving)
+
+
+def test_container_of_an_image(serving: Daemon, images: dict[str, Path]) -> None:
+    done = container("--read-only", f"--image={images['bare']}")
+    assert done.returncode == 0, why(done, serving)
+    assert done.stdout == GREETING
+
+
+def test_container_of_an_own_directory(serving: Daemon, own: Path) -> None:
+    done = container(f"--directory={own}")
+    assert done.returncode == 0, why(done, serving)
+    assert done.stdout == GREETING
+
+
+@pytest.mark.parametrize("users", ["no", "yes", "managed"])
+def test_service_of_an_image(serving: Daemon, images: dict[str, Path], users: str) -> None:
+    done = service([f"PrivateUsers={users}", f"RootImage={images['bare']}"], "/usr/bin/cat", "/etc/greeting")
+    assert done.returncode == 0, why(done, serving)
+    assert done.stdout == GREETING
+
+
+@pytest.mark.parametrize("users", ["yes", "managed"])
+def test_service_with_an_image(serving: Daemon, images: dict[str, Path], users: str) -> None:
+    given = [f"PrivateUsers={users}", f"MountImages={images['bare']}:/mnt"]
+    done = service(given, "/usr/bin/cat", "/mnt/etc/greeting")
+    assert done.returncode == 0, why(done, serving)
+    assert done.stdout == GREETING
+
+
+def test_service_of_an_own_directory(serving: Daemon, own: Path) -> None:
+    done = service(["PrivateUsers=managed", f"RootDirectory={own}"], "/usr/bin/cat", "/etc/greeting")
+    assert done.returncode == 0, why(done, serving)
+    assert done.stdout == GREETING
+
+
+def test_varlinkctl_sends_and_gets_descriptors(serving: Daemon, images: dict[str, Path]) -> None:
+    call = [ADDRESS, f"{INTERFACE}.MountImage", '{"imageFileDescriptor":0}']
+    command = ["varlinkctl", f"--push-fd={images['bare']}", "--exec", "call", *call]
+    done = run(*command, "--", "cat", "/proc/self/fd/3/etc/greeting")
+    assert done.returncode == 0, why(done, serving)
+    assert done.stdout == GREETING
+
+
+def test_what_no_rule_allows(serving: Daemon, images: dict[str, Path], home: Path) -> None:
+    """The same image, but the user's own."""
+    shutil.copy(images["bare"], home / "own.raw")
+    os.chown(home / "own.raw", UID, UID)
+    done = run("systemd-dissect", "--no-pager", "--list", home / "own.raw")
+    assert done.returncode != 0
+    assert "DeniedByImagePolicy" in done.stderr, why(done, serving)
