@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 SOCKET = "/run/systemd/io.systemd.NamespaceResource"
 METHOD = "io.systemd.NamespaceResource.AddMountToUserNamespace"
 NOT_REGISTERED = "io.systemd.NamespaceResource.UserNamespaceNotRegistered"
-SECONDS = 3.0  # for all mounts of a request
+# For all mounts of a request. A worker of its may first have the kernel verify a security module.
+SECONDS = 6.0
 MAXIMUM_REPLY = 1 << 16
 NOWHERE = (errno.ENOENT, errno.ECONNREFUSED)
 
