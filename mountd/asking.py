@@ -182,7 +182,8 @@ class Client:
     def explain(
         self, source: Mapping[str, object], fds: list[OwnedFd], **fields: object
     ) -> dict[str, object]:
-        """Call Explain, with the parameters of `mount`. Raises the same."""
+        """Call Explain, with the parameters of `mount`, but for the password. Raises the same."""
+        fields.pop("password", None)
         reply, received = self.call("Explain", {"source": source, **fields}, fds)
         close_all(received)
         if not isinstance(reply.get("decision"), dict):

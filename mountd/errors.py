@@ -82,6 +82,26 @@ class KeyUnknown(MountdError):
         super().__init__(f"unknown key: {reason}", hint=hint, reason=reason)
 
 
+class KeyRequired(MountdError):
+    """The image is encrypted, and no password came along."""
+
+    wire_name = "KeyRequired"
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        """`reason` says what is encrypted."""
+        super().__init__(f"a password is needed: {reason}", hint=hint, reason=reason)
+
+
+class WrongKey(MountdError):
+    """The password opens none of what is encrypted."""
+
+    wire_name = "WrongKey"
+
+    def __init__(self, reason: str, *, hint: str | None = None) -> None:
+        """`reason` says what was tried, and never with what."""
+        super().__init__(f"wrong password: {reason}", hint=hint, reason=reason)
+
+
 class UnsupportedFileSystem(MountdError):
     """The image holds something that mountd does not mount."""
 

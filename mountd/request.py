@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 HOST_ID_MAP = ["0", "0", "4294967295"]
 IDMAPS = ("none", "namespace", "caller")  # those that need no ranges
 TMPFS = "tmpfs:"
+TOP_SIZE = "64M"  # of a top in memory for which none is given
 STORED = "stored:"
 OCI = "oci:"
 COMPOSEFS = "composefs:"
 MAXIMUM_DESCRIPTION = 64 << 20  # bytes of a composefs as text
 MAXIMUM_SIGNATURE = 256 << 10  # bytes
+MAXIMUM_KEY = 4096  # bytes
+STANDARD_INPUT = 0
 MAXIMUM_INTEGER = (1 << 63) - 1
 
 
@@ -79,7 +82,7 @@ class Request:
     Owns the descriptors that go along.
     """
 
-    __slots__ = ("fds", "parameters", "source")
+    __slots__ = ("asks", "fds", "parameters", "source")
 
     def __init__(
         self,
@@ -98,26 +101,28 @@ class Request:
         objects: Sequence[str] = (),
         digest: str | None = None,
         check_contents: bool | None = None,
+        key_file: str | None = None,
+        top: str | None = None,
     ) -> None:
         """Open what has to be opened.
 
         `source` is the path of an image or of a directory, "stored:sha256:…" for one of mountd's store,
         "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE"; "composefs:FILE" for
         an image of metadata or its description, with `objects`, the directories of contents, the fs-verity
-        `digest` of the image in hexadecimal, and whether fs-verity has to check contents.
-        `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
-        of a user namespace, "none" for none, None for that of this process if it is not the host's.
-        `layers` are such sources as well, which come over it, the topmost first.
-        `image_policy` is in the grammar of systemd.image-policy(7), `signature` the path of a detached
-        signature of the image, `verity` the paths of hash data and of the signature of the root hash. With
-        `interactive` an administrator may be asked, where the policy wants that. Raises
-        NotFound, InvalidParameter, OptionNotPermitted and OSError.
+        `digest` of the image in hexadecimal, and whether fs-verity has to check contents. `read_only` is
+        None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path of a user
+        namespace, "none" for none, None for that of this process if it is not the host's. `layers` are such
+        sources as well, which come over it, the topmost first. `top` is what takes what is written:
+        "tmpfs:SIZE", "tmpfs" for 64M of it, or the path of a directory in which it stays. `image_policy` is
+        in the grammar of systemd.image-policy(7), `signature` the path of a detached signature of the image,
+        `verity` the paths of hash data and of the signature of the root hash. With `interactive` an
+        administrator may be asked, where the policy wants that. `key_file` has the password of what is
+        encrypted, all of it, "-" for the standard input; without, whoever uses this may ask for one on a
+        terminal as long as `asks` is true. Raises NotFound, InvalidParameter, OptionNotPermitted, OSError.
         """
-        check_text(options, file_system_type)
-        if image_policy is not None and not is_text(image_policy):
-            raise InvalidParameter("imagePolicy", "it is no text")
+        check_text(options, file_system_type, image_policy)
         if read_only is None:
-            read_only = not source.startswith(TMPFS)
+            read_only = top is None and not source.startswith(TMPFS)
         self.fds: list[OwnedFd] = []
         about = (objects, digest, check_contents)
         self.parameters: dict[str, object] = {
@@ -127,20 +132,35 @@ class Request:
             "idMap": {"kind": idmap} if idmap else None,
             "imagePolicy": image_policy,
             "interactive": interactive,
+            "password": None if key_file is None else read_key(key_file),
         }
+        self.asks = key_file is None
         try:
-            if source.startswith(COMPOSEFS):
-                self.source = self._read_composefs(source, layers, *about)
-            else:
-                self.source = self._read_stack(source, layers, read_only, composefs=any(about))
+            self.source = self._read_all(source, layers, about, top, read_only=read_only)
             self._add_companions(signature, verity)
-            if userns is None and idmap in (None, "namespace") and in_user_namespace():
-                userns = "/proc/self/ns/user"
-            if userns not in (None, "none"):
-                self.parameters["userNamespaceFileDescriptor"] = self._add(open_image(str(userns)))
+            self._add_own_namespace(userns, idmap)
         except BaseException:
             self.close()
             raise
+
+    def _read_all(
+        self,
+        source: str,
+        layers: Sequence[str],
+        about: tuple[Sequence[str], str | None, bool | None],
+        top: str | None,
+        *,
+        read_only: bool,
+    ) -> dict[str, object]:
+        if source.startswith(COMPOSEFS):
+            found = self._read_composefs(source, layers, *about)
+        else:
+            # With a top, nothing is written to what is below it.
+            below = read_only or top is not None
+            found = self._read_stack(source, layers, below, composefs=any(about))
+        if top is not None:
+            found["top"] = self._read_top(top)
+        return found
 
     def _read_source(self, source: str, read_only: bool) -> dict[str, object]:
         if source.startswith(TMPFS):
@@ -196,6 +216,11 @@ class Request:
         }
         return {"composefs": given(about)}
 
+    def _read_top(self, top: str) -> dict[str, object]:
+        if top == TMPFS[:-1] or top.startswith(TMPFS):
+            return {"sizeBytes": parse_size(top[len(TMPFS) :] or TOP_SIZE)}
+        return {"directoryFileDescriptor": self._add(open_directory(top))}
+
     def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
         composefs = self.source.get("composefs")
         if signature is not None and isinstance(composefs, dict) and "imageFileDescriptor" in composefs:
@@ -214,6 +239,12 @@ class Request:
                     "signature": None if of_root_hash is None else read_signature(of_root_hash),
                 }
             )
+
+    def _add_own_namespace(self, userns: str | None, idmap: str | None) -> None:
+        if userns is None and idmap in (None, "namespace") and in_user_namespace():
+            userns = "/proc/self/ns/user"
+        if userns not in (None, "none"):
+            self.add_namespace(open_image(str(userns)))
 
     def add_namespace(self, userns: OwnedFd) -> None:
         """Have ids mapped into this user namespace, which is taken over."""
@@ -238,6 +269,24 @@ class Request:
         self.close()
 
 
+def read_key(path: str) -> str:
+    """Return the text of a key file, “-” for standard input. Raises NotFound, InvalidParameter, OSError."""
+    data = b""
+    if path == "-":
+        while len(data) <= MAXIMUM_KEY and (piece := os.read(STANDARD_INPUT, MAXIMUM_KEY + 1)):
+            data += piece
+    else:
+        with open_image(path) as fd:
+            data = os.read(fd.fileno(), MAXIMUM_KEY + 1)
+    if not 0 < len(data) <= MAXIMUM_KEY:
+        raise InvalidParameter("password", f"{path} has not 1 to {MAXIMUM_KEY} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        # Without what it quotes.
+        raise InvalidParameter("password", f"{path} is no text in UTF-8") from None
+
+
 def read_signature(path: str) -> str:
     """Return a detached signature in base64. Raises NotFound, InvalidParameter, OSError."""
     with open_image(path) as fd:
@@ -254,13 +303,15 @@ def given(parameters: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def check_text(options: Sequence[str], file_system_type: str | None) -> None:
+def check_text(options: Sequence[str], file_system_type: str | None, image_policy: str | None) -> None:
     """Raise OptionNotPermitted or InvalidParameter for what cannot be said on the wire, which is UTF-8."""
     for option in options:
         if not is_text(option):
             raise OptionNotPermitted(option, "it is no text", hint="write it in UTF-8")
     if file_system_type is not None and not is_text(file_system_type):
         raise InvalidParameter("fileSystemType", "it is no text")
+    if image_policy is not None and not is_text(image_policy):
+        raise InvalidParameter("imagePolicy", "it is no text")
 
 
 def parse_size(text: str) -> int:

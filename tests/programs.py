@@ -14,6 +14,7 @@ from mountd.kernel.libc import call
 from tests.container import RANGE, USER, IdMap, forked, in_container
 
 COMMANDS = ("sh", "cat", "echo", "env", "id", "kill", "ls", "sleep", "stat", "touch", "true", "yes")
+CHANGING = ("mkdir", "rm")
 T = TypeVar("T")
 Done = subprocess.CompletedProcess[str]
 
@@ -117,7 +118,7 @@ def build_root(path: Path, *, directories: Sequence[str] = ("proc", "sys", "dev"
     (path / "bin").mkdir(parents=True)
     for name in directories:
         (path / name).mkdir()
-    for name in COMMANDS:
+    for name in (*COMMANDS, *CHANGING):
         program = shutil.which(name)
         assert program, name
         shutil.copy(program, path / "bin" / name)

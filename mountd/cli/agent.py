@@ -1,4 +1,4 @@
-"""Having an administrator asked in the terminal, where mountd wants one to consent.
+"""Asking in the terminal: an administrator for consent where mountd wants that, the user for a password.
 
 A desktop has an agent of polkit's that asks; in a terminal pkttyagent(1) does, for as long as this process
 waits for the answer. It is started only once mountd has said that somebody has to be asked.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mountd.errors import InteractiveAuthenticationRequired
+from mountd.errors import InteractiveAuthenticationRequired, KeyRequired, WrongKey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,12 +22,33 @@ if TYPE_CHECKING:
 
 PROGRAM = "/usr/bin/pkttyagent"
 SECONDS_TO_START = 10.0
+TRIES = 3  # to say the password
 # What it needs to know of the terminal; nothing else of the environment concerns it.
 ENVIRONMENT = ("TERM", "LANG", "LC_ALL", "LC_MESSAGES")
 
 
 def with_consent(method: Callable[..., Reply], request: Request) -> Reply:
-    """Call a method with a request, as `asking` does. Raises what `method` raises."""
+    """Call a method with a request, as `asking` does; a password that it needs is asked for on the terminal.
+
+    That is where the request lets it, and a few times if it is wrong. Raises what `method` raises.
+    """
+    tries = TRIES if request.asks else 0
+    while True:
+        try:
+            return without_password(method, request)
+        except (KeyRequired, WrongKey) as error:
+            if not tries or not on_terminal():
+                raise
+            if isinstance(error, WrongKey):
+                sys.stderr.write("This is not the password.\n")
+        tries -= 1
+        from getpass import getpass
+
+        request.parameters["password"] = getpass("Password of the encrypted image: ")
+
+
+def without_password(method: Callable[..., Reply], request: Request) -> Reply:
+    """Call a method with a request as it is; an administrator may be asked. Raises what `method` raises."""
 
     def call(interactive: bool | None) -> Reply:
         request.parameters["interactive"] = interactive

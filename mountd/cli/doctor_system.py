@@ -36,6 +36,7 @@ MISSING = {
     "loop": (WARN, "only erofs images can be mounted", "modprobe loop"),
     "fuse": (WARN, "there is no FUSE; mountd itself does without", "modprobe fuse"),
     "dm-verity": (WARN, "images with dm-verity cannot be mounted", "modprobe dm-verity"),
+    "dm-crypt": (WARN, "encrypted images cannot be opened", "modprobe dm-crypt"),
     "fs-verity": (WARN, "files of this file system cannot be trusted by fs-verity",
                   "tune2fs -O verity DEVICE for an ext4 on a kernel that has it"),
 }  # fmt: skip
@@ -44,11 +45,13 @@ PROGRAMS = {
     "mkfs.erofs": "layers of container images cannot be made into images",
     "mkcomposefs": "a composefs cannot be mounted by its description",
     "gpgv": "signatures of OpenPGP cannot be verified",
+    "cryptsetup": "encrypted images (LUKS) cannot be opened",
     "veritysetup": "hash data for dm-verity cannot be made here; mountd itself does without",
 }
 PACKAGES = {
     "mkcomposefs": "composefs",
     "mkfs.erofs": "erofs-utils",
+    "cryptsetup": "cryptsetup-bin",
     "veritysetup": "cryptsetup-bin",
     "pkcheck": "polkitd",
     "pkaction": "polkitd",

@@ -47,11 +47,13 @@ OWN: Mapping[str, tuple[str, ...] | None] = {
     "mountd.policy": None,
     "mountd.interactive": tuple(YES_OR_NO),
     "mountd.digest": None,
+    "mountd.key-file": None,
 }
 FREE = {
     "mountd.userns": "the path of a user namespace, or none",
     "mountd.signature": "the path of a detached signature",
     "mountd.policy": "a policy as in systemd.image-policy(7)",
+    "mountd.key-file": "the path of a file with the password",
     "mountd.digest": "sha256: and 64 hexadecimal digits",
 }
 DIGEST = "sha256:"
@@ -97,6 +99,7 @@ class Wishes(CommandLine):
         self.image_policy: str | None = None
         self.interactive: bool | None = None
         self.digest: str | None = None
+        self.key_file: str | None = None
 
     def read(self, argv: list[str]) -> None:
         """Read the command line. Raises UsageError, OptionNotPermitted."""
@@ -161,6 +164,8 @@ class Wishes(CommandLine):
             self.interactive = YES_OR_NO[value]
         elif name == "mountd.digest":
             self.digest = value
+        elif name == "mountd.key-file":
+            self.key_file = value
         else:
             self.read_only = ACCESS[value]
 
@@ -217,9 +222,11 @@ def mount(wishes: Wishes) -> int:
             signature=wishes.signature,
             image_policy=wishes.image_policy,
             interactive=wishes.interactive,
+            key_file=wishes.key_file,
         ) as request,
         Client() as client,
     ):
+        request.asks = request.asks and not wishes.json
         if wishes.fake:
             explained = ask(client.explain, request, wishes.sloppy)
             return judge(explained["decision"], directory, wishes)

@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     mount = add_verb(verbs, "mount", "mount an image at a directory", MOUNT_EXAMPLES)
     add_request(mount)
     add_namespace(mount)
+    add_key(mount)
     mount.add_argument("target", metavar="TARGET", help="an existing directory")
     umount = add_verb(
         verbs, "umount", "detach what “mount” has mounted at a directory", ("mountctl umount ~/base",)
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s [OPTION…] SOURCE [--] COMMAND [ARGUMENT…]",
     )
     add_request(run)
+    add_key(run)
     run.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the command, after --")
     explain = add_verb(verbs, "explain", "say whether an image could be mounted, and why", EXPLAIN_EXAMPLES)
     add_request(explain)
@@ -95,12 +97,14 @@ MOUNT_EXAMPLES = (
     "mountctl mount /var/lib/machines/base.raw ~/base",
     "unshare --user --map-root-user --mount mountctl mount /var/lib/machines/base.raw /mnt",
     "mountctl mount -o noexec tmpfs:64M /mnt",
+    "mountctl mount --top tmpfs:64M /var/lib/machines/base.raw /mnt",
     "mountctl mount --verity base.verity --root-hash 0123… base.raw /mnt",
     "mountctl mount --objects ~/objects composefs:tree.dump /mnt",
 )
 RUN_EXAMPLES = (
     "mountctl run /var/lib/machines/base.raw -- ls -l /",
     "mountctl run --idmap namespace stored:sha256:… /bin/sh",
+    "mountctl run --top ~/changes oci:registry.example.com/base@sha256:… /bin/sh",
 )
 EXPLAIN_EXAMPLES = (
     "mountctl explain /home/me/base.raw",
@@ -120,6 +124,11 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         action="append",
         help="lay this over SOURCE; may be repeated, the topmost comes first",
+    )
+    verb.add_argument(
+        "--top",
+        metavar="tmpfs[:SIZE]|DIRECTORY",
+        help="what takes what is written: memory, or a directory of yours, in which it stays",
     )
     verb.add_argument(
         "--objects",
@@ -149,6 +158,15 @@ def add_request(verb: argparse.ArgumentParser) -> None:
         "source",
         metavar="SOURCE",
         help="an image, a directory, stored:sha256:…, oci:HOST/REPO@sha256:…, composefs:FILE, tmpfs:64M",
+    )
+
+
+def add_key(verb: argparse.ArgumentParser) -> None:
+    """Add what opens an encrypted image."""
+    verb.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help="password of an encrypted image, “-” for the standard input; default: asked on a terminal",
     )
 
 
@@ -195,7 +213,7 @@ def request_of(options: argparse.Namespace) -> Request:
         read_only = False
     elif "ro" in words:
         read_only = True
-    return Request(
+    request = Request(
         options.source,
         read_only=read_only,
         file_system_type=options.type,
@@ -207,13 +225,17 @@ def request_of(options: argparse.Namespace) -> Request:
         interactive=options.interactive,
         signature=options.signature,
         layers=options.layer or (),
+        top=options.top,
         objects=options.objects or (),
         digest=options.digest,
         check_contents=options.check_contents,
         verity=None
         if options.verity is None
         else (options.verity, options.root_hash, options.root_hash_signature),
+        key_file=getattr(options, "key_file", None),
     )
+    request.asks = request.asks and not options.json
+    return request
 
 
 def run(options: argparse.Namespace, request: Request, client: Client) -> int:

@@ -31,7 +31,7 @@ from mountd.daemon.worker import Worker, report_bug
 from mountd.errors import DeniedByPolicy, MountdError, NotSupported, SyscallError
 from mountd.execute.seal import NoSeal, Staging
 from mountd.fds import OwnedFd
-from mountd.kernel import dm_verity, namespaces
+from mountd.kernel import device_mapper, namespaces
 from mountd.kernel.child import close_all_but, end_with_parent
 from mountd.kernel.fuse import mount_fusectl
 from mountd.kernel.libc import call, prepare_all
@@ -326,11 +326,11 @@ class ForkServer:
         killed = group in self._killed
         self._killed.discard(group)
         if killed and self._staging is not None:
-            self._clean(slot, self._staging)
+            self._clean(slot, self._staging, group)
         else:
             channel.tell(self._control, Word.GONE, slot)
 
-    def _clean(self, slot: int, staging: Staging) -> None:
+    def _clean(self, slot: int, staging: Staging, worker: int) -> None:
         """Let a child detach what a killed worker has left: dropping a file system can take its time."""
         pid = os.fork()
         if pid == 0:
@@ -338,6 +338,7 @@ class ForkServer:
             try:
                 end_with_parent()
                 staging.clean(slot)
+                remove_unused_devices(worker)
                 code = 0
             finally:
                 os._exit(code)
@@ -368,10 +369,10 @@ def serve(
         os._exit(code)
 
 
-def remove_unused_devices() -> None:
-    """Take away the dm-verity devices of a mountd that was killed before their mounts were made."""
+def remove_unused_devices(worker: int | None = None) -> None:
+    """Take away the devices of a mountd, or of a worker, that was killed before their mounts were made."""
     try:
-        dm_verity.remove_unused()
+        device_mapper.remove_unused(worker)
     except SyscallError as error:
         log(Priority.WARNING, f"cannot look for unused devices: {error}", message_id=WORKER_ID)
 

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from mountd.wire.dispatch import Dispatcher
     from mountd.wire.framing import Message
 
+SECRET = "password"  # a parameter of Mount, Attach and MountImage
+
 
 class Worker:
     """Serves requests until it is told to end, or has served enough."""
@@ -186,6 +188,10 @@ class Worker:
             questions=self._questions,
             called_off=self._own.fileno(),
         )
+        parameters = message.body.get("parameters")
+        if isinstance(parameters, dict) and SECRET in parameters:
+            # What has held a password ends with this request, and its memory with it: it serves nobody else.
+            self._healthy = False
         begin = time.monotonic()
         if self._tally is not None:
             self._tally.begin(str(message.body.get("method")))
@@ -208,7 +214,7 @@ class Worker:
         self._note(message, context, reply, time.monotonic() - begin, taken)
         # What was refused may hang when it is closed; what can be written to has to be on disk once the
         # caller has detached it, and the spot holds it until it is cleared.
-        self._may_linger = not error_name(reply) and not context.writable
+        self._may_linger = self._healthy and not error_name(reply) and not context.writable
         return taken
 
     def _clean_up(self) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from mountd.errors import NotSupported, SyscallError
+from mountd.errors import InvalidParameter, NotSupported, SyscallError
 from mountd.kernel import capabilities
+from mountd.kernel.acting import acting_as
 from mountd.kernel.fs_context import FsContext
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mountd.execute.naming import Naming
+    from mountd.execute.top import Top
     from mountd.plan.operations import MakeOverlay
 
     Option = tuple[str, str]
@@ -20,36 +22,51 @@ if TYPE_CHECKING:
 TYPE = "overlay"
 SOURCE = "mountd"  # which an overlay shows and does nothing with
 LAYER, DATA = "lowerdir+", "datadir+"
+UPPER, WORK = "upperdir", "workdir"
 # By what kernels refuse mounts that are attached nowhere: when they are named, or when it is made.
 NOT_TAKEN = (errno.EBADF, errno.EINVAL)
 UNKNOWN = "Unknown parameter"  # what a kernel says that has no such option
 HINT = "use Linux 6.8 or newer"
 
 
-def create(operation: MakeOverlay, layers: Sequence[int], naming: Naming | None = None) -> FsContext:
+def create(
+    operation: MakeOverlay, layers: Sequence[int], naming: Naming | None = None, top: Top | None = None
+) -> FsContext:
     """Return the context of a new overlay; `layers`, borrowed, are mounts, the topmost first.
 
-    Raises as `create_of` does.
+    `top`, borrowed, is there if it is planned. Raises as `create_of` does, and InvalidParameter where it and
+    a layer are within each other.
     """
-    if len(layers) != operation.layers:
-        raise ValueError("there are not as many layers as were planned")
+    if len(layers) != operation.layers or (None if top is None else top.owner) != operation.owner:
+        raise ValueError("there are not as many layers as were planned, or not that top")
     names = [LAYER] * len(layers)
-    return create_of(operation.options, names, layers, naming, "a stack")
+    try:
+        return create_of(operation.options, names, layers, naming, "a stack", top)
+    except SyscallError as error:
+        if top is None or error.errno != errno.ELOOP:
+            raise
+        reason = "it and one of the layers lie within each other, or two of the layers do"
+        raise InvalidParameter("source.top", reason) from None
 
 
 def create_of(
-    options: Iterable[Option], names: Sequence[str], layers: Sequence[int], naming: Naming | None, what: str
+    options: Iterable[Option],
+    names: Sequence[str],
+    layers: Sequence[int],
+    naming: Naming | None,
+    what: str,
+    top: Top | None = None,
 ) -> FsContext:
     """Return the context of a new overlay with these options; `names` say what each of `layers` is to it.
 
-    It has clones of the layers, which are borrowed, so that they can be closed. Before Linux 6.15, overlay
-    takes none that is attached nowhere; then they are where `naming` puts them meanwhile. `what` is it for,
-    for people. Raises SyscallError, and NotSupported for a kernel without overlay, or whose overlay cannot
-    have its layers one by one.
+    It has clones of the layers and of the `top`, which are borrowed, so that they can be closed. Before
+    Linux 6.15, overlay takes none that is attached nowhere; then they are where `naming` puts them
+    meanwhile. `what` is it for, for people. Raises SyscallError, and NotSupported for a kernel without
+    overlay, or whose overlay cannot have its layers one by one.
     """
     options = tuple(options)
     try:
-        return made_of(options, names, layers)
+        return made_of(options, names, layers, top)
     except SyscallError as error:
         if error.errno == errno.ENODEV:
             raise NotSupported(f"overlay, which {what} needs", hint="have root load the module") from None
@@ -58,20 +75,32 @@ def create_of(
         if naming is None:
             raise NotSupported(f"making {what} by the overlay of this kernel", hint=HINT) from None
     try:
-        with naming.attached(layers) as paths:
-            return made_of(options, names, paths)
+        with naming.attached([*layers, *(() if top is None else (top.mount.fileno(),))]) as paths:
+            return made_of(options, names, paths[: len(layers)], top, by_name=True)
     except SyscallError as error:
         if not any(UNKNOWN in line for line in error.log):
             raise
         raise NotSupported(f"making {what} by the overlay of this kernel", hint=HINT) from None
 
 
-def made_of(options: Iterable[Option], names: Sequence[str], layers: Iterable[int | str]) -> FsContext:
-    """Return the context of one of these layers, which are descriptors or paths. Raises SyscallError."""
+def made_of(
+    options: Iterable[Option],
+    names: Sequence[str],
+    layers: Iterable[int | str],
+    top: Top | None = None,
+    *,
+    by_name: bool = False,
+) -> FsContext:
+    """Return the context of one of these layers, which are descriptors or paths. Raises SyscallError.
+
+    The directories of the top are handed over as descriptors, or with `by_name` by what the kernel calls
+    these: a path could lead elsewhere by now.
+    """
     context = FsContext.open(TYPE)
     try:
         context.set_string("source", SOURCE)
-        context.set_flag("ro")
+        if top is None:
+            context.set_flag("ro")
         for name, value in options:
             context.set_string(name, value)
         for name, layer in zip(names, layers, strict=True):
@@ -79,8 +108,17 @@ def made_of(options: Iterable[Option], names: Sequence[str], layers: Iterable[in
                 context.set_fd(name, layer)
             else:
                 context.set_string(name, layer)
+        for name, fd in () if top is None else ((UPPER, top.upper.fileno()), (WORK, top.work.fileno())):
+            if by_name:
+                context.set_string(name, f"/proc/self/fd/{fd}")
+            else:
+                context.set_fd(name, fd)
         # The overlay keeps the rights of this moment.
-        with capabilities.reading_everything():
+        with (
+            capabilities.reading_everything()
+            if top is None
+            else acting_as(*top.owner, as_root_of_its_files=True)
+        ):
             context.create()
     except BaseException:
         context.close()

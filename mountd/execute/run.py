@@ -11,6 +11,7 @@ import errno
 import os
 import time
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from mountd.errors import BadFileDescriptor, SyscallError
@@ -33,12 +34,13 @@ from mountd.plan.operations import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from mountd.execute.naming import Naming
+    from mountd.execute.top import Top
     from mountd.fds import OwnedFd
-    from mountd.plan.operations import Operation, Plan
+    from mountd.plan.operations import Operation, Plan, Window
 
     Rows = Sequence[tuple[int, int, int]]
 
@@ -78,7 +80,9 @@ class Inputs:
         "mount_namespace_fd",
         "naming",
         "note",
+        "opened",
         "seal",
+        "top",
         "userns_fd",
     )
 
@@ -93,13 +97,18 @@ class Inputs:
         naming: Naming | None = None,
         mount_namespace_fd: int | None = None,
         layers: Sequence[int] = (),
+        opened: Mapping[Window | None, str] = MappingProxyType({}),
+        top: Top | None = None,
     ) -> None:
         """`hash_fd` is the hash data of dm-verity, where the plan has it; `naming` names sources.
 
         `note` is shown the mount, borrowed, while its ids are those of the file system. `mount_namespace_fd`
         is where a directory, which is `image_fd` then, may lie. `layers` are the mounts of an overlay,
-        for a composefs that of the metadata first.
+        for a composefs that of the metadata first, and `top` is what takes what is written to it. `opened`
+        are the paths of the devices that show what was encrypted, by the part of the image that it is in.
         """
+        self.opened = opened
+        self.top = top
         self.layers = layers
         self.mount_namespace_fd = mount_namespace_fd
         self.naming = naming
@@ -182,7 +191,7 @@ def run_all(plans: Iterable[Plan], inputs: Inputs) -> list[OwnedFd]:
 def superblock(operation: CreateSuperblock | MakeOverlay | MakeComposefs, inputs: Inputs) -> FsContext:
     """Return the context of the new superblock, of whatever kind."""
     if isinstance(operation, MakeOverlay):
-        return overlay.create(operation, inputs.layers, inputs.naming)
+        return overlay.create(operation, inputs.layers, inputs.naming, inputs.top)
     if isinstance(operation, MakeComposefs):
         return composefs.create(operation, inputs.layers, inputs.naming)
     return create(operation, inputs)
@@ -194,6 +203,8 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
         return _create_from(operation, operation.type)
     image_fd = _needed(inputs.image_fd)
     refuse_lease(image_fd)
+    if operation.backing is Backing.CRYPT:
+        return _create_from(operation, inputs.opened[operation.window])
     if operation.verity is not None:
         # In a disk image, data and hash data are partitions of one file.
         hash_fd = image_fd if operation.verity.hash_window is not None else _needed(inputs.hash_fd)

@@ -15,7 +15,7 @@ from mountd.errors import InvalidImage, SyscallError
 from mountd.kernel import dm_verity, loop_device
 
 if TYPE_CHECKING:
-    from mountd.kernel.dm_verity import VerityDevice
+    from mountd.kernel.device_mapper import Device
     from mountd.kernel.loop_device import LoopDevice
     from mountd.plan.operations import Verity, Window
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 
 
-def attach(data_fd: int, hash_fd: int, verity: Verity, window: Window | None = None) -> VerityDevice:
+def attach(data_fd: int, hash_fd: int, verity: Verity, window: Window | None = None) -> Device:
     """Return a read-only device of the data in `data_fd` with the tree in `hash_fd`, both borrowed.
 
     `window` is where in its file the data is, as `verity.hash_window` is for the tree; they may be one file.
@@ -68,7 +68,7 @@ def attach_loop(fd: int, window: Window | None, block_size: int) -> LoopDevice:
     )
 
 
-def check_first_block(device: VerityDevice, length: int) -> None:
+def check_first_block(device: Device, length: int) -> None:
     """Read the first block, which the file system needs anyway and whose driver would only say "I/O error".
 
     Raises InvalidImage if it does not fit the root hash.

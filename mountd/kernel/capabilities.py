@@ -1,8 +1,9 @@
-"""A capability that this process has, and uses for one thing only (capabilities(7)).
+"""Capabilities that this process has, and uses for one thing only (capabilities(7)).
 
-An overlay reads its layers with the rights of whoever made it, after it has judged whoever reads it. So it
-takes CAP_DAC_READ_SEARCH to make one; for everything else, mountd is better off without: modes hold for it,
-too. It is permitted, and in effect for no longer than it takes to make an overlay.
+An overlay works on what it is made of with the rights of whoever made it, after it has judged whoever asks
+it. So it takes CAP_DAC_READ_SEARCH to make one that reads layers, and a few more to make one that is written
+to. For everything else, mountd is better off without: modes hold for it, too. They are permitted, and in
+effect for no longer than it takes to make an overlay.
 """
 
 import ctypes
@@ -14,38 +15,46 @@ from mountd.kernel.libc import call
 VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 CAP_DAC_READ_SEARCH = 2
 BIT = 1 << CAP_DAC_READ_SEARCH
+# What the root of a container has over its files: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID and
+# CAP_SETFCAP. Not CAP_MKNOD: a device node of a layer must not come to lie where its nodev does not hold.
+WRITING = BIT | 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 31
+OF_FILES = WRITING | 1 << 9 | 1 << 27  # all that are about files: CAP_LINUX_IMMUTABLE and CAP_MKNOD, too
+CAP_SYS_ADMIN = 21
 EFFECTIVE, PERMITTED = 0, 1  # where they are, of capabilities below 32
+EFFECTIVE_HIGH = 3  # of those from 32 on
 
 
 def put_aside() -> None:
-    """Have the capability no longer in effect. Raises SyscallError."""
-    data = _read()
-    if data[EFFECTIVE] & BIT:
-        data[EFFECTIVE] &= ~BIT
-        _write(data)
+    """Have these capabilities no longer in effect. Raises SyscallError."""
+    data = read()
+    if data[EFFECTIVE] & WRITING:
+        data[EFFECTIVE] &= ~WRITING
+        write(data)
 
 
 @contextmanager
 def reading_everything() -> Iterator[None]:
-    """Have the capability in effect meanwhile, if it is permitted. Raises SyscallError."""
-    data = _read()
+    """Have CAP_DAC_READ_SEARCH in effect meanwhile, if it is permitted. Raises SyscallError."""
+    data = read()
     if data[EFFECTIVE] & BIT or not data[PERMITTED] & BIT:
         yield
         return
     data[EFFECTIVE] |= BIT
-    _write(data)
+    write(data)
     try:
         yield
     finally:
         data[EFFECTIVE] &= ~BIT
-        _write(data)
+        write(data)
 
 
-def _read() -> "ctypes.Array[ctypes.c_uint32]":
+def read() -> "ctypes.Array[ctypes.c_uint32]":
+    """Return the capabilities of this process. Raises SyscallError."""
     data = (ctypes.c_uint32 * 6)()
     call("capget", (ctypes.c_uint32 * 2)(VERSION, 0), data)
     return data
 
 
-def _write(data: "ctypes.Array[ctypes.c_uint32]") -> None:
+def write(data: "ctypes.Array[ctypes.c_uint32]") -> None:
+    """Have these capabilities. Raises SyscallError."""
     call("capset", (ctypes.c_uint32 * 2)(VERSION, 0), data)

@@ -11,7 +11,16 @@ import os
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
-from mountd.kernel import child, dm_verity, fs_verity, mount_api, mount_info, namespaces
+from mountd.kernel import (
+    child,
+    device_mapper,
+    dm_crypt,
+    dm_verity,
+    fs_verity,
+    mount_api,
+    mount_info,
+    namespaces,
+)
 from mountd.kernel.flags import Clone, Ioctl, MountAttr, OpenTree, Propagation
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.libc import call
@@ -275,8 +284,18 @@ def _fuse(bench: _Bench) -> None:
 
 
 def _dm_verity(bench: _Bench) -> None:
-    os.close(os.open(dm_verity.CONTROL, os.O_RDWR | os.O_CLOEXEC))  # whether it is there, or only not for us
+    _device_mapper()
     dm_verity.check_available()
+
+
+def _dm_crypt(bench: _Bench) -> None:
+    _device_mapper()
+    dm_crypt.check_available()
+
+
+def _device_mapper() -> None:
+    """Raise OSError that says whether it is not there, or only not for us."""
+    os.close(os.open(device_mapper.CONTROL, os.O_RDWR | os.O_CLOEXEC))
 
 
 def _fs_verity(bench: _Bench) -> None:
@@ -325,6 +344,7 @@ CHECKS: "dict[str, Callable[[_Bench], None]]" = {
     "loop": _loop,
     "fuse": _fuse,
     "dm-verity": _dm_verity,
+    "dm-crypt": _dm_crypt,
     "fs-verity": _fs_verity,
 }
 NAMES = tuple(CHECKS)

@@ -34,10 +34,15 @@ if TYPE_CHECKING:
 
 SECCOMP_RET_ERRNO = 0x00050000
 JUMP_IF_GREATER_OR_EQUAL = 0x35  # BPF_JMP|BPF_JGE|BPF_K
+JUMP_IF_SET = 0x45  # BPF_JMP|BPF_JSET|BPF_K
+OFFSET_FLAGS = 16  # the low half of the first argument in struct seccomp_data, on little-endian machines
+CLONE_THREAD = 0x00010000
 X32_BIT = 0x40000000  # of the numbers of x86_64's other ABI
 MAXIMUM_OUTPUT = 64 << 10
 MAXIMUM_DESCRIPTORS = 64
 MAXIMUM_PATIENCE = 1.0  # seconds from the end of its output to that of the program
+# Of ids that are given to no user and no container (systemd's UIDS-GIDS.md), for what has a secret.
+UNUSED_IDS = range(1 << 31, (1 << 32) - 2)
 EXIT_NOT_RUN = child.EXIT_RAISED
 
 # Machine -> AUDIT_ARCH_*, and the numbers of: socket socketpair connect ptrace bpf perf_event_open add_key
@@ -55,6 +60,8 @@ FORBIDDEN = {
         + (425, 270, 271),
     ),
 }
+# The numbers of clone and clone3, which both machines have little-endian.
+THREADS = {"x86_64": (56, 435), "aarch64": (220, 435)}
 
 
 class Finished:
@@ -69,21 +76,35 @@ class Finished:
 
 
 def run(
-    path: str, arguments: "Sequence[str]", fds: "Sequence[int]", *, seconds: float, memory: int
+    path: str,
+    arguments: "Sequence[str]",
+    fds: "Sequence[int]",
+    *,
+    seconds: float,
+    memory: int,
+    stdin: "int | None" = None,
+    threads: bool = False,
+    secret: bool = False,
 ) -> Finished:
     """Run the program `path` and return how it ended and what it wrote to descriptor 1.
 
-    `fds` (borrowed) become its descriptors 3, 4, and so on; 0 and 2 lead nowhere. It is killed after
-    `seconds`, and once it has written MAXIMUM_OUTPUT bytes; `memory` is its address space in bytes. Raises
-    OSError, and NotSupported on a machine whose system call numbers are not known.
+    `fds` (borrowed) become its descriptors 3, 4, and so on, and `stdin` (borrowed) its 0; 2 leads nowhere,
+    as 0 does without. It is killed after `seconds`, and once it has written MAXIMUM_OUTPUT bytes; `memory`
+    is its address space in bytes. With `threads` it may have some, but no processes. With `secret` it is not
+    nobody, but a user whom nobody else is: other processes of nobody could look into it (PTRACE_MODE_READ in
+    ptrace(2)). Raises OSError, and NotSupported on a machine whose system call numbers are not known.
     """
     machine = os.uname().machine
     if machine not in FORBIDDEN:
         raise NotSupported(f"a seccomp filter for {machine}")
-    limits, forbidden = (seconds, memory), FORBIDDEN[machine]
-    pid, reader = child.fork(
-        lambda writer: _become(path, [path, *arguments], [writer, *fds], limits, forbidden)
-    )
+    limits, (architecture, numbers) = (seconds, memory, secret), FORBIDDEN[machine]
+    given = [*fds] if stdin is None else [stdin, *fds]
+
+    def become(writer: int) -> "NoReturn":
+        _become(path, [path, *arguments], [writer, *given], stdin is not None, limits, rows)
+
+    rows = filter_of(architecture, numbers, THREADS[machine] if threads else None)
+    pid, reader = child.fork(become)
     patience = 0.0
     try:
         with reader:
@@ -98,16 +119,21 @@ def _become(
     path: str,
     arguments: "list[str]",
     fds: "list[int]",
-    limits: "tuple[float, int]",
-    forbidden: "tuple[int, tuple[int, ...]]",
+    reads: bool,
+    limits: "tuple[float, int, bool]",
+    rows: "list[tuple[int, int, int, int]]",
 ) -> "NoReturn":
-    """Be the child: `fds[0]` becomes its output, the others 3 and so on. Raises if that fails."""
+    """Be the child: `fds[0]` becomes its output, the next its input if it `reads`, the others 3 and so on.
+
+    Raises if that fails.
+    """
     # Out of the way first, so that no dup2() below closes one that is still needed.
-    high = [os.dup(fd) for fd in _above(fds)]
+    output, *high = [os.dup(fd) for fd in _above(fds)]
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    for target, fd in enumerate([null, high[0], null, *high[1:]]):
+    source = high.pop(0) if reads else null
+    for target, fd in enumerate([source, output, null, *high]):
         os.dup2(fd, target)
-    child.close_all_but(set(range(len(high) + 2)))
+    child.close_all_but(set(range(len(high) + 3)))
     os.chdir("/")
     os.umask(0o077)
     for number in range(1, signal.NSIG):
@@ -115,7 +141,7 @@ def _become(
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _restrict(*limits)
-    _forbid(*forbidden)
+    load_filter(rows)
     os.execve(path, arguments, {})
 
 
@@ -126,7 +152,7 @@ def _above(fds: "list[int]") -> "list[int]":
     return fds
 
 
-def _restrict(seconds: float, memory: int) -> None:
+def _restrict(seconds: float, memory: int, secret: bool) -> None:
     """Set the limits and give up all privileges."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1,) * 2)
@@ -134,24 +160,42 @@ def _restrict(seconds: float, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (MAXIMUM_DESCRIPTORS, MAXIMUM_DESCRIPTORS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)  # which drops every capability
+    id = UNUSED_IDS[int.from_bytes(os.urandom(4), "big") % len(UNUSED_IDS)] if secret else NOBODY
+    os.setresgid(id, id, id)
+    os.setresuid(id, id, id)  # which drops every capability
     child.end_with_parent()
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def _forbid(architecture: int, numbers: "tuple[int, ...]") -> None:
-    """Install the filter: EPERM for the system calls `numbers`, death for another architecture's."""
+def filter_of(
+    architecture: int, numbers: "tuple[int, ...]", threads: "tuple[int, int] | None"
+) -> "list[tuple[int, int, int, int]]":
+    """Return the filter: EPERM for the system calls `numbers`, death for another architecture's.
+
+    `threads` are the numbers of clone and clone3, for a program that may make threads. What clone3 is to
+    make lies in memory, where no filter sees it; told that there is no such call, libraries use clone.
+    """
     count = len(numbers)
-    load_filter(
-        [
-            (LOAD, 0, 0, OFFSET_ARCHITECTURE),
-            (JUMP_IF_EQUAL, 1, 0, architecture),
-            (RETURN, 0, 0, SECCOMP_RET_KILL_PROCESS),
-            (LOAD, 0, 0, OFFSET_NUMBER),
-            (JUMP_IF_GREATER_OR_EQUAL, count + 1, 0, X32_BIT),
-            *((JUMP_IF_EQUAL, count - place, 0, number) for place, number in enumerate(numbers)),
+    making: list[tuple[int, int, int, int]] = []
+    if threads is not None:
+        clone, clone3 = threads
+        making = [
+            (JUMP_IF_EQUAL, 0, 1, clone3),
+            (RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.ENOSYS),
+            (JUMP_IF_EQUAL, 0, 4, clone),
+            (LOAD, 0, 0, OFFSET_FLAGS),
+            (JUMP_IF_SET, 0, 1, CLONE_THREAD),
             (RETURN, 0, 0, SECCOMP_RET_ALLOW),
             (RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.EPERM),
         ]
-    )
+    return [
+        (LOAD, 0, 0, OFFSET_ARCHITECTURE),
+        (JUMP_IF_EQUAL, 1, 0, architecture),
+        (RETURN, 0, 0, SECCOMP_RET_KILL_PROCESS),
+        (LOAD, 0, 0, OFFSET_NUMBER),
+        (JUMP_IF_GREATER_OR_EQUAL, len(making) + count + 1, 0, X32_BIT),
+        *making,
+        *((JUMP_IF_EQUAL, count - place, 0, number) for place, number in enumerate(numbers)),
+        (RETURN, 0, 0, SECCOMP_RET_ALLOW),
+        (RETURN, 0, 0, SECCOMP_RET_ERRNO | errno.EPERM),
+    ]

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import LimitExceeded, NotSupported, SyscallError
-from mountd.kernel import mark, watch
+from mountd.kernel import capabilities, mark, watch
 from mountd.ledger import live
 from mountd.ledger.record import MAXIMUM_SIZE, decode
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TRIES = 4
 ROOT = "root"
+CLAIMED = "claimed"
 MAXIMUM_OF_ROOT = 65536
 COLLECT_EVERY = 256  # reservations, at least
 ABANDONED = 60.0  # seconds after which a place that nobody has written to belongs to nobody
@@ -61,6 +62,15 @@ class Reservation:
             raise SyscallError(error.errno or 0, "write(a record)") from None
         os.close(self._fd)
         self._fd = -1
+
+    @property
+    def path(self) -> str:
+        """The place itself."""
+        return self._paths[0]
+
+    def add(self, path: str) -> None:
+        """Have another name of the place, which goes with it."""
+        self._paths.append(path)
 
     def give_back(self) -> None:
         """Free the place; also what was filled, if its mount is not handed out after all."""
@@ -121,14 +131,22 @@ class Book:
             raise
         return Reservation(fd, names)
 
+    def claim(self, place: Reservation, name: str) -> None:
+        """Have what is called `name` belong to the mount of this place alone, whoever's it is.
+
+        Raises LimitExceeded if it belongs to one that is there, SyscallError.
+        """
+        mark = hashlib.sha256(name.encode()).hexdigest()[:32]
+        place.add(self._link(place.path, f"{self._directory}/{CLAIMED}.{mark}", 1))
+
     def watch(self, mount: OwnedFd) -> int:
         """Watch the superblock of a mount that has no ids mapped yet; return the watch, 0 for none."""
-        try:
-            return watch.watch(self.watches_fd, mount.fileno())
-        except SyscallError:
-            # A root directory that this process may not read, or no room for more watches: looked for where
-            # it is attached, then.
-            return 0
+        # Also of a root directory that is its owner's alone to read.
+        for rights in (contextlib.nullcontext, capabilities.reading_everything):
+            with contextlib.suppress(SyscallError), rights():
+                return watch.watch(self.watches_fd, mount.fileno())
+        # One that nobody may read, or no room for more watches: looked for where it is attached, then.
+        return 0
 
     def mark(self, mount: OwnedFd) -> int:
         """Mark a mount that has no ids mapped yet; return the number of the mark, 0 for none."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mountd.caller.model import IdExtent
     from mountd.kernel.flags import MountAttr
-    from mountd.source.model import VeritySuperblock
+    from mountd.source.model import Luks, VeritySuperblock
     from mountd.source.model import Window as Window  # for who carries the operations out
 
 
@@ -24,6 +24,7 @@ class Backing(StrEnum):
     FILE = "file"  # the image itself; where its file system cannot serve reads that way, a loop device
     LOOP = "loop"  # a loop device over the image
     VERITY = "dm-verity"  # a dm-verity device over the image and its hash data, always read-only
+    CRYPT = "dm-crypt"  # what was opened of the image before
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,38 @@ class Verity:
 
 
 @dataclass(frozen=True, slots=True)
+class Encryption:
+    """A volume to be opened: the fields are those of `source.model.Luks`, from `start` on in its image."""
+
+    start: int
+    offset: int
+    size: int
+    header_size: int
+    metadata_size: int
+    cipher: str
+    key_size: int
+    sector_size: int
+    iv_offset: int
+    memory: int
+
+    @classmethod
+    def of(cls, luks: Luks, window: Window | None) -> Encryption:
+        """Put together what the header says and the part of the image that the volume is, None for all."""
+        return cls(
+            0 if window is None else window.offset,
+            luks.offset,
+            luks.size,
+            luks.header_size,
+            luks.metadata_size,
+            luks.cipher,
+            luks.key_size,
+            luks.sector_size,
+            luks.iv_offset,
+            luks.memory,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class CreateSuperblock:
     """Make the file system instance. `options` are names with their value, None for a flag.
 
@@ -84,7 +117,7 @@ class CreateSuperblock:
             raise ValueError("a root hash belongs to dm-verity, and dm-verity needs one")
         if self.verity is not None and not self.read_only:
             raise ValueError("dm-verity is read-only")
-        if self.window is not None and self.backing not in (Backing.LOOP, Backing.VERITY):
+        if self.window is not None and self.backing not in (Backing.LOOP, Backing.VERITY, Backing.CRYPT):
             raise ValueError("a part of an image takes a block device")
 
     def describe(self) -> str:
@@ -112,22 +145,28 @@ class MakeMount:
 
 @dataclass(frozen=True, slots=True)
 class MakeOverlay:
-    """Make an overlay of mounts, the topmost first. It has no upper directory, and so is read-only.
+    """Make an overlay of mounts, the topmost first. Without a top it is read-only.
 
-    `options` are names with their value. Raises ValueError for fewer than two layers.
+    `options` are names with their value. `owner` is there if there is a top: the host's uid and gid by which
+    the kernel makes what it needs in it. Raises ValueError for fewer than two layers, or than one with a
+    top.
     """
 
     layers: int
     options: tuple[tuple[str, str], ...]
+    owner: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.layers < 2:
-            raise ValueError("an overlay without an upper directory has two layers or more")
+        if self.layers < (2 if self.owner is None else 1):
+            raise ValueError("an overlay has two layers or more, or one and an upper directory")
 
     def describe(self) -> str:
         """Return the step in one line."""
         options = ",".join(f"{name}={value}" for name, value in self.options)
-        return f"make a read-only overlay of {self.layers} layers ({options})"
+        if self.owner is None:
+            return f"make a read-only overlay of {self.layers} layers ({options})"
+        uid, gid = self.owner
+        return f"make a writable overlay of {self.layers} layers as {uid}:{gid} ({options})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,7 +103,8 @@ def plan_mount(
     if attributes and not caller.is_host_root:
         if not as_layer:
             operations.append(Seal())
-        shared = shared_name(source, decision, made, caller.payer)
+        # What takes a password is for whoever has just said it.
+        shared = None if made.backing is Backing.CRYPT else shared_name(source, decision, made, caller.payer)
     if idmap is IdMapKind.NAMESPACE:
         operations.append(MapToNamespace())
     elif idmap is IdMapKind.RANGES:
@@ -165,6 +166,8 @@ def superblock(
     backing = Backing.FILE if type == "erofs" else Backing.LOOP
     if verity is not None:
         backing = Backing.VERITY
+    elif source.luks is not None:
+        backing, name = Backing.CRYPT, None
     return CreateSuperblock(type, backing, decision.read_only, (*forced, *granted), verity, name)
 
 
@@ -180,6 +183,8 @@ def of_partition(source: Source, decision: Decision, use: Use) -> CreateSuperblo
         found = partition.verity
         verity = Verity.of(found.superblock, found.root_hash, found.window)
     backing = Backing.LOOP if not use.verity else Backing.VERITY
+    if partition.luks is not None:
+        backing = Backing.CRYPT
     forced = forced_options(type, use.read_only)
     return CreateSuperblock(
         type, backing, use.read_only, (*forced, *options), verity, window=partition.window

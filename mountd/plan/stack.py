@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 # another inode (index, nfs_export, uuid). Each is said, as the defaults are the kernel configuration's. What
 # they do say is which directories and files of lower layers are hidden. Those named user.overlay.* say
 # nothing, as userxattr is not asked for. With xino, inode numbers would tell one layer from another.
+#
+# The same holds for what lies in a top that the caller can write to from outside. There, too, the kernel
+# goes by trusted.overlay.*, which neither the caller nor the root of a container can set (it takes
+# CAP_SYS_ADMIN on the host), and not by user.overlay.*, which both can. With an upper directory,
+# redirect_dir=nofollow also means that none are made: a directory of a layer cannot be renamed (EXDEV), as
+# mv(1) is used to. Without metacopy, a file is copied up as a whole. An index would bind the top to these
+# very layers.
 FORCED = (
     ("metacopy", "off"),
     ("redirect_dir", "nofollow"),
@@ -30,15 +37,18 @@ FORCED = (
 )
 
 
-def plan_stack(decision: Decision, caller: Caller, layers: int) -> Plan:
+def plan_stack(
+    decision: Decision, caller: Caller, layers: int, owner: tuple[int, int] | None = None
+) -> Plan:
     """Return the operations for a stack of so many layers that were all allowed.
 
-    Raises ValueError if it is to be writable.
+    `owner` is there for one with a top, by whose ids it is made. Raises ValueError if it is to be writable
+    without one. It is never shared: another request has a top of its own.
     """
-    if not decision.read_only:
-        raise ValueError("a stack to write to was allowed")
+    if decision.read_only is not (owner is None):
+        raise ValueError("a stack to write to was allowed without a top, or one with a top to be read only")
     attributes = attributes_of(decision.attributes, decision.read_only)
-    operations: list[Operation] = [MakeOverlay(layers, FORCED), MakeMount(attributes)]
+    operations: list[Operation] = [MakeOverlay(layers, FORCED, owner), MakeMount(attributes)]
     if not caller.is_host_root:
         operations.append(Seal())
     return Plan(tuple(operations))

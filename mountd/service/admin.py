@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mountd.errors import DeniedByPolicy, MountdError, NotFound, SyscallError
 from mountd.kernel import features
+from mountd.service.descriptors import Descriptors
 from mountd.service.phase import Phase
-from mountd.service.requests import Descriptors
 from mountd.trust.policy_text import as_toml
 from mountd.version import VERSION
 

@@ -31,11 +31,13 @@ from mountd.fds import close_all
 from mountd.kernel import namespaces
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
+from mountd.service import encrypted
 from mountd.service.attachments import Attachment, Attachments
+from mountd.service.descriptors import Descriptors
 from mountd.service.handing_out import handing_out
 from mountd.service.mount import allowed, decision_reply, judge, make
 from mountd.service.phase import Phase
-from mountd.service.requests import TARGET_FIELD, Descriptors
+from mountd.service.requests import TARGET_FIELD
 from mountd.trust import attach as places
 
 if TYPE_CHECKING:
@@ -80,7 +82,10 @@ def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     target_fd = judged.request.target_fd
     if target_fd is None:
         raise InvalidParameter(TARGET_FIELD)
-    with site_of(target_fd, judged.caller, decision.rule, decision.attach, context) as site:
+    with (
+        site_of(target_fd, judged.caller, decision.rule, decision.attach, context) as site,
+        encrypted.opened(judged, context) as judged,
+    ):
         id = made_and_attached(judged, site, records, context)
     return {"id": id, "decision": decision_reply(decision)}, []
 

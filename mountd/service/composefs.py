@@ -100,7 +100,8 @@ def look_at(
     found = inspect(replace(request, composefs=None), caller, fds, context, may_change=may_change)
     source = found.source
     if source.file_system is None or source.file_system.type != EROFS:
-        what = "partitions" if source.file_system is None else source.file_system.type
+        what = "partitions" if source.disk is not None else "encrypted contents"
+        what = what if source.file_system is None else source.file_system.type
         raise UnsupportedFileSystem(f"the metadata of a composefs are {EROFS}, and the image has {what}")
     if (
         about.digest is not None

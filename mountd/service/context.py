@@ -10,6 +10,7 @@ from mountd.evidence.location import Walker
 from mountd.trust.decide import decide
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from mountd.caller.model import Caller
@@ -107,7 +108,9 @@ class RequestContext:
     that may use the network listens, if there is one. `walker` is for paths, and borrowed; `naming` is how
     sources get names. `attachments` are the records of what was attached, None for an instance that attaches
     nothing. `around` is the daemon, for io.mountd.Admin; `ledger` takes down what is handed out, where there
-    is one. `questions` is the file that bounds how many people are asked at once, None where nobody can be;
+    is one. `claim` takes for what is made now what nothing else may have as long as that is there, and
+    raises InUse; it is there while something is made.
+    `questions` is the file that bounds how many people are asked at once, None where nobody can be;
     `called_off` is a descriptor, borrowed, that can be read once the policy has changed or the daemon is to
     end. `put_in` is what this request has put into the store, and `asked_for` how many seconds it has waited
     for people.
@@ -130,6 +133,7 @@ class RequestContext:
     ledger: Book | None = None
     questions: Path | None = None
     called_off: int = -1
+    claim: Callable[[str], None] | None = None
     put_in: list[str] = field(default_factory=list)
     asked_for: float = 0.0
     registers: bool = False

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mountd.caller.model import Caller
     from mountd.evidence.model import Evidence
     from mountd.fds import OwnedFd
+    from mountd.plan.operations import Plan
     from mountd.service.context import RequestContext
     from mountd.service.mount import Judged
 
@@ -66,17 +67,28 @@ def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None
         judged.uids,
         judged.gids,
     )
+    return run_plan(judged, plan, context, note)
+
+
+def run_plan(
+    judged: Judged, plan: Plan, context: RequestContext, note: Callable[[OwnedFd], None] | None = None
+) -> OwnedFd:
+    """Carry out the plan for a directory, and see that it still is what was judged; raises as `make`."""
+    fd, caller = judged.request.directory_fd, judged.caller
     with context.peer.mount_namespace() as mount_namespace:
         inputs = Inputs(
             image_fd=fd,
-            userns_fd=userns_fd,
+            userns_fd=judged.request.userns_fd,
             seal=context.seal,
             note=note,
             mount_namespace_fd=mount_namespace.fileno(),
         )
         made = run(plan, inputs)
     try:
-        if look_at(fd, caller, context) != (judged.inspected.source, judged.inspected.evidence):
+        if fd is None or look_at(fd, caller, context) != (
+            judged.inspected.source,
+            judged.inspected.evidence,
+        ):
             raise BadFileDescriptor(DIRECTORY_FIELD, "it was moved or changed hands while it was judged")
     except BaseException:
         made.close()

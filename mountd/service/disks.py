@@ -99,6 +99,8 @@ def shown_partition(partition: Partition) -> str:
     if partition.file_system is not None:
         kind = partition.file_system.type
     words = [kind] + (["dm-verity"] if partition.verity is not None else [])
+    if partition.luks is not None:
+        words.append("encrypted")
     if "-verity" in partition.designator:
         words = []
     label = f" “{shown(partition.label, 64)}”" if partition.label else ""

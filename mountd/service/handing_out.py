@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mountd.errors import InUse, LimitExceeded
 from mountd.kernel import compat, watch
 from mountd.ledger.record import Record
 from mountd.plan.idmap import IdMapKind
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 # Whose st_dev is not that of the superblock.
 OWN_DEVICES = ("btrfs",)
 UNKNOWN = "unknown"
+USED = "another mount that is there has this directory for its top"
+# Seconds: somebody else's clean-up after its reply may not have come to it.
+PAUSES = (0.02, 0.1, 0.3, 0.6)
 
 
 class Entry:
@@ -42,24 +46,42 @@ class Entry:
         owner = None if caller.is_host_root else caller.payer
         try:
             # A stack is one mount, and one by each rule that has allowed a layer of it.
-            layers = [layer.decision for layer in judged.layers] or [decision]
+            parts = [*judged.layers, *(() if judged.top is None else (judged.top,))]
+            layers = [part.decision for part in parts] or [decision]
             (rule, maximum), *more = dict.fromkeys((each.rule, each.max_mounts) for each in layers)
             for _ in decision.uses or (None,):
                 self._places.append(self._book.reserve(owner, rule, maximum, *more))
         except BaseException:
             self._give_back()
             raise
+        context.claim = self.claim
 
     def __enter__(self) -> Entry:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._context.claim = None
         if kind is not None:
             self._give_back()
 
     def _give_back(self) -> None:
         while self._places:
             self._places.pop().give_back()
+
+    def claim(self, name: str) -> None:
+        """Take the top that is called `name` for the next mount, and for no other as long as that is there.
+
+        Raises InUse, SyscallError. What has it may be just going.
+        """
+        for pause in (*PAUSES, None):
+            try:
+                if self._book is not None:
+                    self._book.claim(self._places[len(self._seen)], name)
+                return
+            except LimitExceeded:
+                if pause is None:
+                    raise InUse(USED, hint="detach that one first") from None
+            time.sleep(pause)
 
     def notice(self, mount: OwnedFd) -> None:
         """Watch over the next mount, whose ids are not mapped yet, and over its superblock."""

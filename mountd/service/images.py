@@ -22,8 +22,9 @@ from mountd.errors import (
     UserNamespaceNotPermitted,
 )
 from mountd.service import signatures
+from mountd.service.descriptors import Descriptors
 from mountd.service.phase import Phase
-from mountd.service.requests import Descriptors, read_signature
+from mountd.service.requests import read_signature
 from mountd.source.confined import recognise_image
 from mountd.source.descriptor import inspect_descriptor
 from mountd.store.record import ROOT, Owner, Record

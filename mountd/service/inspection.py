@@ -18,6 +18,7 @@ from mountd.errors import (
     LimitExceeded,
     NotFound,
     NotImmutable,
+    NotSupported,
     SignatureInvalid,
 )
 from mountd.evidence import dm_verity, fs_verity, sealed
@@ -32,7 +33,7 @@ from mountd.service.pulled import check_whole, missing, provenance_of
 from mountd.service.requests import IMAGE_FIELD, REFERENCE_FIELD, VERITY_FIELD
 from mountd.source.confined import read_verity_superblock, recognise_source
 from mountd.source.descriptor import inspect_descriptor
-from mountd.source.model import FileSystem, Source, SourceKind
+from mountd.source.model import FileSystem, Luks, Source, SourceKind
 from mountd.source.remembered import recognise_trusted
 from mountd.store.layering import StoredLayer
 from mountd.store.quota import Limits
@@ -125,8 +126,10 @@ def look_inside(found: Inspected) -> Inspected:
     return replace(found, source=with_contents(found.source, inside))
 
 
-def with_contents(source: Source, inside: FileSystem | Disk) -> Source:
+def with_contents(source: Source, inside: FileSystem | Disk | Luks) -> Source:
     """Add what was recognised in an image."""
+    if isinstance(inside, Luks):
+        return replace(source, luks=inside)
     if isinstance(inside, FileSystem):
         return replace(source, file_system=inside)
     return replace(source, disk=inside)
@@ -174,6 +177,8 @@ def add_verity(
         return found
     if found.source.disk is not None:
         raise InvalidParameter(VERITY_FIELD, "the image has partitions, and its hash data in one of them")
+    if found.source.luks is not None:
+        raise NotSupported("an encrypted image behind dm-verity", hint="mount it without")
     hashes = inspect_descriptor(request.verity.hash_fd, VERITY_FIELD)
     superblock = read_verity_superblock(request.verity.hash_fd, hashes.size, backing.size)
     proof = dm_verity.prove(superblock, request.verity.root_hash)

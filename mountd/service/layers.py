@@ -1,4 +1,4 @@
-"""Saying which layer of a stack an error is about."""
+"""Saying which part of a stack an error is about: a layer, or the top."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from mountd.errors import MountdError, SyscallError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 SOURCE = "source."
+TOP = "source.top"
 TEXTS = ("reason", "what", "feature")  # one of which an error has on the wire
 
 
@@ -19,21 +21,27 @@ def name_of(number: int) -> str:
     return f"source.layers[{number}]"
 
 
-@contextmanager
-def at_layer(number: int) -> Iterator[None]:
+def at_layer(number: int) -> AbstractContextManager[None]:
     """Have what goes wrong inside name this layer. Raises MountdError, SyscallError."""
+    return at_part(name_of(number))
+
+
+@contextmanager
+def at_part(where: str | None) -> Iterator[None]:
+    """Have what goes wrong inside name this part of a stack, or none. Raises MountdError, SyscallError."""
+    if where is None:
+        yield
+        return
     try:
         yield
     except MountdError as error:
-        raise about_layer(error, number) from None
+        raise about_part(error, where) from None
     except SyscallError as error:
-        call = f"{name_of(number)}: {error.call}"
-        raise SyscallError(error.errno or 0, call, error.log) from None
+        raise SyscallError(error.errno or 0, f"{where}: {error.call}", error.log) from None
 
 
-def about_layer(error: MountdError, number: int) -> MountdError:
-    """Return the same error, with the layer in its text and in its parameters."""
-    where = name_of(number)
+def about_part(error: MountdError, where: str) -> MountdError:
+    """Return the same error, with the part of the stack in its text and in its parameters."""
     told = dict(error.parameters)
     parameter = told.get("parameter")
     if isinstance(parameter, str) and parameter.startswith(SOURCE):

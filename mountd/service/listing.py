@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from mountd.errors import DeniedByPolicy, NotSupported
 from mountd.ledger import live
+from mountd.service.descriptors import Descriptors
 from mountd.service.phase import Phase
-from mountd.service.requests import Descriptors
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller

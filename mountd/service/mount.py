@@ -5,7 +5,7 @@ Explain is the same route, and stops after the decision; so it cannot say anythi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,14 @@ from mountd.execute.run import Inputs, run_all
 from mountd.fds import close_all
 from mountd.plan.idmap import IdMapKind, host_extents
 from mountd.plan.planner import plan_mounts
-from mountd.service import composefs, directories, disks, pulled, stacks
+from mountd.service import composefs, directories, disks, encrypted, pulled, stacks
 from mountd.service.context import RequestContext
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected, immutable_by, inspect
-from mountd.service.layers import at_layer
+from mountd.service.layers import at_part
 from mountd.service.phase import Phase
 from mountd.service.requests import STORED_PREFIX, MountRequest
+from mountd.source import luks
 from mountd.source.model import Source, SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
 from mountd.store.layering import StoredLayer
@@ -31,10 +32,11 @@ from mountd.trust.ids import authorize_extents, authorize_ids, of_containers
 from mountd.trust.policy import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mountd.caller.model import Caller, IdExtent, UserNamespace
     from mountd.fds import OwnedFd
+    from mountd.source.model import Window
     from mountd.trust.decide import Decision
 
     Extents = tuple[IdExtent, ...]
@@ -56,6 +58,8 @@ class Judged:
     gids: Extents
     source: str | None  # for people
     layers: tuple[Judged, ...] = ()  # of a stack, the topmost first
+    top: Judged | None = None  # what takes what is written to it
+    opened: Mapping[Window | None, str] = field(default_factory=dict)  # devices of what was encrypted
 
 
 def mount(
@@ -66,7 +70,7 @@ def mount(
     context.peer.check()
     context.enter(Phase.MOUNT)
     context.writable = not judged.decision.read_only
-    with handing_out(judged, context) as entry:
+    with encrypted.opened(judged, context) as judged, handing_out(judged, context) as entry:
         made = make(judged, context, entry.notice)
         try:
             mounts = described(judged, entry.take_down(made))
@@ -118,15 +122,18 @@ def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judg
     from mountd.service import consent
 
     if judged.layers:
-        layers = []
-        for number, layer in enumerate(judged.layers):
-            with at_layer(number):
-                layers.append(allowed(layer, fds, context))
-        return of_layers(replace(judged, layers=tuple(layers)), context)
+        parts = []
+        for where, part in stacks.parts_of(judged.layers, judged.top):
+            with at_part(where):
+                parts.append(allowed(part, fds, context))
+        top = None if judged.top is None else parts.pop()
+        return of_layers(replace(judged, layers=tuple(parts), top=top), context)
     action = consent.action_of(judged.inspected.source, judged.decision)
     about = consent.details(judged.source, judged.decision)
     interactive, rule = judged.request.interactive, judged.decision.rule
     try:
+        # Nobody is asked about what would fail without it.
+        encrypted.needed_password(judged)
         consent.ask(action, about, judged.caller, context, interactive=interactive, rule=rule)
     except BaseException:
         consent.take_out(judged.caller, fds, context)
@@ -178,7 +185,10 @@ def judge(
     if not request.layers:
         return judge_source(request)
     try:
-        layers = stacks.judge_layers(request.layers, judge_source, context)
+        request.refuse_password()
+        layers, top = stacks.judge_parts(
+            request, lambda each: encrypted.refuse_layer(judge_source(each)), context
+        )
         judged = Judged(
             request,
             caller,
@@ -188,6 +198,7 @@ def judge(
             gids,
             context.notes.get("source"),
             layers,
+            top,
         )
         judged = of_layers(judged, context)
     except BaseException:
@@ -200,7 +211,7 @@ def judge(
 
 def of_layers(judged: Judged, context: RequestContext) -> Judged:
     """Return a stack with what was decided about its layers."""
-    decision = stacks.decision_of(judged.layers)
+    decision = stacks.decision_of(judged.layers, judged.top)
     context.note_decision(decision, stacks.OVERLAY)
     return replace(judged, decision=decision)
 
@@ -308,6 +319,7 @@ def make(
         seal=context.seal,
         naming=context.naming,
         note=note,
+        opened=judged.opened,
     )
     return run_all(plans, inputs)
 
@@ -334,6 +346,8 @@ def file_system_type(source: Source) -> str:
         return source.directory.file_system
     if source.kind is SourceKind.STACK or source.composefs is not None:
         return stacks.OVERLAY
+    if source.file_system is None and source.luks is not None:
+        return luks.TYPE
     return source.file_system.type if source.file_system is not None else "tmpfs"
 
 
@@ -368,6 +382,9 @@ def facts(judged: Judged) -> dict[str, str]:
             f"{use.partition.designator}{' (dm-verity)' * use.verity}" for use in judged.decision.uses
         )
         found["mounted"] = ", ".join(mounted) or None
+    if source.luks is not None:
+        found["encrypted"] = f"LUKS{source.luks.version}, {source.luks.cipher}"
+        found["label"], found["uuid"] = source.luks.label, source.luks.uuid
     if source.file_system is not None:
         found["label"] = source.file_system.label
         found["uuid"] = source.file_system.uuid

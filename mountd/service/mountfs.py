@@ -32,7 +32,7 @@ from mountd.fds import OwnedFd, close_all
 from mountd.kernel import making, namespaces
 from mountd.kernel.paths import fd_flags
 from mountd.plan.idmap import IdMapKind, IdMapWish
-from mountd.service import directories, nsresourced
+from mountd.service import directories, encrypted, nsresourced
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected
 from mountd.service.mount import Judged, allowed, judge, make
@@ -172,6 +172,7 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
         USERNS: fields.add(userns),
         "imagePolicy": wished,
         "interactive": parameters.get("allowInteractiveAuthentication") is True,
+        "password": parameters.pop("password", None),
     }
     count = len(fields.given)
     try:
@@ -180,8 +181,12 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
         if unsigned is not None and isinstance(judged.decision.error, DeniedByPolicy):
             # Their names tell what is wrong with a signature from what is wrong without one.
             raise unsigned
+        if not encrypted.is_encrypted(judged):
+            # Their clients may give one that they have for another image.
+            judged = replace(judged, request=replace(judged.request, password=None))
         judged = allowed(judged, fields.given, context)
-        made = handed_out(judged, context, userns)
+        with encrypted.opened(judged, context) as judged:
+            made = handed_out(judged, context, userns)
     finally:
         fields.give_back(count)
     return image_reply(judged, policy), made
@@ -200,10 +205,11 @@ def options_of(by_designator: Mapping[str, str]) -> list[str]:
 def judged_as_granted(request: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Judged:
     """Judge a request, and once more for a read-only mount if nothing but writing is in its way."""
     context.registers = True
+    password = request.get("password")
     judged = judge(request, fds, context, may_change=True)
     error = judged.decision.error
     if isinstance(error, OptionNotPermitted) and error.parameters["option"] == "rw":
-        return judge({**request, "readOnly": True}, fds, context, may_change=True)
+        return judge({**request, "readOnly": True, "password": password}, fds, context, may_change=True)
     return judged
 
 

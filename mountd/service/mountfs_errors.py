@@ -41,6 +41,7 @@ NAMES: dict[type[MountdError], str] = {
     errors.InteractiveAuthenticationRequired: INTERACTIVE,
     errors.SignatureInvalid: f"{PREFIX}VerityFailure",
     errors.KeyUnknown: f"{PREFIX}KeyNotFound",
+    errors.KeyRequired: f"{PREFIX}KeyNotFound",
     errors.InvalidImage: INCOMPATIBLE,
 }
 # Of an image; of anything else, they are errnos.
@@ -59,6 +60,7 @@ NUMBERS: dict[type[MountdError], int] = {
     errors.StorageFull: errno.ENOSPC,
     errors.TimedOut: errno.ETIMEDOUT,
     errors.UnsupportedFileSystem: errno.EOPNOTSUPP,
+    errors.WrongKey: errno.EKEYREJECTED,
 }
 
 

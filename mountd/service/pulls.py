@@ -26,9 +26,9 @@ from mountd.errors import (
     ProtocolError,
     UnsupportedFileSystem,
 )
+from mountd.service.descriptors import Descriptors
 from mountd.service.images import admit, given, image_reply, transferred
 from mountd.service.phase import Phase
-from mountd.service.requests import Descriptors
 from mountd.source.confined import recognise_image
 from mountd.store import pull, reference
 from mountd.store.layering import PulledImage

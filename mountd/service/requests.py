@@ -9,16 +9,18 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, LimitExceeded, NotSupported
 from mountd.plan.idmap import IdMapKind, IdMapWish, IdRange
-from mountd.service.layers import at_layer
+from mountd.service.descriptors import Descriptors
+from mountd.service.layers import TOP, at_layer
 from mountd.source.model import SourceKind, Tmpfs
 from mountd.store import reference as registry_reference
 from mountd.store.record import hex_of
 from mountd.trust import image_policy
+from mountd.trust.options import is_generic
 from mountd.trust.wishes import MountWishes
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ ROOT_HASH = re.compile("[0-9a-f]{64}|[0-9a-f]{128}")
 MAXIMUM_SIGNATURE = 350_000  # characters of base64: as many bytes as a signature may have
 REFERENCE_FIELD = "source.reference"
 STORED_PREFIX = "stored:"
+PASSWORD_FIELD = "password"
+MAXIMUM_PASSWORD = 4096  # bytes; a pipe takes them at once
 NAMESPACE_FIELD = "userNamespaceFileDescriptor"
 TARGET_FIELD = "targetFileDescriptor"
 SOURCES = (
@@ -68,6 +72,7 @@ LAYERS_FIELD = "source.layers"
 MAXIMUM_LAYERS = 32
 MINIMUM_LAYERS = 2
 OVERLAY = "overlay"
+TOP_HINT = "mount it read-only, or with a top (source.top)"
 DEFAULT_TMPFS_MODE = 0o755
 TMPFS_MODE_BITS = 0o1777
 
@@ -79,8 +84,11 @@ class MountRequest:
     Of `image_fd`, `stored` (the digest of an image of the store, a name in a registry with the digest of a
     manifest, or later a layer of what has this name), `tmpfs` and `directory_fd`, one is not None. `verity`
     and the bytes of `signature` may go with `image_fd`. A stack has none of these but `layers`, the topmost
-    first, which are requests with the same wishes. `composefs` goes with the `image_fd` of metadata, or has
-    a description in its stead. `target_fd` is for Attach. `interactive` is whether a person may be asked.
+    first, which are requests with the same wishes; what has a `top` to write to is such a stack as well, of
+    one layer or more that are to be read only, and the top is a request for a tmpfs or a directory.
+    `composefs` goes with the `image_fd` of metadata, or has a description in its stead. `password` opens
+    what is encrypted, and is shown nowhere. `target_fd` is for Attach. `interactive` is whether a person may
+    be asked.
     """
 
     kind: SourceKind
@@ -97,10 +105,13 @@ class MountRequest:
     directory_fd: int | None = None
     layers: tuple[MountRequest, ...] = ()
     composefs: ComposefsRequest | None = None
+    top: MountRequest | None = None
+    password: bytearray | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def from_call(cls, parameters: Mapping[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
-        """Read the parameters. Raises InvalidParameter and NotSupported."""
+    def from_call(cls, parameters: dict[str, Any], fds: Sequence[OwnedFd]) -> MountRequest:
+        """Read the parameters, of which the password is taken out. Raises InvalidParameter, NotSupported."""
+        password = read_password(parameters.pop("password", None))
         table = Descriptors(fds)
         what = read_what(parameters["source"], table)
         layers = tuple(what.layers)
@@ -133,10 +144,70 @@ class MountRequest:
             target_fd,
             parameters.get("interactive") is True,
             what.directory_fd,
+            password=password,
         )
+        if what.top is not None:
+            return made.topped(what, what.top)
         if what.composefs is not None:
             return made.with_objects(what.composefs)
         return made.stacked(layers) if layers else made
+
+    def refuse_password(self) -> None:
+        """Raise InvalidParameter if there is a password: nothing is encrypted that could need it.
+
+        Whoever expects an encrypted image does not get one that somebody has put in its place.
+        """
+        if self.password is not None:
+            raise InvalidParameter(PASSWORD_FIELD, "nothing in the image is encrypted")
+
+    def topped(self, what: What, top: What) -> MountRequest:
+        """Return this request as one of a stack with this top. Raises InvalidParameter, NotSupported."""
+        wishes = self.wishes
+        if wishes.read_only or "ro" in wishes.options:
+            raise InvalidParameter("readOnly", f"{TOP} is there to be written to, so it has to be false")
+        if what.kind is SourceKind.TMPFS:
+            raise InvalidParameter(TOP, "a tmpfs can be written to without one")
+        if wishes.file_system_type not in (None, OVERLAY):
+            raise InvalidParameter("fileSystemType", f"a stack is an {OVERLAY}")
+        for_all = tuple(option for option in wishes.options if is_generic(option))
+        below = replace(
+            self,
+            target_fd=None,
+            password=None,
+            wishes=replace(
+                wishes,
+                read_only=True,
+                file_system_type=None,
+                options=tuple(option for option in wishes.options if option != "rw"),
+            ),
+        )
+        if what.layers:
+            layers = below.stacked(what.layers).layers
+        elif what.composefs is not None:
+            layers = (below.with_objects(what.composefs),)
+        else:
+            layers = (below,)
+        made = replace(
+            self.of(top),
+            target_fd=None,
+            password=None,
+            # It is no image, and of no type that the caller has a say in.
+            wishes=replace(wishes, file_system_type=None, image_policy=None, options=for_all),
+        )
+        return replace(self, **NOTHING, kind=SourceKind.STACK, layers=layers, top=made)
+
+    def of(self, what: What) -> MountRequest:
+        """Return this request as one for another source, which is no stack."""
+        return replace(
+            self,
+            kind=what.kind,
+            image_fd=what.image_fd,
+            tmpfs=what.tmpfs,
+            stored=what.stored,
+            signature=what.signature,
+            verity=what.verity,
+            directory_fd=what.directory_fd,
+        )
 
     def with_objects(self, composefs: ComposefsRequest) -> MountRequest:
         """Return this request as one for a composefs. Raises InvalidParameter, NotSupported."""
@@ -144,9 +215,7 @@ class MountRequest:
         if wishes.file_system_type not in (None, *COMPOSEFS_TYPES):
             raise InvalidParameter("fileSystemType", f"a composefs is one of {', '.join(COMPOSEFS_TYPES)}")
         if not wishes.read_only:
-            raise NotSupported(
-                "a composefs to write to", hint="mount it read-only, and put an overlay on it"
-            )
+            raise NotSupported("a composefs to write to without a top", hint=TOP_HINT)
         return replace(self, composefs=composefs, wishes=replace(wishes, file_system_type=None))
 
     def stacked(self, layers: tuple[What, ...]) -> MountRequest:
@@ -155,23 +224,9 @@ class MountRequest:
         if wishes.file_system_type not in (None, OVERLAY):
             raise InvalidParameter("fileSystemType", f"a stack is an {OVERLAY}")
         if not wishes.read_only:
-            raise NotSupported("a stack to write to", hint="mount it read-only, and put an overlay on it")
-        each = replace(self, target_fd=None, wishes=replace(wishes, file_system_type=None))
-        return replace(
-            self,
-            layers=tuple(
-                replace(
-                    each,
-                    kind=layer.kind,
-                    image_fd=layer.image_fd,
-                    stored=layer.stored,
-                    signature=layer.signature,
-                    verity=layer.verity,
-                    directory_fd=layer.directory_fd,
-                )
-                for layer in layers
-            ),
-        )
+            raise NotSupported("a stack to write to without a top", hint=TOP_HINT)
+        each = replace(self, target_fd=None, password=None, wishes=replace(wishes, file_system_type=None))
+        return replace(self, layers=tuple(each.of(layer) for layer in layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +242,13 @@ class What:
     verity: VerityRequest | None = None
     layers: tuple[What, ...] = ()
     composefs: ComposefsRequest | None = None
+    top: What | None = None
+
+
+# What a stack has none of: each layer has its own.
+NOTHING: dict[str, Any] = dict.fromkeys(
+    ("image_fd", "tmpfs", "stored", "signature", "verity", "directory_fd", "composefs")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,41 +274,47 @@ class VerityRequest:
     signature: bytes | None
 
 
-class Descriptors:
-    """The descriptors of one message, each of which exactly one field may name."""
-
-    def __init__(self, fds: Sequence[OwnedFd]) -> None:
-        """Borrow `fds`."""
-        self._fds = fds
-        self._named: dict[int, str] = {}
-
-    def take(self, index: int, field: str) -> int:
-        """Return the descriptor with this index, borrowed. Raises InvalidParameter naming the field."""
-        if not 0 <= index < len(self._fds):
-            raise InvalidParameter(
-                field, f"there is no descriptor {index}, only {len(self._fds)} came along"
-            )
-        if index in self._named:
-            raise InvalidParameter(field, f"descriptor {index} is {self._named[index]} already")
-        self._named[index] = field
-        return self._fds[index].fileno()
-
-    def optional(self, index: int | None, field: str) -> int | None:
-        """As `take`, for a field that may be missing."""
-        return None if index is None else self.take(index, field)
-
-    def check_all_named(self) -> None:
-        """Refuse a message with a descriptor that no field names."""
-        for index in range(len(self._fds)):
-            if index not in self._named:
-                raise InvalidParameter("fileDescriptors", f"no field names descriptor {index}")
+def read_password(text: str | None) -> bytearray | None:
+    """Return a password as it goes to whoever needs it. Raises InvalidParameter, which does not have it."""
+    if text is None:
+        return None
+    password = bytearray(text.encode())
+    if not 0 < len(password) <= MAXIMUM_PASSWORD:
+        raise InvalidParameter(PASSWORD_FIELD, f"it has not 1 to {MAXIMUM_PASSWORD} bytes")
+    return password
 
 
 def read_what(source: Mapping[str, Any], table: Descriptors) -> What:
-    """Read a source with all that goes with it, or those of a stack."""
+    """Read a source with all that goes with it, or those of a stack, and with its top."""
+    found = read_one(source, table)
+    if source.get("top") is None:
+        return found
+    return replace(found, top=read_top(source["top"], table))
+
+
+def read_top(top: Mapping[str, Any], table: Descriptors) -> What:
+    """Read what takes what is written to a stack. Raises InvalidParameter."""
+    size, inodes, directory = (top.get(name) for name in ("sizeBytes", "inodes", "directoryFileDescriptor"))
+    if (size is None) is (directory is None):
+        raise InvalidParameter(TOP, "one of sizeBytes and directoryFileDescriptor has to be given")
+    if directory is not None:
+        if inodes is not None:
+            raise InvalidParameter(f"{TOP}.inodes", "it goes with sizeBytes only")
+        fd = table.take(directory, f"{TOP}.directoryFileDescriptor")
+        return What(SourceKind.DIRECTORY, directory_fd=fd)
+    if size is None or size < 1:
+        raise InvalidParameter(f"{TOP}.sizeBytes", "it has to be at least 1 byte")
+    if inodes is not None and inodes < 1:
+        raise InvalidParameter(f"{TOP}.inodes", "there has to be at least 1")
+    return What(SourceKind.TMPFS, tmpfs=Tmpfs(size, inodes, DEFAULT_TMPFS_MODE))
+
+
+def read_one(source: Mapping[str, Any], table: Descriptors) -> What:
+    """Read a source without its top."""
     image_fd, tmpfs, stored = read_source(source, table)
     if source.get("layers") is not None:
-        return What(SourceKind.STACK, layers=read_layers(source["layers"], table))
+        fewest = MINIMUM_LAYERS if source.get("top") is None else 1
+        return What(SourceKind.STACK, layers=read_layers(source["layers"], table, fewest))
     if source.get("composefs") is not None:
         return read_composefs(source["composefs"], source.get("signature"), table)
     directory_fd = table.optional(source.get("directoryFileDescriptor"), DIRECTORY_FIELD)
@@ -288,16 +356,18 @@ def read_composefs(composefs: Mapping[str, Any], signature: str | None, table: D
     )
 
 
-def read_layers(layers: Sequence[Mapping[str, Any]], table: Descriptors) -> tuple[What, ...]:
+def read_layers(
+    layers: Sequence[Mapping[str, Any]], table: Descriptors, fewest: int = MINIMUM_LAYERS
+) -> tuple[What, ...]:
     """Read the layers of a stack. Raises InvalidParameter, NotSupported, LimitExceeded."""
     if len(layers) > MAXIMUM_LAYERS:
         raise LimitExceeded("layers of a stack", MAXIMUM_LAYERS)
-    if len(layers) < MINIMUM_LAYERS:
-        raise InvalidParameter(LAYERS_FIELD, f"a stack has {MINIMUM_LAYERS} layers or more")
+    if len(layers) < fewest:
+        raise InvalidParameter(LAYERS_FIELD, f"a stack has {fewest} layers or more")
     found = []
     for number, layer in enumerate(layers):
         with at_layer(number):
-            for name in ("layers", "tmpfs", "composefs"):
+            for name in ("layers", "tmpfs", "composefs", "top"):
                 if layer.get(name) is not None:
                     reason = "a layer is an image, a directory or a reference"
                     raise InvalidParameter(f"source.{name}", reason)

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidImage, UnsupportedFileSystem
 from mountd.kernel import sandbox
-from mountd.source import disk, verity_superblock
-from mountd.source.model import FileSystem, VeritySuperblock
+from mountd.source import disk, luks, verity_superblock
+from mountd.source.model import Disk, FileSystem, Luks, VeritySuperblock
 from mountd.source.superblock import recognise, recognise_unless_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from mountd.source.model import Disk
 
     Parse = Callable[[Callable[[int, int], bytes]], dict[str, object]]
 
@@ -37,21 +35,28 @@ def recognise_image(fd: int, size: int, *, confined: bool) -> FileSystem:
     return FileSystem(**_in_child(fd, lambda read: asdict(recognise(read, size)), "its superblock"))
 
 
-def recognise_source(fd: int, size: int, *, confined: bool) -> FileSystem | Disk:
-    """Return the file system of the image `fd` (borrowed) of `size` bytes, or its partitions.
+def recognise_source(fd: int, size: int, *, confined: bool) -> FileSystem | Disk | Luks:
+    """Return the file system of the image `fd` (borrowed) of `size` bytes, its partitions, or LUKS header.
 
-    Raises InvalidImage and UnsupportedFileSystem as `recognise` and `disk.read` do.
+    Raises InvalidImage and UnsupportedFileSystem as `recognise`, `disk.read` and `luks.read` do.
     """
     machine = os.uname().machine
 
-    def look(read: Callable[[int, int], bytes]) -> FileSystem | Disk:
-        found = recognise_unless_disk(read, size)
+    def look(read: Callable[[int, int], bytes]) -> FileSystem | Disk | Luks:
+        try:
+            found = recognise_unless_disk(read, size)
+        except UnsupportedFileSystem as error:
+            if error.parameters.get("fileSystemType") != luks.TYPE:
+                raise
+            return luks.read(read, size)
         return disk.read(read, size, machine) if found is None else found
 
     def parse(read: Callable[[int, int], bytes]) -> dict[str, object]:
         found = look(read)
         if isinstance(found, FileSystem):
             return {"file_system": asdict(found)}
+        if isinstance(found, Luks):
+            return {"luks": luks.to_plain(found)}
         return {"disk": disk.to_plain(found)}
 
     if not confined:
@@ -59,6 +64,8 @@ def recognise_source(fd: int, size: int, *, confined: bool) -> FileSystem | Disk
     told = _in_child(fd, parse, "its superblock")
     if "disk" in told:
         return disk.from_plain(told["disk"], size)
+    if "luks" in told:
+        return luks.from_plain(told["luks"], size)
     return FileSystem(**told["file_system"])
 
 
@@ -74,6 +81,15 @@ def read_verity_superblock(hash_fd: int, hash_size: int, data_size: int) -> Veri
 
     told = _in_child(hash_fd, parse, "the superblock of the hash data")
     return VeritySuperblock(**{**told, "salt": bytes.fromhex(told["salt"])})
+
+
+def read_luks(fd: int, size: int) -> Luks:
+    """Return what the LUKS header at the start of `fd` (borrowed) says, of `size` bytes, read in a child.
+
+    Raises InvalidImage and UnsupportedFileSystem as `luks.read` does.
+    """
+    told = _in_child(fd, lambda read: luks.to_plain(luks.read(read, size)), "its LUKS header")
+    return luks.from_plain(told, size)
 
 
 def _reader(fd: int) -> Callable[[int, int], bytes]:

@@ -25,7 +25,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidImage, UnsupportedFileSystem
-from mountd.source import gpt, verity_superblock, version_order
+from mountd.source import gpt, luks, verity_superblock, version_order
 from mountd.source.model import Disk, FileSystem, Partition, PartitionVerity, VeritySuperblock, Window
 from mountd.source.partition_types import GENERIC, MACHINES, MOUNT_POINTS, PROTECTED, TYPES, VERSIONED
 from mountd.source.superblock import recognise
@@ -143,10 +143,22 @@ def look_inside(partition: Partition, read: Read) -> Partition:
         found = recognise(window_of(read, partition.window), partition.window.size)
     except UnsupportedFileSystem as error:
         type = error.parameters.get("fileSystemType")
+        if type == luks.TYPE:
+            return look_at_luks(partition, read)
         return replace(partition, contents=type if isinstance(type, str) else None)
     except InvalidImage as error:
         raise within(partition, error) from None
     return replace(partition, file_system=found)
+
+
+def look_at_luks(partition: Partition, read: Read) -> Partition:
+    """Add how a partition is encrypted, or why it cannot be opened: it may be one that is not used."""
+    partition = replace(partition, contents=luks.TYPE)
+    try:
+        found = luks.read(window_of(read, partition.window), partition.window.size)
+    except (InvalidImage, UnsupportedFileSystem) as error:
+        return replace(partition, problem=str(error.parameters["reason"]))
+    return replace(partition, luks=found)
 
 
 def add_verity(partition: Partition, others: dict[str, Partition], read: Read) -> Partition:
@@ -253,6 +265,7 @@ def _partition(told: dict[str, Any]) -> Partition:
             **told,
             "window": Window(**told["window"]),
             "file_system": None if file_system is None else FileSystem(**file_system),
+            "luks": None if told["luks"] is None else luks.from_plain(told["luks"], told["window"]["size"]),
             "verity": verity,
         }
     )

@@ -79,6 +79,31 @@ class VeritySuperblock:
 
 
 @dataclass(frozen=True, slots=True)
+class Luks:
+    """How a volume of LUKS is encrypted, as its header says (`source.luks`); what is in it is not known.
+
+    Sizes and offsets are in bytes, within the volume: data are `size` from `offset` on, in sectors of
+    `sector_size`, which `cipher`, in the words of dm-crypt, counts from `iv_offset` sectors of 512 on;
+    `header_size` is where the last key ends, `metadata_size` how long each of the two headers of version 2
+    is, 0 for version 1. `key_size` is the length of the key, `memory` what deriving it takes. `uuid` and
+    `label` are text from the image.
+    """
+
+    version: int
+    uuid: str | None
+    label: str | None
+    cipher: str
+    key_size: int
+    sector_size: int
+    offset: int
+    size: int
+    iv_offset: int
+    header_size: int
+    metadata_size: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """A part of an image, in bytes."""
 
@@ -107,7 +132,8 @@ class Partition:
     `designator` is that, as systemd.image-policy(7) calls it, and `architecture` for which one, None for
     any. `read_only` and `grow` are flags of the table. `file_system` is None where there is none that is
     mounted; `contents` then says what there is instead, by the name of `source.signatures`, None for nothing
-    known. `uuid` and `label` are text from the image.
+    known. An encrypted one has `luks`; its `file_system` is known once it was opened. `problem` is why
+    one cannot be opened. `uuid` and `label` are text from the image.
     """
 
     designator: str
@@ -121,6 +147,8 @@ class Partition:
     file_system: FileSystem | None = None
     contents: str | None = None
     verity: PartitionVerity | None = None
+    luks: Luks | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +216,11 @@ class Composefs:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is to be mounted: `backing` is there for an image, with `file_system` or, where the image has
-    partitions, `disk`; `tmpfs` is there for a tmpfs, `directory` for a directory. A stack has none of these,
-    but layers, which are sources of their own. An image with `composefs` is one of metadata only; of the
-    kind COMPOSEFS is one that mountd makes of a description, and has no `backing` before.
+    """What is to be mounted: `backing` is there for an image, with `file_system`, or where the image has
+    partitions, `disk`; an encrypted one has `luks`, and `file_system` once it was opened. `tmpfs` is there
+    for a tmpfs, `directory` for a directory. A stack has none of these, but layers, which are sources of
+    their own. An image with `composefs` is one of metadata only; of the kind COMPOSEFS is one that mountd
+    makes of a description, and has no `backing` before.
     """
 
     kind: SourceKind
@@ -201,3 +230,4 @@ class Source:
     disk: Disk | None = None
     directory: Directory | None = None
     composefs: Composefs | None = None
+    luks: Luks | None = None

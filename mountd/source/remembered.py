@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 from mountd.source.confined import recognise_source
 
 if TYPE_CHECKING:
-    from mountd.source.model import BackingFile, Disk, FileSystem
+    from mountd.source.model import BackingFile, Disk, FileSystem, Luks
 
     Version = tuple[int, int, int, int]
 
 SETTLED = 2_000_000_000  # nanoseconds; file systems count in seconds at the worst, the kernel in hundredths
 MAXIMUM_REMEMBERED = 64
 
-_recognised: dict[Version, FileSystem | Disk] = {}
+_recognised: dict[Version, FileSystem | Disk | Luks] = {}
 
 
-def recognise_trusted(fd: int, backing: BackingFile) -> FileSystem | Disk:
+def recognise_trusted(fd: int, backing: BackingFile) -> FileSystem | Disk | Luks:
     """Return what is in the image `fd` (borrowed), which `backing` describes and root vouches for.
 
     Raises InvalidImage and UnsupportedFileSystem as `recognise_source` does.

@@ -30,7 +30,7 @@ from mountd.errors import (
     UnsupportedFileSystem,
 )
 from mountd.source.model import SourceKind
-from mountd.trust import contents, image_policy, options, owned, partitions
+from mountd.trust import contents, encrypted, image_policy, options, owned, partitions
 from mountd.trust.case import Case
 from mountd.trust.match import caller_mismatch, copy_hint, image_mismatch, location_problem, shorten
 from mountd.trust.partitions import WRITABLE
@@ -213,7 +213,7 @@ def allowing_grant(rule: Rule) -> Grant:
 def judge_image(rule: Rule, grant: Grant, case: Case) -> Trust:
     """Raise unless an image satisfies what `rule` requires and grants; return why it does."""
     disk, file_system = case.source.disk, case.source.file_system
-    if file_system is None and disk is None:
+    if file_system is None and disk is None and case.source.luks is None:
         raise UnsupportedFileSystem("nothing was recognised in the image")
     kind = check_integrity(rule, grant, case)
     signer = check_vouching(rule, case)
@@ -225,27 +225,34 @@ def judge_image(rule: Rule, grant: Grant, case: Case) -> Trust:
             case.evidence.signed_partitions,
             read_only=case.asked.read_only,
         )
-    types = [use.type for use in uses] if file_system is None else [file_system.type]
-    check_types(rule, grant, case, types)
+    locked = encrypted.check(rule, grant, case, uses)
+    types = [use.type for use in uses if not use.is_locked]
+    types = [file_system.type] if file_system is not None else types
+    check_types(rule, grant, case, types, max(len(uses), 1))
     if not case.asked.read_only:
-        check_read_write(rule, grant, case, types, kind)
+        check_read_write(rule, grant, case, types, kind, locked=locked)
         if uses and all(use.read_only for use in uses):
             raise OptionNotPermitted(
                 "rw", "no partition of the image can be written to", hint="ask for a read-only mount"
             )
-    check_common(rule, grant, case, types[0])
-    if file_system is not None:
+    check_common(rule, grant, case, types[0] if types and not locked else None)
+    if disk is None:
         check_image_policy(rule, case, file_system)
     signer = signer if signer is not None else known_signer(case.evidence)
     reason, verify = TRUSTED_BECAUSE[kind], False
+    if locked:
+        reason = f"{reason}; {encrypted.JUDGED_LATER}"
     if case.source.composefs is not None:
         verify, more = contents.check(rule, case, case.source.composefs, kind)
         reason = f"{reason}; {more}"
     return Trust(reason, kind, signer, uses, verify)
 
 
-def check_types(rule: Rule, grant: Grant, case: Case, types: list[str]) -> None:
-    """Raise unless all types of file systems are granted, and the first is the one that was asked for."""
+def check_types(rule: Rule, grant: Grant, case: Case, types: list[str], parts: int) -> None:
+    """Raise unless all types of file systems are granted, and the first is the one that was asked for.
+
+    There are `parts` in all, of which some may not be known yet.
+    """
     for type in types:
         if type not in grant.file_systems:
             raise DeniedByPolicy(
@@ -254,12 +261,12 @@ def check_types(rule: Rule, grant: Grant, case: Case, types: list[str]) -> None:
                 hint="make the image with one of these file systems",
             )
     wished = case.wishes.file_system_type
-    if wished not in (None, types[0]):
+    if types and wished not in (None, types[0]):
         raise InvalidImage(f"{options.shown(wished or '')} was asked for, but the image holds {types[0]}")
-    if len(types) > 1 and case.asked.file_system:
+    if parts > 1 and case.asked.file_system:
         raise OptionNotPermitted(
             case.asked.file_system[0],
-            f"the image has {len(types)} file systems, and the option would be for one",
+            f"the image has {parts} file systems, and the option would be for one",
             hint="leave the option out, or have one partition used, with an imagePolicy",
         )
 
@@ -271,14 +278,15 @@ def known_signer(evidence: Evidence) -> str | None:
     return None
 
 
-def check_image_policy(rule: Rule, case: Case, file_system: FileSystem) -> None:
-    """Raise DeniedByPolicy if the request's own policy for the image refuses it."""
+def check_image_policy(rule: Rule, case: Case, file_system: FileSystem | None) -> None:
+    """Raise DeniedByPolicy if the request's own policy refuses the image, an encrypted one without type."""
     wished = case.wishes.image_policy
     if wished is None:
         return
     why = image_policy.refusal(
         wished,
-        file_system_type=file_system.type,
+        file_system_type=None if file_system is None else file_system.type,
+        encrypted=case.source.luks is not None,
         read_only=case.asked.read_only,
         verity=any(proof.kind == "dm-verity" for proof in case.evidence.proofs),
         signed=any(signer.covers == "root-hash" for signer in bound_signers(case.evidence)),
@@ -291,14 +299,19 @@ def check_image_policy(rule: Rule, case: Case, file_system: FileSystem) -> None:
         )
 
 
-def check_read_write(rule: Rule, grant: Grant, case: Case, types: list[str], kind: str) -> None:
-    """Raise unless the image may be and can be mounted writable; `kind` is what makes it immutable."""
+def check_read_write(
+    rule: Rule, grant: Grant, case: Case, types: list[str], kind: str, *, locked: bool
+) -> None:
+    """Raise unless the image may be and can be mounted writable; `kind` is what makes it immutable.
+
+    With `locked`, what is in it is not known yet.
+    """
     check_access(rule, grant)
     if kind != ROOT_OWNED:
         raise OptionNotPermitted(
             "rw", f"the image is trusted by “{kind}” and cannot change", hint="ask for a read-only mount"
         )
-    if not WRITABLE & set(types):
+    if not WRITABLE & set(types) and not locked:
         raise OptionNotPermitted(
             "rw", f"{' and '.join(types)} cannot be written to", hint="ask for a read-only mount"
         )
@@ -379,8 +392,11 @@ def check_access(rule: Rule, grant: Grant) -> None:
         )
 
 
-def check_common(rule: Rule, grant: Grant, case: Case, type: str) -> None:
-    """Raise unless idmap and options are granted, for every kind of source."""
+def check_common(rule: Rule, grant: Grant, case: Case, type: str | None) -> None:
+    """Raise unless idmap and options are granted, for every kind of source.
+
+    Of which type options are is None where it is not known yet.
+    """
     kind = case.wishes.idmap_kind
     if kind not in grant.idmap:
         raise DeniedByPolicy(
@@ -388,8 +404,8 @@ def check_common(rule: Rule, grant: Grant, case: Case, type: str) -> None:
             rule=rule.name,
             hint=f"ask for one of: {', '.join(grant.idmap)}",
         )
-    for option in case.asked.file_system:
-        options.permit(option, type=type, rule=rule.name, grants=grant.options, caller=case.caller)
+    for option in case.asked.file_system if type is not None else ():
+        options.permit(option, type=str(type), rule=rule.name, grants=grant.options, caller=case.caller)
 
 
 def locked_attributes(grant: Grant, case: Case) -> frozenset[str]:

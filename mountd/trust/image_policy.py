@@ -169,21 +169,30 @@ def intersect(first: ImagePolicy, second: ImagePolicy) -> ImagePolicy:
 
 
 def refusal(
-    policy: ImagePolicy, *, file_system_type: str, read_only: bool, verity: bool, signed: bool
+    policy: ImagePolicy,
+    *,
+    file_system_type: str | None,
+    read_only: bool,
+    verity: bool,
+    signed: bool,
+    encrypted: bool = False,
 ) -> str | None:
     """Return why `policy` refuses a bare file system to be mounted, None if it does not.
 
     Such an image has no partitions, and is judged as the root partition would be. `verity` is whether
-    dm-verity protects it, `signed` whether its root hash is signed as well.
+    dm-verity protects it, `signed` whether its root hash is signed as well. An `encrypted` one offers that
+    and nothing else, and has a type once it was opened.
     """
     flags = policy.flags(ROOT)
-    found = {"unprotected"} | ({"verity"} if verity or signed else set()) | ({"signed"} if signed else set())
+    found = {"encrypted"} if encrypted else {"unprotected"}
+    found |= ({"verity"} if verity or signed else set()) | ({"signed"} if signed else set())
     if not flags & USES - NOT_USED:
         return "it allows no use of a root partition, and a bare file system is one"
     if not flags & found:
         wanted = ", ".join(sorted(flags & USES - NOT_USED))
-        return f"it wants the root partition to be {wanted}, and the image is {strongest(verity, signed)}"
-    if file_system_type not in flags:
+        best = strongest(verity, signed, encrypted)
+        return f"it wants the root partition to be {wanted}, and the image is {best}"
+    if file_system_type not in (None, *flags):
         allowed = ", ".join(sorted(flags & TYPES)) or "no type of file system"
         return f"it allows {allowed}, and the image is {file_system_type}"
     if not read_only and "read-only-off" not in flags:
@@ -191,8 +200,10 @@ def refusal(
     return None
 
 
-def strongest(verity: bool, signed: bool) -> str:
+def strongest(verity: bool, signed: bool, encrypted: bool) -> str:
     """Name the best protection that an image has."""
+    if encrypted:
+        return "encrypted"
     if signed:
         return "signed"
     return "protected by dm-verity" if verity else "unprotected"

@@ -7,6 +7,7 @@ offers is taken for what it is at least: a partition with a signed root hash may
   have it without; otherwise as it is.
 * Where nothing vouches for what dm-verity does not protect, that is not used, and the policy has to allow
   that.
+* What is encrypted (LUKS) is used as that, and as nothing else; what is in it is judged once it was opened.
 * What cannot be mounted is a refusal, unless the policy lets it be unused only. The ESP and the partition
   for boot loaders are for firmware, and for file systems that are not mounted here: they are left out.
 * Swap space is never used, hash data and signatures only as what they protect is.
@@ -19,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mountd.errors import DeniedByPolicy, NotSupported, UnsupportedFileSystem
+from mountd.errors import DeniedByPolicy, UnsupportedFileSystem
 from mountd.trust.image_policy import DESIGNATORS, EVERYTHING, NOT_USED, TYPES, USES
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ ANOTHER = "ask with another imagePolicy, or without one"
 WRITABLE = frozenset({"btrfs", "ext4", "xfs"})
 FOR_FIRMWARE = frozenset({"esp", "xbootldr"})
 NEVER_MOUNTED = frozenset({"swap"})
-LUKS = "crypto_LUKS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,15 @@ class Use:
 
     @property
     def type(self) -> str:
-        """The type of its file system."""
-        return self.partition.file_system.type if self.partition.file_system is not None else ""
+        """The type of its file system, or for one that was not opened yet that of what it is in."""
+        if self.partition.file_system is not None:
+            return self.partition.file_system.type
+        return self.partition.contents or ""
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether it is encrypted, and was not opened yet."""
+        return self.partition.luks is not None and self.partition.file_system is None
 
 
 def uses(
@@ -62,7 +69,7 @@ def uses(
         flags = EVERYTHING if policy is None else policy.flags(partition.designator)
         use = use_of(disk, partition, flags, signed, read_only=read_only)
         if use is not None:
-            check_flags(partition, use.type, flags)
+            check_flags(use, flags)
             found.append(use)
             used.add(partition.designator)
             if use.verity:
@@ -83,11 +90,15 @@ def use_of(
     wanted = flags & USES - NOT_USED
     if name in NEVER_MOUNTED or "-verity" in name or not wanted:
         return None
-    if partition.file_system is None:
+    locked = partition.luks is not None and partition.file_system is None
+    if partition.file_system is None and not locked:
         check_left_out(partition, flags, wanted)
         return None
     offered = {"unprotected"}
-    if partition.verity is not None:
+    if partition.luks is not None:
+        # Its root hash, if it has one, is that of the ciphertext: nothing is made of both.
+        offered = set() if disk.only_verity else {"encrypted"}
+    elif partition.verity is not None:
         offered |= {"verity"} | ({"signed"} if name in signed else set())
     elif disk.only_verity:
         offered = set()
@@ -97,18 +108,20 @@ def use_of(
         have = "there, and nothing vouches for it" if not offered else ", ".join(sorted(offered))
         raise refused(f"it wants the {name} partition to be {', '.join(sorted(wanted))}, and it is {have}")
     verity = partition.verity is not None and (disk.only_verity or "unprotected" not in wanted)
-    writable = not (read_only or verity or partition.read_only) and partition.file_system.type in WRITABLE
+    verity = verity and partition.luks is None
+    can_be = partition.file_system is None or partition.file_system.type in WRITABLE
+    writable = not (read_only or verity or partition.read_only) and can_be
     return Use(partition, verity, not writable)
 
 
 def check_left_out(partition: Partition, flags: frozenset[str], wanted: frozenset[str]) -> None:
     """Raise what is in the way of using a partition, unless it may be left out."""
     name, number = partition.designator, partition.number
-    if partition.contents == LUKS and "encrypted" in wanted:
-        raise NotSupported(f"opening an encrypted partition ({name})", hint=LEAVE_OUT)
     if "unused" in flags and (name in FOR_FIRMWARE or wanted == {"encrypted"}):
         return
     holds = partition.contents or "nothing that is known"
+    if partition.problem is not None:
+        holds += f" ({partition.problem})"
     raise UnsupportedFileSystem(
         f"partition {number} ({name}) holds {holds}, which is not mounted",
         file_system_type=partition.contents,
@@ -116,14 +129,15 @@ def check_left_out(partition: Partition, flags: frozenset[str], wanted: frozense
     )
 
 
-def check_flags(partition: Partition, type: str, flags: frozenset[str]) -> None:
+def check_flags(use: Use, flags: frozenset[str]) -> None:
     """Raise DeniedByPolicy if a partition that is used has flags or a type that the policy does not have."""
+    partition, type = use.partition, use.type
     name = partition.designator
     for what, is_on in (("read-only", partition.read_only), ("growfs", partition.grow)):
         if f"{what}-{'on' if is_on else 'off'}" not in flags:
             other = "off" if is_on else "on"
             raise refused(f"it wants the flag {what} of the {name} partition to be {other}")
-    if type not in flags:
+    if type not in flags and not use.is_locked:
         allowed = ", ".join(sorted(flags & TYPES)) or "no type of file system"
         raise refused(f"it allows {allowed} for the {name} partition, which is {type}")
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mountd.evidence.model import Key
 
 NOT_SUPPORTED = "not supported by this version of mountd"
+NOT_ENCRYPTED = "what mountd makes itself is not encrypted"
 
 MAXIMUM_NAME = 255
 FILE_SYSTEMS = ("btrfs", "erofs", "ext4", "squashfs", "xfs")
@@ -274,6 +275,7 @@ class Grant:
     `max_size` in bytes and `max_inodes` bound a tmpfs. `attach` are patterns of the directories at which
     mountd may attach a mount for a caller that cannot do so itself; without any, nowhere. `max_mounts` is
     how many mounts one user may have by the rule, None for as many as the daemon's own limits let it.
+    `encrypted` is whether what is encrypted may be opened with a password that the caller has.
     """
 
     file_systems: tuple[str, ...] = ()
@@ -285,6 +287,7 @@ class Grant:
     max_inodes: int | None = None
     attach: tuple[str, ...] = ()
     max_mounts: int | None = None
+    encrypted: bool = False
 
     def __post_init__(self) -> None:
         for flag in CLEARABLE.intersection(self.flags):
@@ -373,6 +376,7 @@ class Rule:
             raise PolicyValueError("require", "nobody signs what mountd makes itself; give integrity only")
         if grant.file_systems != ("erofs",):
             raise PolicyValueError("grant.file-systems", 'what mountd makes is erofs; give ["erofs"]')
+        self.check_absent(NOT_ENCRYPTED, **{"grant.encrypted": grant.encrypted or None})
 
     def check_directory(self, grant: Grant) -> None:
         """Refuse what a rule about directories cannot have, and what it cannot lack."""
@@ -393,6 +397,7 @@ class Rule:
                 "grant.options": grant.options or None,
                 "grant.max-size": grant.max_size,
                 "grant.max-inodes": grant.max_inodes,
+                "grant.encrypted": grant.encrypted or None,
             },
         )
 
@@ -400,7 +405,11 @@ class Rule:
         """Refuse what a rule about a tmpfs cannot have, and what it cannot lack."""
         self.check_absent(
             "a tmpfs is made empty and has none",
-            **{"require": self.require, "grant.file-systems": grant.file_systems or None},
+            **{
+                "require": self.require,
+                "grant.file-systems": grant.file_systems or None,
+                "grant.encrypted": grant.encrypted or None,
+            },
         )
         if grant.max_size is None:
             raise PolicyValueError("grant.max-size", 'it is missing; bound the tmpfs, such as by "64M"')

@@ -409,6 +409,7 @@ def make_grant(table: GrantTable, kind: str | None) -> Grant:
         max_inodes=table.max_inodes,
         attach=tuple(table.attach),
         max_mounts=table.max_mounts,
+        encrypted=table.encrypted,
     )
 
 

@@ -109,6 +109,7 @@ class GrantTable(Table):
     max_inodes: int | None = None
     attach: list[str] = []
     max_mounts: int | None = None
+    encrypted: bool = False
 
 
 class RuleTable(Table):

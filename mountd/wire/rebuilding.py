@@ -17,6 +17,8 @@ ERRORS: Sequence[tuple[type[MountdError], str]] = (
     (errors.NotImmutable, "reason rule? hint?"),
     (errors.SignatureInvalid, "reason hint?"),
     (errors.KeyUnknown, "reason hint?"),
+    (errors.KeyRequired, "reason hint?"),
+    (errors.WrongKey, "reason hint?"),
     (errors.UnsupportedFileSystem, "reason fileSystemType? hint?"),
     (errors.InvalidImage, "reason offset?"),
     (errors.BadFileDescriptor, "parameter reason"),

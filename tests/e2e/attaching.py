@@ -108,7 +108,8 @@ def granting(place: Path, name: str, policy: Callable[[str], str]) -> Iterator[t
     yield daemon, grounds
     assert daemon.stop() == 0, daemon.log
     assert "internal error" not in daemon.log
-    assert records(daemon) == []
+    left = records(daemon)
+    assert not left, left
 
 
 def records(daemon: Daemon) -> list[str]:

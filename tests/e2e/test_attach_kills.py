@@ -27,6 +27,7 @@ from tests.container import as_user
 from tests.daemon import ROOT, Daemon
 from tests.e2e.attaching import User, granting, id_at, user_of
 from tests.e2e.conftest import trusting
+from tests.e2e.test_stacks import CAPABILITIES
 from tests.rogue import Raw, call, error, eventually, settled
 
 HAL = 4250
@@ -70,13 +71,20 @@ class Target:
     def settle(self) -> bool:
         """Wait until it is consistent; detach what is there, and return whether there was something.
 
-        What is about to be taken back may be gone at any moment.
+        What is about to be taken back may be gone at any moment, and who serves a request that nobody waits
+        for may hold what is there for another.
         """
         assert eventually(self.consistent, 5), os.listdir(self.user.daemon.directory / "run/attached")
-        there = id_at(self.path)
-        detached = there != self.nothing and self.user.detach(there)[0] == ""
-        assert eventually(lambda: self.consistent() and id_at(self.path) == self.nothing, 5)
-        return detached
+        said: list[str] = []
+
+        def told() -> bool:
+            there = id_at(self.path)
+            said.append("nothing" if there == self.nothing else self.user.detach(there)[0])
+            return said[-1] != "InUse"
+
+        eventually(told, 5)
+        assert eventually(lambda: self.consistent() and id_at(self.path) == self.nothing, 5), said
+        return said[-1] == ""
 
     def seconds(self) -> float:
         """How long an ordinary request takes here and now: the median."""
@@ -203,15 +211,7 @@ def test_with_the_capabilities_of_the_unit(place: Path, images: dict[str, Path])
     unit = (ROOT / "units/systemd/mountd.service").read_text()
     line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
     names = line.partition("=")[2].split()
-    numbers = {
-        "CAP_DAC_READ_SEARCH": 2,
-        "CAP_KILL": 5,
-        "CAP_SETGID": 6,
-        "CAP_SETUID": 7,
-        "CAP_SYS_CHROOT": 18,
-        "CAP_SYS_PTRACE": 19,
-    }
-    kept = {numbers.get(name, 21) for name in names}
+    kept = {CAPABILITIES[name] for name in names}
 
     def drop() -> None:
         for number in range(CAP_LAST + 1):

@@ -23,7 +23,7 @@ from mountd.store.store import Store
 from tests.container import RANGE, USER, as_user, forked, in_container, user_namespace
 from tests.daemon import ROOT, Daemon
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
-from tests.e2e.conftest import trusting
+from tests.e2e.conftest import TMPFS_RULE, trusting
 from tests.e2e.test_directories import peer
 from tests.e2e.test_stacks import CAP_LAST, CAPABILITIES, CAPBSET_DROP
 from tests.rogue import eventually, settled
@@ -478,6 +478,28 @@ def test_ids_of_a_namespace(serving: Daemon, trees: Trees) -> None:
             assert (
                 os.stat("directory/below/of-user", dir_fd=reply.mount.fileno()).st_uid == RANGE[0][1] + 1000
             )
+
+
+def test_a_top_takes_what_is_written(start: Callable[..., Daemon], trees: Trees, containers: None) -> None:
+    """Over the image and over its description; what is in the objects stays as it is."""
+    daemon = start(trusting(trees.place) + DESCRIPTIONS + TMPFS_RULE)
+    before = {path: path.stat().st_mtime_ns for path in trees.objects.rglob("*")}
+
+    def work() -> tuple[object, ...]:
+        found: list[object] = []
+        for source in (trees.image, trees.description):
+            with ask(daemon, source, trees.objects, top="tmpfs:1M") as reply:
+                top = Path(f"/proc/self/fd/{reply.mount.fileno()}")
+                with (top / "big").open("ab") as file:
+                    file.write(b"more")
+                (top / "small").unlink()
+                found.append((reply.mounts[0]["fileSystemType"], reply.mounts[0]["readOnly"]))
+                found.append((top / "big").read_bytes() == BIG + b"more")
+                found.append("small" in os.listdir(top))
+        return tuple(found)
+
+    assert in_container(work) == (("overlay", False), True, False) * 2
+    assert {path: path.stat().st_mtime_ns for path in trees.objects.rglob("*")} == before
 
 
 def test_with_the_capabilities_of_the_unit(

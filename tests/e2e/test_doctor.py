@@ -14,7 +14,7 @@ import pytest
 from mountd.cli import doctor_policy, doctor_system
 from mountd.cli.checks import FAIL, OK, WARN, not_roots
 from mountd.daemon.around import LIMITS
-from mountd.kernel import dm_verity, features, libc
+from mountd.kernel import device_mapper, features, libc
 from mountd.trust.directories import POLICY_DIRS
 from tests.container import as_user as forked_as
 from tests.container import in_container
@@ -144,7 +144,7 @@ class TestKernel:
         # The other tests make such mounts.
         for name in ("fsopen", "mount_setattr", "idmapped-mounts", "statmount", "listmount", "loop", "fuse"):
             assert found[name].state == features.YES, found[name].detail
-        has_mapper = os.path.exists(dm_verity.CONTROL)
+        has_mapper = os.path.exists(device_mapper.CONTROL)
         assert has_mapper or found["dm-verity"].state == features.NO
 
     @pytest.mark.parametrize(

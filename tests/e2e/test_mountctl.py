@@ -18,6 +18,7 @@ import pytest
 from tests.container import RANGE, USER, in_container
 from tests.daemon import Daemon
 from tests.e2e.conftest import TMPFS_RULE, trusting
+from tests.e2e.test_directories import rule
 from tests.images import build_image
 from tests.programs import Done, as_user, build_root, check_line, environment, etc_files, mounted, run
 from tests.signing import Signatory
@@ -181,6 +182,38 @@ def test_run(
     env = {**environment(daemon.socket), "FOO": "bar"}
     done = mountctl("run", root, "--", "sh", "-c", script, "zero", "--one", input="typed\n", env=env)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, "")
+
+
+def test_run_with_what_is_written_in_memory(mountctl: Callable[..., Done], root: Path) -> None:
+    """The daemon's rule has 8M at most."""
+    script = "echo changed > /marker && mkdir -p /etc && echo new > /etc/new && cat /marker /etc/new"
+    for _ in range(2):
+        done = mountctl("run", "--top", "tmpfs:1M", root, "--", "sh", "-c", f"cat /marker; {script}")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "in the image\nchanged\nnew\n", "")
+    done = mountctl("run", "--top", "tmpfs:1M", root, "sh", "-c", "yes > /large")
+    assert done.returncode
+    assert "No space left" in done.stderr
+
+
+def test_run_with_what_is_written_in_a_directory(
+    start: Callable[..., Daemon], installed: Path, root: Path, place: Path
+) -> None:
+    """Of the user's own, as whose root the command writes, and where the next command finds it."""
+    daemon = start(trusting(place / "trusted") + rule("own", '"caller"', ', access = "read-write"'))
+    changes = place / "changes"
+    changes.mkdir()
+    os.chown(changes, USER, USER)
+
+    def mountctl(script: str) -> tuple[int, str, str]:
+        words = [installed / "bin/mountctl", "run", "--top", changes, root, "--", "sh", "-c", script]
+        done = as_user(words, daemon.socket)
+        return done.returncode, done.stdout, done.stderr
+
+    assert mountctl("mkdir -p /etc && echo kept > /etc/kept && rm /marker") == (0, "", "")
+    assert mountctl("cat /etc/kept; test -e /marker || echo gone") == (0, "kept\ngone\n", "")
+    kept = (changes / "upper/etc/kept").stat()
+    assert (kept.st_uid, kept.st_gid) == (USER, USER)
+    shutil.rmtree(changes)
 
 
 def test_run_ends_writers_whose_reader_has_gone(mountctl: Callable[..., Done], root: Path) -> None:

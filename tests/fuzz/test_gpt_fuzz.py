@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mountd.errors import InvalidImage, UnsupportedFileSystem
 from mountd.source import disk, gpt, superblock, version_order
+from mountd.source.model import Luks
 from mountd.source.partition_types import GENERIC, TYPES
 from mountd.trust import image_policy, partitions
 from mountd.trust.image_policy import DESIGNATORS, EVERYTHING
@@ -162,12 +163,13 @@ def test_a_policy_is_never_exceeded(
     hashes = disk.VeritySuperblock(4096, 4096, 1, 1, "sha256", b"", None)
     verity = disk.PartitionVerity(hashes, bytes(32), window, window)
     plain = disk.Partition("home", 2, "", "", None, window, True, False, kind)
+    volume = Luks(2, None, None, "aes-xts-plain64", 64, 512, 1 << 18, 1 << 18, 0, 1 << 17, 1 << 14, 0)
     made = disk.Disk(
         512,
         "",
         (
             disk.Partition("root", 1, "", "", None, window, False, True, kind, None, verity),
-            disk.replace(plain, file_system=None, contents="crypto_LUKS") if luks else plain,
+            disk.replace(plain, file_system=None, contents="crypto_LUKS", luks=volume) if luks else plain,
             disk.Partition("esp", 3, "", "", None, window, False, False, None, "vfat"),
             disk.Partition("root-verity", 4, "", "", None, window, False, False),
         ),
@@ -175,7 +177,7 @@ def test_a_policy_is_never_exceeded(
     )
     try:
         found = partitions.uses(made, policy, signed, read_only=read_only)
-    except (partitions.DeniedByPolicy, partitions.NotSupported, partitions.UnsupportedFileSystem):
+    except (partitions.DeniedByPolicy, partitions.UnsupportedFileSystem):
         return
     assert found
     for use in found:
@@ -183,10 +185,10 @@ def test_a_policy_is_never_exceeded(
         have = (
             {"verity", *(["signed"] if use.partition.designator in signed else [])} if use.verity else set()
         )
-        assert flags & (have | {"unprotected"})
+        assert flags & (have | {"encrypted" if use.partition.luks else "unprotected"})
         assert use.verity or not only_verity
         assert use.read_only or not (read_only or use.partition.read_only)
-        assert "ext4" in flags
+        assert "ext4" in flags or use.is_locked
         assert ("read-only-on" if use.partition.read_only else "read-only-off") in flags
         assert ("growfs-on" if use.partition.grow else "growfs-off") in flags
     used = {use.partition.designator for use in found}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import signal
 import tempfile
 import time
@@ -11,7 +13,9 @@ import pytest
 
 from mountd.errors import NotSupported
 from mountd.fds import OwnedFd
-from mountd.kernel import program
+from mountd.kernel import child, program
+from mountd.kernel.sandbox import NOBODY
+from tests.container import as_user
 
 pytestmark = pytest.mark.kernel
 PYTHON = "/usr/bin/python3"  # one that nobody may run, too
@@ -140,6 +144,117 @@ def test_one_that_says_too_much() -> None:
 def test_program_that_is_not_there() -> None:
     done = program.run("/nonexistent", (), (), seconds=5, memory=MEMORY)
     assert (done.status, done.output, done.timed_out) == (program.EXIT_NOT_RUN, b"", False)
+
+
+def test_its_input() -> None:
+    """What it is given, with other descriptors or without."""
+    for fds in ([], [os.open("/dev/null", os.O_RDONLY)]):
+        reader, writer = child.pipe()
+        with reader:
+            with writer:
+                os.write(writer.fileno(), b"said to it")
+            done = program.run(
+                PYTHON,
+                ("-I", "-S", "-c", "import os; print(os.read(0, 99), os.listdir('/proc/self/fd'))"),
+                fds,
+                stdin=reader.fileno(),
+                seconds=10,
+                memory=MEMORY,
+            )
+        numbers = [str(number) for number in range(4 + len(fds))]
+        assert done.output.decode().strip() == f"b'said to it' {numbers}"
+        for fd in fds:
+            os.close(fd)
+
+
+ATTEMPTS = """
+import os, threading
+def attempt(what):
+    try:
+        what()
+        return "done"
+    except (PermissionError, RuntimeError):
+        return "refused"
+def spawn():
+    os.posix_spawn("/bin/true", ["true"], {})
+def thread():
+    each = threading.Thread(target=list)
+    each.start()
+    each.join()
+print(attempt(thread), attempt(os.fork), attempt(spawn))
+"""
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_threads(threads: bool) -> None:
+    """They are for those that need them; processes are for none."""
+    done = program.run(
+        PYTHON, ("-I", "-c", ATTEMPTS), (), seconds=10, memory=MEMORY, threads=threads
+    )  # fmt: skip
+    assert done.output.decode().split() == ["done" if threads else "refused", "refused", "refused"]
+
+
+@pytest.mark.parametrize("secret", [False, True])
+def test_nobody_looks_into_what_has_a_secret(secret: bool) -> None:
+    """Another process of the same user can otherwise, where nothing but the user is asked."""
+
+    def look(pid: int) -> str:
+        try:
+            with open(f"/proc/{pid}/environ", "rb"), open(f"/proc/{pid}/maps", "rb") as maps:
+                return "seen" if maps.read() else "nothing"
+        except OSError as error:
+            return str(error.errno)
+
+    # The program says who it is by a pipe of its own, and waits until it was looked at.
+    reader, writer = child.pipe()
+    wait, go = child.pipe()
+    text = "import os; os.write(3, str(os.getpid()).encode()); os.close(3); os.read(4, 1)"
+    arguments = ("-I", "-S", "-c", text)
+    with reader, wait, go:
+        with writer:
+            fds = [writer.fileno(), wait.fileno()]
+            runner = os.fork()
+            if runner == 0:
+                done = program.run(PYTHON, arguments, fds, seconds=10, memory=MEMORY, secret=secret)
+                os._exit(done.status)
+        pid = int(os.read(reader.fileno(), 99))
+        found = as_user(lambda: look(pid), NOBODY)
+        os.write(go.fileno(), b"x")
+        assert os.waitpid(runner, 0)[1] == 0
+    assert found == (str(errno.EACCES) if secret else "seen")
+
+
+@pytest.mark.parametrize("secret", [False, True])
+def test_it_ends_with_who_runs_it(secret: bool) -> None:
+    """Also if that is killed, and has no time to end it."""
+    reader, writer = child.pipe()
+    text = "import os, time; os.write(3, str(os.getpid()).encode()); time.sleep(60)"
+    with reader:
+        with writer:
+            fds = [writer.fileno()]
+            runner = os.fork()
+            if runner == 0:
+                program.run(PYTHON, ("-I", "-S", "-c", text), fds, seconds=60, memory=MEMORY, secret=secret)
+                os._exit(0)
+        pid = int(os.read(reader.fileno(), 99))
+        os.kill(runner, signal.SIGKILL)
+        os.waitpid(runner, 0)
+        # Its end of the pipe closes with it.
+        assert select.select([reader], [], [], 20) == ([reader], [], [])
+        assert os.read(reader.fileno(), 1) == b""
+    with pytest.raises(ProcessLookupError):
+        wait_until_gone(pid)
+
+
+def wait_until_gone(pid: int) -> None:
+    """Raise ProcessLookupError once there is no such process, or only what is left of one."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            if file.read().rpartition(")")[2].split()[0] == "Z":
+                raise ProcessLookupError(pid)
+        time.sleep(0.01)
 
 
 def test_machine_whose_numbers_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:

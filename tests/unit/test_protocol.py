@@ -20,6 +20,8 @@ EXAMPLES = [
     errors.NotImmutable("reason", rule="rule", hint="hint"),
     errors.SignatureInvalid("reason", hint="hint"),
     errors.KeyUnknown("reason", hint="hint"),
+    errors.KeyRequired("reason", hint="hint"),
+    errors.WrongKey("reason", hint="hint"),
     errors.UnsupportedFileSystem("reason", file_system_type="vfat", hint="hint"),
     errors.InvalidImage("reason", offset=1080),
     errors.BadFileDescriptor("source.imageFileDescriptor", "reason"),

@@ -32,13 +32,13 @@ _mountctl_source() {
 _mountctl() {
   local cur prev words cword verb='' sub='' index options=''
   _init_completion -n := || return
-  local request='--json --read-write --type --options --idmap --layer --objects --digest --check-contents --signature
+  local request='--json --read-write --type --options --idmap --layer --top --objects --digest --check-contents --signature
     --image-policy --verity --root-hash --root-hash-signature --interactive --help'
   local -a positional=()
   for ((index = 1; index < cword; index++)); do
     case ${words[index]} in
       --) [ "$verb" != run ] || { _command_offset $((index + 1)); return; } ;;
-      -t | --type | -o | --options | --idmap | --layer | --objects | --userns | --signature | --image-policy | --verity | --root-hash | \
+      -t | --type | -o | --options | --idmap | --layer | --top | --objects | --userns | --signature | --key-file | --image-policy | --verity | --root-hash | \
         --root-hash-signature | --name | --age | --output | --digest | --uid | --as) ((index++)) ;;
       -*) ;;
       *) if [ -z "$verb" ]; then verb=${words[index]}
@@ -54,17 +54,18 @@ _mountctl() {
     -t | --type) _mountctl_words 'erofs squashfs ext4 xfs btrfs tmpfs'; return ;;
     --idmap) _mountctl_words 'none namespace caller'; return ;;
     -o | --options) _mountctl_words 'ro rw nosuid nodev noexec nosymfollow noatime nodiratime'; return ;;
-    --layer | --signature | --verity | --root-hash-signature | --output | --userns) _filedir; return ;;
+    --layer | --signature | --key-file | --verity | --root-hash-signature | --output | --userns) _filedir; return ;;
     --objects) _filedir -d; return ;;
+    --top) _filedir -d; [[ tmpfs: != "$cur"* ]] || COMPREPLY+=(tmpfs:); return ;;
     --digest) [ "$verb" != revoke ] || _mountctl_stored ''; return ;;
     --as) mapfile -t COMPREPLY < <(compgen -u -- "$cur"); return ;;
     --uid) mapfile -t COMPREPLY < <(compgen -W "$(getent passwd | cut -d: -f3)" -- "$cur"); return ;;
     --image-policy | --root-hash | --name | --age) return ;;
   esac
   case $verb/$sub in
-    mount/) options="$request --userns" ;;
+    mount/) options="$request --key-file --userns" ;;
     explain/) options="$request --userns --as" ;;
-    run/) options=$request ;;
+    run/) options="$request --key-file" ;;
     umount/) options='--lazy --json --help' ;;
     list/) options='--all --json --help' ;;
     revoke/) options='--digest --uid --json --help' ;;

@@ -27,6 +27,7 @@ _mountctl_request=(
   '*'{-o,--options}'[mount options]:option:(ro rw nosuid nodev noexec nosymfollow noatime nodiratime)'
   '--idmap[how to map ids]:kind:(none namespace caller)'
   '*--layer[what to lay over it]:file:_files'
+  '--top[what takes what is written]:directory or tmpfs\:SIZE:_files -/'
   '*--objects[where the contents of a composefs lie]:directory:_files -/'
   '--digest[the digest that a composefs has to have]:digest:'
   '--check-contents[have fs-verity check the contents of a composefs]'
@@ -38,6 +39,7 @@ _mountctl_request=(
   '--interactive[have an administrator asked if need be]'
   '(-h --help)'{-h,--help}'[print the options]'
 )
+_mountctl_key=('--key-file[the password of an encrypted image]:file:_files')
 _mountctl_common=('--json[print JSON, for errors as well]' '(-h --help)'{-h,--help}'[print the options]')
 
 _mountctl_policy() {
@@ -110,9 +112,9 @@ _mountctl() {
   shift words
   ((CURRENT--))
   case $words[1] in
-    mount) _arguments $_mountctl_request '--userns[user namespace to map ids for]:path:_files' ':source:_mountctl_source' ':target:_files -/' ;;
+    mount) _arguments $_mountctl_request $_mountctl_key '--userns[user namespace to map ids for]:path:_files' ':source:_mountctl_source' ':target:_files -/' ;;
     explain) _arguments $_mountctl_request '--userns[user namespace to map ids for]:path:_files' '--as[for another user, as root]:user:_users' ':source:_mountctl_source' ;;
-    run) _arguments $_mountctl_request ':source:_mountctl_source' '*::command:_normal' ;;
+    run) _arguments $_mountctl_request $_mountctl_key ':source:_mountctl_source' '*::command:_normal' ;;
     umount) _arguments $_mountctl_common '(-l --lazy)'{-l,--lazy}'[also if it is in use]' ':target:_files -/' ;;
     list) _arguments $_mountctl_common '--all[those of all users]' ;;
     revoke) _arguments $_mountctl_common '--digest[all of an image]:digest: _mountctl_digests ""' '--uid[all of a user]:uid:' ':id:' ;;

@@ -15,7 +15,7 @@ USUAL = {
     "signature": None,
     "image_policy": None,
     "interactive": None,
-    "digest": None, "namespace": None,
+    "digest": None, "key_file": None, "namespace": None,
 }  # fmt: skip
 
 
@@ -61,6 +61,7 @@ def parse(argv: list[str]) -> Wishes:
         ("img dir -o noexec,nosuid,nodev,user,exec", {"options": ["nosuid", "nodev"]}),
         ("img dir -o exec,noexec", {"options": ["noexec"]}),
         ("img dir -o noatime,atime,nodiratime,diratime,nosymfollow", {"options": ["nosymfollow"]}),
+        ("img dir -o mountd.key-file=/etc/key", {"key_file": "/etc/key"}),
         ("img dir -o mountd.digest=sha256:" + 64 * "a", {"digest": "sha256:" + 64 * "a"}),
     ],
 )  # fmt: skip
@@ -105,6 +106,7 @@ def test_names_may_look_like_options_or_be_a_dash() -> None:
         ("mountd.later=1", "mountd.userns=, mountd.idmap=, mountd.access="),
         ("shared", "mount --make-private DIR"),
         ("rslave", "mount --make-private DIR"),
+        ("mountd.key-file", "the path of a file with the password"),
         ("mountd.digest", "64 hexadecimal digits"),
         ("mountd.digest=sha256:", "64 hexadecimal digits"),
         ("mountd.digest=sha256:" + 64 * "A", "64 hexadecimal digits"),

@@ -38,6 +38,8 @@ STATUS: list[tuple[BaseException, int]] = [
     (errors.InteractiveAuthenticationRequired(), 1),
     (errors.SignatureInvalid("no"), 1),
     (errors.KeyUnknown("no"), 1),
+    (errors.KeyRequired("no"), 1),
+    (errors.WrongKey("no"), 1),
     (errors.OptionNotPermitted("x"), 1),
     (errors.UserNamespaceNotPermitted("no"), 1),
     (errors.AttachNotPermitted("no"), 1),

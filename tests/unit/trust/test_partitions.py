@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from mountd.errors import DeniedByPolicy, MountdError, NotImmutable, NotSupported, UnsupportedFileSystem
-from mountd.source.model import Disk, FileSystem, Partition, PartitionVerity, VeritySuperblock, Window
+from mountd.errors import DeniedByPolicy, MountdError, NotImmutable, UnsupportedFileSystem
+from mountd.source.model import Disk, FileSystem, Luks, Partition, PartitionVerity, VeritySuperblock, Window
 from mountd.trust import image_policy
 from mountd.trust.decide import decide
-from mountd.trust.partitions import LUKS, uses
+from mountd.trust.partitions import uses
 from mountd.trust.policy import ImageMatch, Policy, Require, Verdict
 from tests.policies import LOCATED, USER, WISHES, image, rule
 from tests.policies import policy as with_keys
@@ -127,15 +127,57 @@ def test_where_nothing_else_vouches_for_it() -> None:
         used([PLAIN, HOME, *HASHES], only_verity=True)
 
 
-def test_encrypted() -> None:
-    locked = partition("home", None, contents=LUKS)
-    for policy in (None, "*", "root=open:home=encrypted", "root=open:home=encrypted+unused"):
-        with pytest.raises(NotSupported, match="encrypted partition"):
-            used([ROOT, locked], policy)
-    assert used([ROOT, locked], "root=open") == "root"
-    for policy in ("root=open:home=unprotected", "root=open:home=unprotected+unused"):
-        with pytest.raises(UnsupportedFileSystem):
-            used([ROOT, locked], policy)
+VOLUME = Luks(2, None, None, "aes-xts-plain64", 64, 512, 1 << 18, 1 << 18, 0, 1 << 17, 1 << 14, 0)
+LOCKED = partition("home", None, contents="crypto_LUKS", luks=VOLUME)
+
+
+@pytest.mark.parametrize("home", [LOCKED, partition("home", luks=VOLUME)], ids=["locked", "opened"])
+def test_encrypted(home: Partition) -> None:
+    """It is used as that, and as nothing else, before it was opened and afterwards."""
+    for policy in (None, "*", "root=open:home=encrypted", "root=open:home=encrypted+verity+read-only-off"):
+        assert used([ROOT, home], policy) == "root home"
+        assert used([ROOT, home], policy, read_only=False) == "root home+"
+    assert used([ROOT, home], "root=open") == "root"
+    for flags in ("unprotected", "verity+signed", "unused", "absent"):
+        for policy in (f"root=open:home={flags}+absent", f"root=open:home={flags}"):
+            if flags == "unused":
+                assert used([ROOT, home], policy) == "root"
+            else:
+                with pytest.raises(DeniedByPolicy):
+                    used([ROOT, home], policy)
+    assert used([ROOT, home], "root=open:home=unprotected+unused") == "root"
+    assert used([ROOT, replace(home, read_only=True)], read_only=False) == "root home"
+    # Nothing vouches for it where only dm-verity does, and its own root hash is that of the ciphertext.
+    with pytest.raises(DeniedByPolicy, match="nothing vouches for it"):
+        used([ROOT, home], "root=signed:home=encrypted", only_verity=True)
+    both = partition("root", "erofs", verity=VERITY, luks=VOLUME)
+    with pytest.raises(DeniedByPolicy, match="no partition"):
+        used([both], only_verity=True)
+    assert used([both]) == "root"
+    with pytest.raises(DeniedByPolicy):
+        used([both], "root=signed")
+
+
+def test_types_of_what_is_encrypted() -> None:
+    """The type is that of what is in it, which is judged once it is known."""
+    assert used([ROOT, LOCKED], "root=open:home=encrypted+xfs") == "root home"
+    with pytest.raises(DeniedByPolicy, match="allows xfs for the home partition, which is ext4"):
+        used([ROOT, partition("home", luks=VOLUME)], "root=open:home=encrypted+xfs")
+
+
+def test_only_encrypted_refuses_what_is_not() -> None:
+    for policy in ("root=open:home=encrypted", "root=open:home=encrypted+absent"):
+        with pytest.raises(DeniedByPolicy, match="home partition to be encrypted"):
+            used([ROOT, HOME], policy)
+    assert used([ROOT, HOME], "root=open:home=encrypted+unprotected") == "root home"
+
+
+def test_a_volume_that_cannot_be_opened() -> None:
+    broken = partition("home", None, contents="crypto_LUKS", problem="the LUKS volume is of version 3")
+    for policy in (None, "root=open:home=encrypted"):
+        with pytest.raises(UnsupportedFileSystem, match="crypto_LUKS .*version 3"):
+            used([ROOT, broken], policy)
+    assert used([ROOT, broken], "root=open:home=encrypted+unused") == "root"
 
 
 def test_what_cannot_be_mounted() -> None:

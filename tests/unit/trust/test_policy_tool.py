@@ -274,7 +274,7 @@ def test_the_schema_has_every_key_and_no_other(capfd: pytest.CaptureFixture[str]
                         "nested"},
         "RequireTable": {"integrity", "signature", "min-strength", "ownership"},
         "GrantTable": {"file-systems", "access", "options", "flags", "idmap", "max-size", "max-inodes",
-                       "attach", "max-mounts"},
+                       "attach", "max-mounts", "encrypted"},
         "KeyTable": {"x509", "ed25519", "ecdsa", "sigstore", "gpg"},
     }.items():  # fmt: skip
         assert set(tables[name]["properties"]) == keys

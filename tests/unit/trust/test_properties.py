@@ -23,7 +23,7 @@ from mountd.service import mount as methods
 from mountd.service.context import RequestContext
 from mountd.service.inspection import Inspected
 from mountd.service.requests import MountRequest
-from mountd.source.model import Source
+from mountd.source.model import Luks, Source
 from mountd.trust.decide import decide
 from mountd.trust.image_policy import DESIGNATORS, EVERYTHING, ImagePolicy, intersect, parse
 from mountd.trust.options import RESTRICTING
@@ -113,8 +113,16 @@ images = st.builds(image, mostly("ext4", st.sampled_from(["erofs", "xfs"])), st.
 disks = st.builds(
     disk_image, some(["root", "usr", "home"]), st.sampled_from(["ext4", "erofs"]), st.booleans()
 )
+volume = Luks(2, None, None, "aes-xts-plain64", 64, 512, 1 << 18, 1 << 18, 0, 1 << 17, 1 << 14, 0)
+encrypted = st.builds(
+    replace, images, luks=st.just(volume), file_system=st.sampled_from([None, image().file_system])
+)
 sources = mostly(
-    image(), images, disks, st.builds(tmpfs, st.integers(-1, 1 << 21), st.none() | st.integers(-1, 300))
+    image(),
+    images,
+    encrypted,
+    disks,
+    st.builds(tmpfs, st.integers(-1, 1 << 21), st.none() | st.integers(-1, 300)),
 )
 
 flags = st.lists(st.sampled_from([*sorted(EVERYTHING), "open"]), max_size=4).map("+".join)
@@ -175,6 +183,7 @@ grants = st.builds(
     idmap=mostly(IDMAP_KINDS, some(list(IDMAP_KINDS))),
     attach=st.just(("$HOME/**",)),
     max_mounts=st.none() | st.just(3),
+    encrypted=st.booleans(),
 )
 
 
@@ -260,6 +269,7 @@ def test_an_allowed_image_is_immutable_and_vouched_for(
     if source.tmpfs is not None:
         return
     assert rule.require is not None
+    assert rule.grant.encrypted or source.luks is None
     proven = {proof.kind for proof in evidence.proofs}
     if evidence.root_owned_path is not None:
         proven.add("root-owned")

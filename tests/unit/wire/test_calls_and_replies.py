@@ -87,6 +87,8 @@ EXAMPLES = [
     errors.SignatureInvalid("reason"),
     errors.KeyUnknown("reason", hint="hint"),
     errors.KeyUnknown("reason"),
+    errors.KeyRequired("reason", hint="hint"),
+    errors.WrongKey("reason", hint="hint"),
     errors.UnsupportedFileSystem("reason", file_system_type="vfat", hint="hint"),
     errors.UnsupportedFileSystem("reason"),
     errors.InvalidImage("reason", offset=1080),

@@ -19,8 +19,8 @@ from mountd.evidence.model import Proof
 from mountd.execute import verity
 from mountd.execute.run import Inputs, run
 from mountd.fds import OwnedFd
-from mountd.kernel import dm_verity, libc
-from mountd.kernel.dm_verity import VerityDevice
+from mountd.kernel import device_mapper, dm_verity, libc
+from mountd.kernel.device_mapper import Device
 from mountd.kernel.flags import Ioctl, MountAttr
 from mountd.plan.operations import Backing, CreateSuperblock, MakeMount, Plan, Verity
 from mountd.source import verity_superblock
@@ -41,7 +41,7 @@ def opened(source: Verified, flags: int = os.O_RDONLY) -> Iterator[tuple[int, in
         yield data.fileno(), tree.fileno()
 
 
-def attach(source: Verified, told: Verity | None = None, flags: int = os.O_RDONLY) -> VerityDevice:
+def attach(source: Verified, told: Verity | None = None, flags: int = os.O_RDONLY) -> Device:
     with opened(source, flags) as (data, tree):
         return verity.attach(data, tree, told or source.verity())
 
@@ -269,8 +269,8 @@ def test_mount_keeps_the_device_and_the_last_user_takes_it(verified: dict[str, V
     before = dm_devices()
     with mount(verified["erofs"]) as mounted:
         (name,) = dm_devices() - before
-        assert name.startswith(dm_verity.PREFIX)
-        assert dm_verity.remove_unused() == 1  # says how many there are; this one has a user
+        assert name.startswith(device_mapper.PREFIX)
+        assert device_mapper.remove_unused() == 1  # says how many there are; this one has a user
         assert read(mounted, "hello")
         assert name in dm_devices()
     # That it is gone is what the fixture checks.
@@ -294,7 +294,7 @@ def test_two_at_once(verified: dict[str, Verified], broken: Verified) -> None:
 
 def test_name_that_is_taken(verified: dict[str, Verified], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody guesses a name; if one is there all the same, it is neither used nor removed."""
-    monkeypatch.setattr(dm_verity.os, "urandom", lambda length: bytes(length))
+    monkeypatch.setattr(device_mapper.os, "urandom", lambda length: bytes(length))
     device = attach(verified["erofs"])
     try:
         with pytest.raises(SyscallError, match="DM_DEV_CREATE.*EBUSY"):
@@ -332,17 +332,17 @@ def test_whoever_is_killed_leaves_nothing(verified: dict[str, Verified]) -> None
 
 
 def test_whoever_is_killed_at_once_leaves_a_device_that_is_found(verified: dict[str, Verified]) -> None:
-    name = dm_verity.PREFIX + "left"
-    with dm_verity._open_control() as control:
-        dm_verity._ask(control, Ioctl.DM_DEV_CREATE, name)
-        dm_verity._ask(control, Ioctl.DM_DEV_CREATE, "somebody-elses")
+    name = f"{device_mapper.PREFIX}verity-left"
+    with device_mapper.open_control() as control:
+        device_mapper._ask(control, Ioctl.DM_DEV_CREATE, name)
+        device_mapper._ask(control, Ioctl.DM_DEV_CREATE, "somebody-elses")
         try:
-            assert dm_verity.remove_unused() == 1
-            assert dm_verity._list(control) == ["somebody-elses"]
-            assert dm_verity.remove_unused() == 0
+            assert device_mapper.remove_unused() == 1
+            assert device_mapper._list(control) == ["somebody-elses"]
+            assert device_mapper.remove_unused() == 0
         finally:
-            dm_verity._ask(control, Ioctl.DM_DEV_REMOVE, "somebody-elses")
-        assert dm_verity._list(control) == []
+            device_mapper._ask(control, Ioctl.DM_DEV_REMOVE, "somebody-elses")
+        assert device_mapper._list(control) == []
 
 
 @pytest.mark.parametrize(
@@ -374,10 +374,10 @@ def test_kernel_without_dm_verity(verified: dict[str, Verified], monkeypatch: py
 def test_kernel_without_device_mapper(
     verified: dict[str, Verified], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dm_verity, "CONTROL", "/dev/mapper/nothing")
+    monkeypatch.setattr(device_mapper, "CONTROL", "/dev/mapper/nothing")
     with pytest.raises(NotSupported, match="device-mapper"):
         mount(verified["erofs"])
-    assert dm_verity.remove_unused() == 0
+    assert device_mapper.remove_unused() == 0
 
 
 def test_lease_on_the_hash_data_is_refused_at_once(broken: Verified) -> None:

@@ -1,0 +1,100 @@
+"""The password of an encrypted image: when it is asked for, and how often."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from pathlib import Path
+
+import pytest
+
+from mountd.cli import agent
+from mountd.cli.agent import with_consent
+from mountd.errors import InvalidParameter, KeyRequired, NotFound, WrongKey
+from mountd.request import MAXIMUM_KEY, Request, read_key
+
+WRONG = WrongKey("no")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked on the terminal, which answers with “one”, “two”, and so on."""
+    answers = ["four", "three", "two", "one"]
+    prompts: list[str] = []
+
+    def answer(prompt: str) -> str:
+        prompts.append(prompt)
+        return answers.pop()
+
+    monkeypatch.setattr(getpass, "getpass", answer)
+    monkeypatch.setattr(agent, "on_terminal", lambda: True)
+    return prompts
+
+
+def call(request: Request, right: str | None) -> list[object]:
+    """The passwords with which a method is called that takes only the right one, None for none at all."""
+    called: list[object] = []
+
+    def method(source: object, fds: object, **parameters: object) -> str:
+        called.append(parameters["password"])
+        if parameters["password"] is None:
+            raise KeyRequired("it is encrypted")
+        if parameters["password"] != right:
+            raise WRONG
+        return "done"
+
+    assert with_consent(method, request) == "done"
+    return called
+
+
+def test_it_is_asked_for_until_it_is_right(asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with Request("tmpfs:1M") as request:
+        assert call(request, "two") == [None, "one", "two"]
+    assert len(asked) == 2
+    assert capsys.readouterr().err == "This is not the password.\n"
+
+
+def test_it_is_not_asked_for_for_ever(asked: list[str]) -> None:
+    with Request("tmpfs:1M") as request, pytest.raises(WrongKey):
+        call(request, "four")
+    assert len(asked) == agent.TRIES
+
+
+def test_it_is_not_asked_for_where_nobody_wants_that(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with Request("tmpfs:1M") as request:
+        request.asks = False
+        with pytest.raises(KeyRequired):
+            call(request, "one")
+    key = tmp_path / "key"
+    key.write_text("another")
+    with Request("tmpfs:1M", key_file=str(key)) as request, pytest.raises(WrongKey):
+        call(request, "one")
+    monkeypatch.setattr(agent, "on_terminal", lambda: False)
+    with Request("tmpfs:1M") as request, pytest.raises(KeyRequired):
+        call(request, "one")
+    assert asked == []
+
+
+def test_key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = tmp_path / "key"
+    for text in ("p", "with a newline\n", "\u00e9" * (MAXIMUM_KEY // 2)):
+        key.write_text(text, "utf-8")
+        assert read_key(str(key)) == text
+    for data in (b"", b"x" * (MAXIMUM_KEY + 1), b"secret \xff"):
+        key.write_bytes(data)
+        with pytest.raises(InvalidParameter) as caught:
+            read_key(str(key))
+        assert "secret" not in str(caught.value)
+        # Nor in what it was raised from.
+        assert caught.value.__cause__ is None
+    with pytest.raises(NotFound):
+        read_key(str(tmp_path / "nothing"))
+    reader, writer = os.pipe()
+    os.write(writer, b"in two ")
+    os.write(writer, b"pieces")
+    os.close(writer)
+    monkeypatch.setattr("mountd.request.STANDARD_INPUT", reader)
+    assert read_key("-") == "in two pieces"
+    os.close(reader)
