@@ -305,7 +305,8 @@ def main() -> None:
     if os.geteuid() != 0:
         sys.exit("mountd: it makes mounts for others, and has to be started as root")
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
-    capabilities.put_aside()
+    if not options.only_pull:  # which makes no overlays, and gives what it pulls to who looks at it
+        capabilities.put_aside()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         os.umask(0o022)

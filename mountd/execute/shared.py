@@ -117,6 +117,8 @@ class SharedMounts:
         made = (clone or self._clone)(place)
         try:
             passing = f"{path}.{self._number}"
+            with suppress(FileNotFoundError):
+                os.unlink(passing)  # of a worker with this number that was killed before it had renamed it
             os.symlink(f"../{self._number}/{free[0]}", passing)
             self._touch(passing)
             os.rename(passing, path)

@@ -3,7 +3,7 @@
 An overlay works on what it is made of with the rights of whoever made it, after it has judged whoever asks
 it. So it takes CAP_DAC_READ_SEARCH to make one that reads layers, and a few more to make one that is written
 to. For everything else, mountd is better off without: modes hold for it, too. They are permitted, and in
-effect for no longer than it takes to make an overlay.
+effect for no longer than it takes to make an overlay, or a user namespace that maps root.
 """
 
 import ctypes
@@ -17,7 +17,8 @@ CAP_DAC_READ_SEARCH = 2
 BIT = 1 << CAP_DAC_READ_SEARCH
 # What the root of a container has over its files: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID and
 # CAP_SETFCAP. Not CAP_MKNOD: a device node of a layer must not come to lie where its nodev does not hold.
-WRITING = BIT | 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 31
+SETFCAP = 1 << 31
+WRITING = BIT | 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | SETFCAP
 OF_FILES = WRITING | 1 << 9 | 1 << 27  # all that are about files: CAP_LINUX_IMMUTABLE and CAP_MKNOD, too
 CAP_SYS_ADMIN = 21
 EFFECTIVE, PERMITTED = 0, 1  # where they are, of capabilities below 32
@@ -35,16 +36,33 @@ def put_aside() -> None:
 @contextmanager
 def reading_everything() -> Iterator[None]:
     """Have CAP_DAC_READ_SEARCH in effect meanwhile, if it is permitted. Raises SyscallError."""
+    with in_effect(BIT):
+        yield
+
+
+@contextmanager
+def mapping_root() -> Iterator[None]:
+    """Have CAP_SETFCAP in effect meanwhile, if it is permitted. Raises SyscallError.
+
+    Whoever opens the map of a user namespace needs it to map the host's root there (user_namespaces(7)).
+    """
+    with in_effect(SETFCAP):
+        yield
+
+
+@contextmanager
+def in_effect(bit: int) -> Iterator[None]:
+    """Have a capability in effect meanwhile, if it is permitted. Raises SyscallError."""
     data = read()
-    if data[EFFECTIVE] & BIT or not data[PERMITTED] & BIT:
+    if data[EFFECTIVE] & bit or not data[PERMITTED] & bit:
         yield
         return
-    data[EFFECTIVE] |= BIT
+    data[EFFECTIVE] |= bit
     write(data)
     try:
         yield
     finally:
-        data[EFFECTIVE] &= ~BIT
+        data[EFFECTIVE] &= ~bit
         write(data)
 
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
+from mountd.kernel import capabilities
 from mountd.kernel.child import close_all_but, end, end_with_parent, fork
 from mountd.kernel.flags import Clone, Ioctl, StatxMask
 from mountd.kernel.libc import call
@@ -169,7 +170,7 @@ def make_user_namespace(
 
     Raises SyscallError and OSError, EINVAL for maps that overlap or are too long (340 lines).
     """
-    with Child(lambda: unshare(Clone.NEWUSER), keep=[]) as child:
+    with Child(lambda: unshare(Clone.NEWUSER), keep=[]) as child, capabilities.mapping_root():
         for name, rows in (("uid_map", uid_map), ("gid_map", gid_map)):
             text = "".join(f"{inner} {outer} {count}\n" for inner, outer, count in rows)
             fd = os.open(f"/proc/{child.pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)

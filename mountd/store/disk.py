@@ -266,12 +266,15 @@ class State:
         return fd
 
     def _open_image(self, digest: str) -> OwnedFd:
+        """Raises NotFound, InvalidImage, SyscallError."""
         for attempt in range(LEASE_RETRIES):
             try:
                 return self.open(image_path(digest), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             except SyscallError as error:
                 if error.errno == errno.ENOENT:
                     raise missing(digest) from None
+                if error.errno == errno.EACCES:  # which root's own are not
+                    raise InvalidImage("the store is damaged: its file is not root's alone") from None
                 if error.errno != errno.EAGAIN or attempt == LEASE_RETRIES - 1:
                     raise
             time.sleep(LEASE_WAIT)
