@@ -194,7 +194,7 @@ def why(done: subprocess.CompletedProcess[str], daemon: Daemon) -> str:
 
 def declared(address: Path) -> dict[str, frozenset[str]]:
     """The types, methods and errors of the interface at an address, with the words of their fields."""
-    command = ["varlinkctl", "introspect", address, INTERFACE]
+    command: list[str | Path] = ["varlinkctl", "introspect", address, INTERFACE]
     text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
     plain = " ".join(re.sub(r"#.*", "", text).split())
     found = {}
@@ -325,8 +325,8 @@ def test_service_of_a_managed_namespace(
 
 
 def test_varlinkctl_sends_and_gets_descriptors(serving: Daemon, images: dict[str, Path]) -> None:
-    call = [ADDRESS, f"{INTERFACE}.MountImage", '{"imageFileDescriptor":0}']
-    command = ["varlinkctl", f"--push-fd={images['bare']}", "--exec", "call", *call]
+    call: list[str | Path] = [ADDRESS, f"{INTERFACE}.MountImage", '{"imageFileDescriptor":0}']
+    command: list[str | Path] = ["varlinkctl", f"--push-fd={images['bare']}", "--exec", "call", *call]
     done = run(*command, "--", "cat", "/proc/self/fd/3/etc/greeting")
     assert (done.returncode, done.stdout) == (0, GREETING), why(done, serving)
 
