@@ -87,7 +87,7 @@ def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         encrypted.opened(judged, context) as judged,
     ):
         id = made_and_attached(judged, site, records, context)
-    return {"id": id, "decision": decision_reply(decision)}, []
+    return {"id": id, "decision": decision_reply(judged.decision)}, []
 
 
 def attach_made(

@@ -3,7 +3,7 @@
 Its name is the mount's unique id, which the kernel gives to no other mount while the system runs; and the
 directory is gone when it does not. So a file that has outlived its mount says nothing about any other. It is
 written before the mount is attached, so that there is none without it, and the kernel has the last word on
-whether it still is: what is attached no more is forgotten by whoever comes across it.
+whether it still is: what is attached no more is forgotten by and by.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import json
 import os
 import random
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mountd.errors import SyscallError
 from mountd.execute.attachment import is_there
+from mountd.fds import OwnedFd
 
 MAXIMUM_FILE = 16 << 10  # bytes
 ABANDONED = 60.0  # seconds after which nobody is about to attach what was written down
@@ -52,16 +53,14 @@ class Attachments:
     def add(self, attachment: Attachment) -> None:
         """Write one down. Raises OSError."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
-        path = self._directory / str(attachment.id)
-        new = path.with_name(f"{attachment.id}.new")
         self._to_look_at += LOOKED_AT
-        try:
-            new.write_text(json.dumps(asdict(attachment)))
-            os.rename(new, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(new)
-            raise
+        with ExitStack() as stack:
+            directory = stack.enter_context(OwnedFd(os.open(self._directory, os.O_PATH | os.O_CLOEXEC)))
+            # It is given its name once it is whole: of who is killed before nothing is left.
+            file = stack.enter_context(open(self._directory, "w", opener=without_name))
+            file.write(json.dumps(asdict(attachment)))
+            file.flush()
+            os.link(f"/proc/self/fd/{file.fileno()}", str(attachment.id), dst_dir_fd=directory.fileno())
 
     def remove(self, id: int) -> None:
         """Forget one, if there is one. Raises OSError."""
@@ -75,23 +74,7 @@ class Attachments:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):
-            return None  # cut off by a full disk: it was never attached then
-
-    def of(self, uid: int | None = None) -> list[Attachment]:
-        """Return those of a user, or all; what is attached no more is forgotten. Raises OSError."""
-        names: list[str] = []
-        with suppress(FileNotFoundError):
-            names = os.listdir(self._directory)
-        found = []
-        for name in names:
-            attachment = self.find(int(name)) if name.isdecimal() else None
-            if attachment is None or uid not in (None, attachment.uid):
-                continue
-            if still_there(attachment):
-                found.append(attachment)
-            else:
-                self.remove(attachment.id)
-        return sorted(found, key=lambda each: each.id)
+            return None  # not written by mountd
 
     def tidy(self) -> None:
         """Forget some of what is attached no more; for when nobody waits. Raises OSError.
@@ -120,3 +103,8 @@ def still_there(attachment: Attachment) -> bool:
         return is_there(attachment.id, attachment.namespace)
     except SyscallError:
         return True
+
+
+def without_name(directory: Path | str, _: int) -> int:
+    """Open a new file in a directory that ends with its descriptor unless it is linked; for `open`."""
+    return os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)

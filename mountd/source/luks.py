@@ -220,8 +220,8 @@ def key_size_of(document: dict[str, Any]) -> int:
         unsupported("has a digest of another type, or of something else than the data")
     check_hash(string(digest, "hash"))
     check_rounds(integer(digest, "iterations"))
-    slots = member(document, "keyslots")
-    if sorted(map(str, digest.get("keyslots") or ())) != sorted(slots):
+    slots, opens = member(document, "keyslots"), digest.get("keyslots")
+    if not isinstance(opens, list) or sorted(map(str, opens)) != sorted(slots):
         unsupported("has a key that is not one to the data")
     sizes = {integer(member(slots, name), "key_size") for name in slots}
     if len(sizes) != 1:

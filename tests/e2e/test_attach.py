@@ -71,6 +71,21 @@ def test_there_and_back(alice: User, images: dict[str, Path], type: str) -> None
     assert alice.detach(id)[0] == "NotFound"
 
 
+def test_an_image_with_a_top_to_write_to(alice: User, images: dict[str, Path]) -> None:
+    """What is attached is the stack; what the user wrote into it goes with it."""
+    target = alice.directory("topped", 0o755)
+    with alice.attached(images["erofs"], target, top="tmpfs:1M", idmap="caller") as id:
+        assert id_at(target) == id
+        as_user(lambda: (target / "hello").write_text("mine"), ALICE)
+        assert (target / "hello").read_text() == "mine"
+        wanted = MountAttr.NOSUID | MountAttr.NODEV
+        assert statmount(id).attributes & (wanted | MountAttr.RDONLY) == wanted
+        assert alice.detach(id) == ("", "", id)
+    with alice.attached(images["erofs"], target):
+        assert (target / "hello").read_text() == "hello from the image\n"
+    assert records(alice.daemon) == []
+
+
 def test_a_tmpfs_that_can_be_written_to(alice: User) -> None:
     target = alice.directory("memory")
     wishes = {"read_only": False, "idmap": "caller"}

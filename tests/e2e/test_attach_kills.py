@@ -21,20 +21,18 @@ import pytest
 from mountd.fds import OwnedFd
 from mountd.kernel import namespaces, sockets
 from mountd.kernel.flags import Clone
-from mountd.kernel.libc import call as system_call
-from mountd.service.attachments import Attachments
+from mountd.service.attachments import Attachment, Attachments, still_there
 from tests.container import as_user
-from tests.daemon import ROOT, Daemon
-from tests.e2e.attaching import User, granting, id_at, user_of
+from tests.daemon import Daemon
+from tests.e2e.attaching import User, granting, id_at, records, user_of
 from tests.e2e.conftest import trusting
-from tests.e2e.test_stacks import CAPABILITIES
+from tests.rights import drop_others
 from tests.rogue import Raw, call, error, eventually, settled
 
 HAL = 4250
 LOOPS = int(os.environ.get("MOUNTD_TEST_KILLS", "10000")) // 200
 SAMPLES = 10
 BEYOND = 1.3  # times the length of a request
-CAPBSET_DROP, CAP_LAST = 24, 40
 Scene = tuple[Daemon, Path]
 
 
@@ -65,8 +63,19 @@ class Target:
 
     def consistent(self) -> bool:
         """Whether what is written down is what is attached."""
-        found = [each.id for each in self.attachments.of(self.user.uid)]
+        found = [each.id for each in self.written_down()]
         return found == ([] if id_at(self.path) == self.nothing else [id_at(self.path)])
+
+    def written_down(self) -> list[Attachment]:
+        """What is attached no more is forgotten here, as by the daemon after a minute."""
+        found = []
+        for name in records(self.user.daemon):
+            each = self.attachments.find(int(name))
+            if each is not None and still_there(each):
+                found.append(each)
+            elif each is not None:
+                self.attachments.remove(each.id)
+        return found
 
     def settle(self) -> bool:
         """Wait until it is consistent; detach what is there, and return whether there was something.
@@ -208,20 +217,10 @@ def test_a_worker_is_killed_at_any_moment(scene: Scene, images: dict[str, Path])
 
 def test_with_the_capabilities_of_the_unit(place: Path, images: dict[str, Path]) -> None:
     """None of which lets the daemon into a directory that is its user's alone."""
-    unit = (ROOT / "units/systemd/mountd.service").read_text()
-    line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
-    names = line.partition("=")[2].split()
-    kept = {CAPABILITIES[name] for name in names}
-
-    def drop() -> None:
-        for number in range(CAP_LAST + 1):
-            if number not in kept:
-                system_call("prctl", CAPBSET_DROP, number, 0, 0, 0)
-
     grounds = place / "bounded"
     grounds.mkdir(mode=0o755)
     policy = trusting(place / "trusted", attach=f'["{grounds}/$UID/**"]')
-    daemon = Daemon(place / "bounded-daemon", policy, preexec_fn=drop)
+    daemon = Daemon(place / "bounded-daemon", policy, preexec_fn=drop_others)
     try:
         user = user_of(daemon, grounds, HAL)
         status = Path(f"/proc/{daemon.workers[0]}/status").read_text()

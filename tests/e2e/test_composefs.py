@@ -21,11 +21,11 @@ from mountd.kernel.flags import Clone, MountAttr, Propagation
 from mountd.kernel.libc import call
 from mountd.store.store import Store
 from tests.container import RANGE, USER, as_user, forked, in_container, user_namespace
-from tests.daemon import ROOT, Daemon
+from tests.daemon import Daemon
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import TMPFS_RULE, trusting
 from tests.e2e.test_directories import peer
-from tests.e2e.test_stacks import CAP_LAST, CAPABILITIES, CAPBSET_DROP
+from tests.rights import drop_others
 from tests.rogue import eventually, settled
 
 OTHER = USER + 7
@@ -505,16 +505,7 @@ def test_a_top_takes_what_is_written(start: Callable[..., Daemon], trees: Trees,
 def test_with_the_capabilities_of_the_unit(
     start: Callable[..., Daemon], trees: Trees, own: Path, containers: None
 ) -> None:
-    unit = (ROOT / "units/systemd/mountd.service").read_text()
-    line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
-    kept = {CAPABILITIES[name] for name in line.partition("=")[2].split()}
-
-    def drop() -> None:
-        for number in range(CAP_LAST + 1):
-            if number not in kept:
-                call("prctl", CAPBSET_DROP, number, 0, 0, 0)
-
-    daemon = start(trusting(trees.place) + DESCRIPTIONS, preexec_fn=drop)
+    daemon = start(trusting(trees.place) + DESCRIPTIONS, preexec_fn=drop_others)
     with ask_as_user(daemon, trees.description, own) as reply:
         assert Path(f"/proc/self/fd/{reply.mount.fileno()}/big").read_bytes() == BIG
 

@@ -36,7 +36,8 @@ KILLS = int(os.environ.get("MOUNTD_TEST_KILLS", "10000"))
 SHARES = {"erofs": 0.7, "ext4": 0.3}  # one is mounted from the file, the other from a loop device
 BY_SIGKILL = 10  # one in so many
 IN_THE_MESSAGE = 5  # one in so many
-SAMPLES = 30
+SAMPLES = 10
+IN_A_ROW = 200  # points, after which it is measured anew how long a request takes
 WORKERS = KILLS // 20  # that are killed, of each kind of image
 BEYOND = 1.6  # times the length of a request
 
@@ -115,9 +116,10 @@ def leave_by_sigkill(daemon: Daemon, data: bytes, fds: list[int], seconds: float
 
 def attack(daemon: Daemon, fds: list[int], number: int) -> Counts:
     """Leave `number` times, at moments that are random and the same in each run."""
-    dice, counts = random.Random(18), Counts()
-    longest = length_of_a_request(daemon, fds) * BEYOND
+    dice, counts, longest = random.Random(18), Counts(), 0.0
     for point in range(number):
+        if point % IN_A_ROW == 0:
+            longest = length_of_a_request(daemon, fds) * BEYOND
         data, seconds = mount_call(), dice.uniform(0, longest)
         if point % IN_THE_MESSAGE == 0:
             data = data[: dice.randrange(len(data))]

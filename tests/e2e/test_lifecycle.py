@@ -22,7 +22,6 @@ from pathlib import Path
 import pytest
 
 from mountd.daemon import main
-from mountd.daemon.limits import REQUESTS_IN_A_ROW
 from mountd.fds import close_all
 from tests.container import forked
 from tests.daemon import ROOT, Daemon
@@ -41,7 +40,8 @@ from tests.rogue import (
 )
 
 RELOADED = "the policy was reloaded"
-ROUNDS = 20
+ROUNDS = 12
+A_FEW = 8  # calls in a second, on the slowest of machines
 NOT_RELOADED = "the policy was not reloaded, the old one holds"
 
 
@@ -90,17 +90,17 @@ def test_reload_holds_within_a_row_of_calls(
             daemon.signal(signal.SIGHUP)
             serving(notified)
             with calls_in_a_row(daemon, image) as answers:
-                time.sleep(0.6)
+                time.sleep(1)
                 until = time.monotonic()
                 daemon.set_policy("")
                 daemon.signal(signal.SIGHUP)
                 serving(notified)
                 since = time.monotonic()
-                time.sleep(0.6)
+                time.sleep(1)
             before = [said for sent, said in answers if sent < until]
             after = [said for sent, said in answers if sent > since]
-            assert before.count("") > REQUESTS_IN_A_ROW / 2
-            assert len(after) > REQUESTS_IN_A_ROW / 2
+            assert before.count("") > A_FEW
+            assert len(after) > A_FEW
             assert set(after) == {"DeniedByPolicy"}
     manager.unlink()
 

@@ -22,7 +22,6 @@ from mountd.client import Client, MountReply
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
 from mountd.kernel.flags import MountAttr
-from mountd.kernel.libc import call
 from mountd.service.requests import MAXIMUM_LAYERS
 from tests.container import USER, as_user, in_container
 from tests.daemon import ROOT, Daemon
@@ -34,29 +33,11 @@ from tests.e2e.test_sources import loops_over, wait_until_dropped
 from tests.e2e.test_trust_stored import STORED
 from tests.e2e.trust import Case, Makers, digest_of, key_sections, source, users_file
 from tests.images import build_image
+from tests.rights import drop_others, in_effect
 from tests.rogue import eventually, settled
 
 OVERLAY = "trusted.overlay"
 KILLS = 40
-CAPBSET_DROP, CAP_LAST = 24, 40  # linux/prctl.h
-CAPABILITIES = {
-    "CAP_CHOWN": 0,
-    "CAP_DAC_OVERRIDE": 1,
-    "CAP_DAC_READ_SEARCH": 2,
-    "CAP_FOWNER": 3,
-    "CAP_FSETID": 4,
-    "CAP_KILL": 5,
-    "CAP_SETGID": 6,
-    "CAP_SETUID": 7,
-    "CAP_SYS_CHROOT": 18,
-    "CAP_SYS_PTRACE": 19,
-    "CAP_SYS_ADMIN": 21,
-    "CAP_SETFCAP": 31,
-}
-# Those that are in effect only while an overlay is made.
-PUT_ASIDE = {
-    number for name, number in CAPABILITIES.items() if name[4:7] in ("CHO", "DAC", "FOW", "FSE", "SET")
-} - {CAPABILITIES["CAP_SETGID"], CAPABILITIES["CAP_SETUID"]}
 
 
 def directory(path: Path, files: dict[str, str]) -> Path:
@@ -359,16 +340,7 @@ def test_with_the_capabilities_of_the_unit(
     start: Callable[..., Daemon], layers: dict[str, Path], containers: None
 ) -> None:
     """Files of others can be read by them; the daemon has the capability for that in effect only then."""
-    unit = (ROOT / "units/systemd/mountd.service").read_text()
-    line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
-    kept = {CAPABILITIES[name] for name in line.partition("=")[2].split()}
-
-    def drop() -> None:
-        for number in range(CAP_LAST + 1):
-            if number not in kept:
-                call("prctl", CAPBSET_DROP, number, 0, 0, 0)
-
-    daemon = start(trusting(layers["erofs"].parent), preexec_fn=drop)
+    daemon = start(trusting(layers["erofs"].parent), preexec_fn=drop_others)
 
     def work() -> str:
         with mounted(daemon, all_layers(layers), own=True) as reply:
@@ -380,7 +352,7 @@ def test_with_the_capabilities_of_the_unit(
         for pid in daemon.workers:
             status = Path(f"/proc/{pid}/status").read_text()
             effective = int(status.partition("CapEff:")[2].split()[0], 16)
-            assert effective == sum(1 << each for each in kept - PUT_ASIDE)
+            assert effective == in_effect()
 
 
 def test_a_stack_counts_for_each_rule_that_allows_a_layer(

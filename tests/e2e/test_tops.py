@@ -19,19 +19,14 @@ from mountd.client import Client, MountReply, Request
 from mountd.kernel import mount_api
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
-from mountd.kernel.libc import call
 from mountd.request import open_directory
 from mountd.store.store import Store
 from tests.container import RANGE, USER, as_user, in_container
-from tests.daemon import ROOT, Daemon
+from tests.daemon import Daemon
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
 from tests.e2e.test_directories import rule
 from tests.e2e.test_stacks import (
-    CAP_LAST,
-    CAPABILITIES,
-    CAPBSET_DROP,
-    PUT_ASIDE,
     directory,
     names,
     read,
@@ -41,6 +36,7 @@ from tests.fuse import Fuse
 from tests.images import build_image
 from tests.layered import HIDDEN, pulled
 from tests.layered import rule as of_registry
+from tests.rights import drop_others, in_effect
 from tests.rogue import eventually, settled
 
 READER, ONE_TIME = 21_600, 21_601  # the uids of users with rules of their own
@@ -694,16 +690,7 @@ def test_with_the_capabilities_of_the_unit(
     start: Callable[..., Daemon], images: list[Path], containers: None
 ) -> None:
     """They are enough for all that the root of a container does to its files, and not in effect after."""
-    unit = (ROOT / "units/systemd/mountd.service").read_text()
-    line = next(each for each in unit.splitlines() if each.startswith("CapabilityBoundingSet="))
-    kept = {CAPABILITIES[name] for name in line.partition("=")[2].split()}
-
-    def drop() -> None:
-        for number in range(CAP_LAST + 1):
-            if number not in kept:
-                call("prctl", CAPBSET_DROP, number, 0, 0, 0)
-
-    daemon = start(trusting(images[0].parent) + MEMORY_RULE, preexec_fn=drop)
+    daemon = start(trusting(images[0].parent) + MEMORY_RULE, preexec_fn=drop_others)
 
     def work() -> tuple[object, ...]:
         with at_mnt(mounted(daemon, images, MIB)) as top:
@@ -720,7 +707,7 @@ def test_with_the_capabilities_of_the_unit(
     for pid in daemon.workers:
         status = Path(f"/proc/{pid}/status").read_text()
         effective = int(status.partition("CapEff:")[2].split()[0], 16)
-        assert effective == sum(1 << each for each in kept - PUT_ASIDE)
+        assert effective == in_effect()
         assert status.partition("Uid:")[2].split()[:4] == ["0"] * 4
 
 

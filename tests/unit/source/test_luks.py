@@ -210,7 +210,7 @@ UNSUPPORTED = {
     "digests": [{}],
     "digests.0.type": ["none"],
     "digests.0.segments": [["1"], []],
-    "digests.0.keyslots": [[], ["0", "1"], [0, 1]],
+    "digests.0.keyslots": [..., [], ["0", "1"], [0, 1], True, 0, "0", {"0": 0}],
     "digests.0.hash": ["crc32"],
     "digests.0.iterations": [0, (1 << 32) - 1],
     "config.requirements": [{"mandatory": ["online-reencrypt-v2"]}],
