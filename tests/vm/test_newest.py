@@ -1,7 +1,7 @@
 """The clients of the newest systemd, tried in a virtual machine that it has booted.
 
-Not a part of test_vm.py for the time it takes: nsresourced has the kernel verify its security module for each of
-its workers, half a minute where the processor is emulated.
+Not a part of test_vm.py for the time it takes: nsresourced has the kernel verify its security module for
+each of its workers, half a minute where the processor is emulated.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ WORKER = "systemd-nsresourcework"
 AT_ONCE = 2
 # Within five minutes a worker makes room for another, which is as slow at first.
 WORKS_SECONDS = 250.0
-# A worker has the kernel verify its security module first: five programs, which take four to eight seconds each
-# where the processor is emulated.
+# A worker has the kernel verify its security module first: five programs, which take four to eight seconds
+# each where the processor is emulated.
 READY_SECONDS = 600.0
 SECONDS = 150.0
 NAMESPACE_FAILED = 226  # what the manager of a user says of a service whose root it could not make
