@@ -221,7 +221,8 @@ class Daemon:
                 if signal.SIGHUP in self._signals:
                     self._signals.discard(signal.SIGHUP)
                     listener.reload()
-                if self._signals or listener.idle_long_enough:
+                # One more of them may have come since, which is for the next turn.
+                if self._signals - {signal.SIGHUP} or listener.idle_long_enough:
                     listener.drain()
         finally:
             signal.set_wakeup_fd(previous)
