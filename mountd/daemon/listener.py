@@ -156,15 +156,17 @@ class Listener:
 
         Raises ForkServerGone.
         """
-        for fd, _ in self._epoll.poll(max(0.0, self._next_time(until) - time.monotonic())):
+        events = self._epoll.poll(max(0.0, self._next_time(until) - time.monotonic()))
+        # Looked up before anything is closed: a number may be that of a new connection a moment later.
+        for fd, waiting in [(fd, self._idle.get(fd)) for fd, _ in events]:
             if fd in self._listening:
                 self._accept(*self._listening[fd])
             elif fd == self._control.fileno():
                 self._hear()
             elif fd in self._channels:
                 self._hear_worker(self._channels[fd])
-            elif fd in self._idle:
-                self._has_spoken(self._idle[fd])
+            elif waiting is not None and self._idle.get(fd) is waiting:
+                self._has_spoken(waiting)
             elif self._woken is not None and fd == self._woken.fileno():
                 self._woken.recv(4096)
         for connection, error in self._pool.enforce(draining=self._draining_until is not None):
