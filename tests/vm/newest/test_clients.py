@@ -1,7 +1,7 @@
 """The programs of the newest systemd as an ordinary user, with mountd in place of mountfsd.
 
-systemd has booted the machine, and runs nsresourced and the user's manager. README.md has the table of what
-is found out here; where a program does not work with mountd, the test says how it ends.
+systemd has booted the machine, and runs nsresourced and the user's manager. What is found out here is listed
+in mountd-protocol(7); where a program does not work with mountd, the test says how it ends.
 """
 
 from __future__ import annotations
