@@ -5,7 +5,11 @@ and there are only as many places as the owner may have mounts: who finds none g
 the same time, and without a lock. What is in the files is never believed without asking the kernel: a record
 holds for as long as the watch on its superblock is there (`kernel.watch`), and where superblocks are shared,
 for as long as the mark on the mount is (`kernel.mark`); one record stays when only copies do. What is gone
-is cleared away by whoever comes across it.
+is cleared away by whoever comes across it. That does take a lock: a place that was freed may be another's a
+moment later, and who is about to free it must not free that.
+
+In each directory it is written down up to which place there may be some that are taken. Where an owner may
+have fewer mounts than before, those beyond count as well.
 
 The watches and the marks belong to descriptors that a service manager keeps when mountd ends. Where one was
 lost, the records that it was for have none any more (`recover`), and `ledger.live` looks for their mounts.
@@ -14,8 +18,10 @@ lost, the records that it was for have none any more (`recover`), and `ledger.li
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import stat
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from mountd.ledger.record import Record
 
 TRIES = 4
+BOUND = "bound"  # a link in each directory, to the number of places that were in use at the most
 ROOT = "root"
 CLAIMED = "claimed"
 MAXIMUM_OF_ROOT = 65536
@@ -42,21 +49,28 @@ RULE_LIMIT = "mounts of one user at a time by the rule"
 HINT = "detach one, or have an administrator look at “mountctl list --all”"
 
 
+# A path, with the inode and the contents that it had when it was looked at.
+Place = tuple[str, int, bytes]
+
+
 class Reservation:
     """A place for one mount, to be either filled or given back."""
 
-    __slots__ = ("_fd", "_paths")
+    __slots__ = ("_data", "_fd", "_inode", "_ledger", "_paths")
 
-    def __init__(self, fd: int, paths: list[str]) -> None:
-        """Take `fd` over, the open file of the place, which has these paths."""
+    def __init__(self, ledger: str, fd: int, paths: list[str]) -> None:
+        """Take `fd` over, the open file of the place, which has these paths in the directory `ledger`."""
+        self._ledger = ledger
         self._fd = fd
+        self._inode = os.fstat(fd).st_ino
+        self._data = b""
         self._paths = paths
 
     def fill(self, record: Record) -> None:
         """Write the record down; from now on the mount is known. Raises SyscallError, such as ENOSPC."""
-        data = record.encode()
+        self._data = record.encode()
         try:
-            if os.write(self._fd, data) != len(data):
+            if os.write(self._fd, self._data) != len(self._data):
                 raise SyscallError(28, "write(a record)")
         except OSError as error:
             raise SyscallError(error.errno or 0, "write(a record)") from None
@@ -74,12 +88,11 @@ class Reservation:
 
     def give_back(self) -> None:
         """Free the place; also what was filled, if its mount is not handed out after all."""
+        free(self._ledger, [(path, self._inode, self._data) for path in self._paths])
+        # Only now: until then no other file can have its inode.
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        for path in self._paths:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
 
 
 class Book:
@@ -127,9 +140,9 @@ class Book:
                     mark = hashlib.sha256((each or "").encode("utf-8", "surrogateescape")).hexdigest()[:32]
                     names.append(self._link(path, f"{self._directory}/{name}.{mark}", most))
         except BaseException:
-            Reservation(fd, names).give_back()
+            Reservation(self._directory, fd, names).give_back()
             raise
-        return Reservation(fd, names)
+        return Reservation(self._directory, fd, names)
 
     def claim(self, place: Reservation, name: str) -> None:
         """Have what is called `name` belong to the mount of this place alone, whoever's it is.
@@ -160,21 +173,18 @@ class Book:
     def records(self) -> list[Record]:
         """Return what is there by the kernel's word. Raises SyscallError."""
         with named("reading the ledger"):
+            written = self._written()
+            # Afterwards: what was written down meanwhile has its watch by now.
             left = watch.watched(self.watches_fd)
-            found: dict[str, Record] = {}
-            for path in self._paths():
-                record = self._read(path)
-                if record is None:
-                    continue
-                if record.watch and left.get(record.watch) != record.device:
-                    self._unlink(path)
-                    continue
-                found[path] = record
-            over = ended(found.values(), self.sure(found.values()))
-            for path in [path for path, record in found.items() if record.id in over]:
-                self._unlink(path)
-                del found[path]
-            return sorted(found.values(), key=lambda record: (record.since, record.id))
+            there = {
+                place: record
+                for place, record in written.items()
+                if not record.watch or left.get(record.watch) == record.device
+            }
+            over = ended(there.values(), self.sure(there.values()))
+            there = {place: record for place, record in there.items() if record.id not in over}
+            self._free(written.keys() - there.keys())
+            return sorted(there.values(), key=lambda record: (record.since, record.id))
 
     def sure(self, records: Collection[Record]) -> set[int]:
         """Return the ids of those mounts of all `records` whose mark is there. Raises SyscallError."""
@@ -196,10 +206,7 @@ class Book:
     def forget(self, ids: set[int]) -> None:
         """Remove the records of mounts that are gone. Raises SyscallError."""
         with named("clearing the ledger"):
-            for path in self._paths():
-                record = self._read(path)
-                if record is not None and record.id in ids:
-                    self._unlink(path)
+            self._free({place for place, record in self._written().items() if record.id in ids})
 
     def recover(self, *, watches: bool, marks: bool) -> None:
         """Take the watches or the marks off all records: they are of a descriptor that was lost.
@@ -207,16 +214,14 @@ class Book:
         For the start of a daemon that has a new one. Raises SyscallError.
         """
         with named("reading the ledger"):
-            for path in self._paths():
-                record = self._read(path)
-                if record is not None:
-                    # In place: a file of the ledger has two names.
-                    with open(path, "r+b") as file:
-                        left = replace(
-                            record, watch=0 if watches else record.watch, mark=0 if marks else record.mark
-                        )
-                        file.write(left.encode())
-                        file.truncate()
+            for (path, *_), record in self._written().items():
+                # In place: a file of the ledger has two names.
+                with open(path, "r+b") as file:
+                    left = replace(
+                        record, watch=0 if watches else record.watch, mark=0 if marks else record.mark
+                    )
+                    file.write(left.encode())
+                    file.truncate()
 
     def collect(self) -> None:
         """Clear away what is gone, if that is due; for when nobody waits. Raises SyscallError."""
@@ -228,19 +233,13 @@ class Book:
         self._due = max(COLLECT_EVERY, len(self.records()))
         with named("clearing the ledger"):
             # The other names first: what has one afterwards had a place before.
-            others = self._inodes(rules=True)
-            places = set(self._inodes().values()) if others else set()
-            for path, inode in others.items():
-                if inode not in places:
-                    self._unlink(path)  # of a place that was freed
+            others = self._places(rules=True)
+            places = {inode for _, inode, _ in self._places()} if others else set()
+            self._free({place for place in others if place[1] not in places})
 
-    def _inodes(self, *, rules: bool = False) -> dict[str, int]:
-        """Return the inode of each place that is taken, or of each other name."""
-        found = {}
-        for path in self._paths(rules=rules):
-            with contextlib.suppress(FileNotFoundError):
-                found[path] = os.stat(path).st_ino
-        return found
+    def _places(self, *, rules: bool = False) -> set[Place]:
+        """Return each place that is taken, or each other name of one."""
+        return {place for place in map(look_at, self._paths(rules=rules)) if place is not None}
 
     def _place(self, directory: str, maximum: int, limit: str) -> tuple[int, str]:
         """Return a new file in one of `maximum` places of a directory, and its path."""
@@ -270,33 +269,40 @@ class Book:
     ) -> tuple[int, str]:
         """Have `take` take one of `maximum` places; return what it returns, and the path of the place."""
         with named("writing the ledger"):
-            for _ in range(TRIES):
+            known = bound_of(directory) == maximum or self._look_beyond(directory, maximum)
+            for _ in range(TRIES if known else 0):
                 self._next += 1
                 path = f"{directory}/{self._next % maximum}"
-                try:
-                    found = take(path)
-                except FileNotFoundError:
-                    os.makedirs(directory, mode=0o700, exist_ok=True)
-                    found = take(path)
+                found = take(path)
                 if found is not None:
                     return found, path
             for clear in (None, self._collect, self._look_closer):
                 if clear is not None:
                     clear()
-                for number in set(range(maximum)) - self._taken(directory):
+                taken = numbers_in(directory)
+                for number in set(range(usable(taken, maximum))) - taken:
                     path = f"{directory}/{number}"
                     found = take(path)
                     if found is not None:
                         return found, path
         raise LimitExceeded(limit, maximum, hint=HINT)
 
+    @staticmethod
+    def _look_beyond(directory: str, maximum: int) -> bool:
+        """Write down that no place beyond `maximum` is taken; return whether that is so."""
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        if any(number >= maximum for number in numbers_in(directory)):
+            return False
+        passing = f"{directory}/{BOUND}.{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(passing)  # of a process with this number that was killed
+        os.symlink(str(maximum), passing)
+        os.rename(passing, f"{directory}/{BOUND}")
+        return True
+
     def _look_closer(self) -> None:
         with contextlib.suppress(NotSupported):
             live.settled(self, self.records())
-
-    @staticmethod
-    def _taken(directory: str) -> set[int]:
-        return {int(name) for name in os.listdir(directory) if name.isdecimal()}
 
     def _paths(self, *, rules: bool = False) -> Iterator[str]:
         """Return the places that are taken, of all owners; or their other names."""
@@ -304,24 +310,88 @@ class Book:
             owners = [each.path for each in directories if ("." in each.name) is rules]
         for owner in owners:
             for name in os.listdir(owner):
-                yield f"{owner}/{name}"
+                if name.isdecimal():
+                    yield f"{owner}/{name}"
 
-    def _read(self, path: str) -> Record | None:
-        """Return what is written at a place; nobody's place, and what is no record, is freed."""
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return None  # gone meanwhile, or nothing of ours
-        with open(fd, "rb") as file:
-            record = decode(file.read(MAXIMUM_SIZE))
-            if record is None and time.time() - os.fstat(fd).st_mtime > ABANDONED:
-                self._unlink(path)
-        return record
+    def _written(self) -> dict[Place, Record]:
+        """Return what is written at the places; nobody's place, and what is no record, is freed."""
+        found: dict[Place, Record] = {}
+        nobodys: set[Place] = set()
+        for place in self._places():
+            record = decode(place[2])
+            if record is not None:
+                found[place] = record
+            elif is_abandoned(place[0]):
+                nobodys.add(place)
+        self._free(nobodys)
+        return found
 
-    @staticmethod
-    def _unlink(path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+    def _free(self, places: Collection[Place]) -> None:
+        if places:
+            free(self._directory, places)
+
+
+def free(ledger: str, places: Collection[Place]) -> None:
+    """Remove these places of the ledger in that directory, unless they are others' by now.
+
+    Raises OSError.
+    """
+    fd = os.open(ledger, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Nobody else frees any meanwhile, so that none of them becomes another's.
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        for place in places:
+            if look_at(place[0]) == place:
+                os.unlink(place[0])
+    finally:
+        os.close(fd)
+
+
+def look_at(path: str) -> Place | None:
+    """Return what is at a path of the ledger, None for nothing, or nothing of ours."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(fd)
+        return (path, status.st_ino, os.read(fd, MAXIMUM_SIZE)) if stat.S_ISREG(status.st_mode) else None
+    finally:
+        os.close(fd)
+
+
+def is_abandoned(path: str) -> bool:
+    """Tell whether nobody has written to a place for so long that nobody will."""
+    try:
+        return time.time() - os.lstat(path).st_mtime > ABANDONED
+    except FileNotFoundError:
+        return False
+
+
+def bound_of(directory: str) -> int | None:
+    """Return up to which place some may be taken in a directory, None where that is not known."""
+    try:
+        return int(os.readlink(f"{directory}/{BOUND}"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def numbers_in(directory: str) -> set[int]:
+    """Return the places of a directory that are taken."""
+    return {int(name) for name in os.listdir(directory) if name.isdecimal()}
+
+
+def usable(taken: set[int], maximum: int) -> int:
+    """Return how many places there are to be had, so that not more than `maximum` are ever taken.
+
+    Of those beyond, none is taken anew, so that each of them leaves one less to all who look, whenever they
+    do.
+    """
+    number, count = maximum, sum(each >= maximum for each in taken)
+    while number + count > maximum and number > 0:
+        number -= 1
+        count += number in taken
+    return number
 
 
 def ended(records: Collection[Record], sure: set[int]) -> set[int]:

@@ -69,16 +69,21 @@ def decode(data: bytes) -> Record | None:
     """
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not found.keys() >= NEEDED:
         return None
     found = {name: found[name] for name in NAMES if name in found}
     for name, value in found.items():
         kind = KINDS[name]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        if not isinstance(value, kind) or (kind is int and not is_number(value)):
             return None
     device = found["device"]
-    if len(device) != 2 or not all(type(each) is int for each in device):
+    if len(device) != 2 or not all(is_number(each) for each in device):
         return None
     return Record(**{**found, "device": (device[0], device[1])})
+
+
+def is_number(value: object) -> bool:
+    """Tell whether `value` is a number that can be an id, or a time, or said in a reply."""
+    return type(value) is int and 0 <= value < 1 << 63

@@ -1,0 +1,200 @@
+"""The places of the ledger: how many are ever taken, and that nobody frees another's."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mountd.errors import LimitExceeded
+from mountd.fds import OwnedFd
+from mountd.kernel import watch
+from mountd.kernel.flags import MountAttr
+from mountd.kernel.fs_context import FsContext
+from mountd.ledger import book as module
+from mountd.ledger.book import Book, Reservation, usable
+from mountd.ledger.record import Record
+
+OWNER = (4270, 0)
+RECORD = Record(1, 0, (0, 0), 4270, 4270, 1, "/image", "tmpfs", True, "none", 1)
+
+
+@pytest.fixture
+def watches() -> Iterator[OwnedFd]:
+    with watch.create() as fd:
+        yield fd
+
+
+def book(home: Path, watches: OwnedFd, maximum: int = 8) -> Book:
+    return Book(str(home), watches.fileno(), None, maximum, frozenset())
+
+
+def mount() -> OwnedFd:
+    with FsContext.open("tmpfs") as context:
+        context.create()
+        return context.mount(MountAttr(0))
+
+
+def fill(book: Book, place: Reservation, mount: OwnedFd, id: int) -> Record:
+    device = os.fstat(mount.fileno()).st_dev
+    made = replace(
+        RECORD, id=id, watch=book.watch(mount), device=(os.major(device), os.minor(device)), sent=False
+    )
+    place.fill(made)
+    return made
+
+
+def hold(book: Book, count: int, rule: tuple[str, int] | None = None) -> list[OwnedFd]:
+    mounts = []
+    for number in range(count):
+        mounts.append(mount())
+        place = book.reserve(OWNER, *(rule or (None, None)))
+        fill(book, place, mounts[-1], number + os.getpid() * 100)
+    return mounts
+
+
+def close(mounts: list[OwnedFd]) -> None:
+    for each in mounts:
+        each.close()
+
+
+@pytest.mark.parametrize("of_a_rule", [False, True])
+def test_a_lower_limit_counts_what_is_there(home: Path, watches: OwnedFd, of_a_rule: bool) -> None:
+    """Wherever those lie that were there before: places are taken in no order."""
+
+    def limited(maximum: int) -> tuple[Book, tuple[str, int] | None]:
+        if of_a_rule:
+            return book(home, watches, 64), ("a rule", maximum)
+        return book(home, watches, maximum), None
+
+    ledger, rule = limited(32)
+    mounts = hold(ledger, 6, rule)
+    try:
+        for maximum in (2, 5, 6):
+            ledger, rule = limited(maximum)
+            with pytest.raises(LimitExceeded, match=f"at most {maximum}"):
+                ledger.reserve(OWNER, *(rule or (None, None)))
+        ledger, rule = limited(8)
+        mounts += hold(ledger, 2, rule)
+        with pytest.raises(LimitExceeded):
+            ledger.reserve(OWNER, *(rule or (None, None)))
+        close(mounts[:7])
+        ledger, rule = limited(2)
+        mounts += hold(ledger, 1, rule)
+        with pytest.raises(LimitExceeded):
+            ledger.reserve(OWNER, *(rule or (None, None)))
+    finally:
+        close(mounts)
+    assert ledger.records() == []
+
+
+def test_how_many_places_are_usable() -> None:
+    for taken, maximum, places in (
+        (set(), 4, 4),
+        ({0, 3}, 4, 4),
+        ({9}, 4, 3),
+        ({3, 9}, 4, 2),
+        ({1, 9}, 2, 0),
+        ({7, 8, 9}, 2, 0),
+        ({0, 7, 8, 9}, 4, 1),
+        ({5}, 1, 0),
+    ):
+        assert usable(taken, maximum) == places
+        # Whatever is taken of these, there are never more than allowed.
+        assert len(taken | set(range(places))) <= max(maximum, len(taken))
+
+
+def test_what_is_written_while_others_look_is_not_taken_for_gone(
+    home: Path, watches: OwnedFd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watches are looked at after the files: whatever is in one by then has its watch."""
+    ledger = book(home, watches)
+    made: list[OwnedFd] = []
+    watched = watch.watched
+
+    def watched_and_more(fd: int) -> dict[int, tuple[int, int]]:
+        found = watched(fd)
+        if not made:
+            made.append(mount())
+            fill(ledger, ledger.reserve(OWNER, None, None), made[0], 5)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.watch, "watched", watched_and_more)
+        ledger.records()
+    assert [record.id for record in ledger.records()] == [5]
+    close(made)
+    assert ledger.records() == []
+
+
+def test_nobody_frees_a_place_that_is_anothers_by_now(
+    home: Path, watches: OwnedFd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two find that a mount is gone, and a third takes its place between the one and the other."""
+    one, other = book(home, watches, 1), book(home, watches, 1)
+    close(hold(one, 1))
+    late: list[OwnedFd] = []
+    free = module.free
+
+    def free_late(ledger: str, places: set[module.Place]) -> None:
+        if not late:
+            late.append(mount())
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "free", free)
+                other.records()
+                fill(other, other.reserve(OWNER, None, None), late[0], 7)
+        free(ledger, places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "free", free_late)
+        one.records()
+    assert [record.id for record in one.records()] == [7]
+    close(late)
+
+
+def test_giving_back_a_place_that_is_anothers_by_now(home: Path, watches: OwnedFd) -> None:
+    ledger = book(home, watches, 1)
+    first, second = mount(), mount()
+    place = ledger.reserve(OWNER, None, None)
+    fill(ledger, place, first, 6)
+    first.close()
+    assert ledger.records() == []
+    fill(ledger, ledger.reserve(OWNER, None, None), second, 7)
+    place.give_back()
+    assert [record.id for record in ledger.records()] == [7]
+    second.close()
+
+
+def test_many_at_the_same_time_get_no_more_than_there_may_be(home: Path, watches: OwnedFd) -> None:
+    """While others look who is gone, as the workers of a daemon do."""
+    before = book(home, watches, 40)
+    before._next = 19  # so that all of them lie beyond
+    mounts = hold(before, 4)
+    got: list[Reservation] = []
+    refused: list[Exception] = []
+
+    def ask() -> None:
+        ledger = book(home, watches, 10)
+        for _ in range(4):
+            try:
+                got.append(ledger.reserve(OWNER, None, None))
+            except LimitExceeded as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        assert len(got) == 6
+        assert len(refused) == 26
+    finally:
+        for each in got:
+            each.give_back()
+        close(mounts)
+    assert before.records() == []
