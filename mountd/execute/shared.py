@@ -99,7 +99,8 @@ class SharedMounts:
         try:
             found = (clone or self._clone)(path)
         except SyscallError as error:
-            if error.errno_name == "ENOENT":
+            # EINVAL: detached between being found and being cloned.
+            if error.errno_name in ("ENOENT", "EINVAL"):
                 return None
             raise
         try:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from mountd.errors import SyscallError
 from mountd.execute import shared
 from mountd.execute.shared import PLACES, SharedMounts
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
-from mountd.kernel.flags import Clone, MountAttr, Propagation
+from mountd.kernel.flags import Clone, MountAttr, OpenTree, Propagation
 from mountd.kernel.fs_context import FsContext
 from tests.container import forked
 
@@ -179,6 +180,26 @@ def test_the_next_worker_is_not_hindered_by_what_is_left(scratch: Path) -> None:
         assert kept.mounts() == 2
         next.expire(0)
         assert (kept.names(), kept.places(0), kept.mounts()) == ([], [], 0)
+
+    in_a_namespace(scratch, work)
+
+
+def test_what_is_taken_away_while_it_is_cloned(scratch: Path) -> None:
+    """The kernel has found the mount by then, and does not clone what is not attached any more."""
+
+    def work(kept: Kept) -> None:
+        one = kept.worker(0)
+        assert keep(one, FIRST, "first")
+
+        def late(place: str) -> OwnedFd:
+            with mount_api.open_tree(-100, place, OpenTree(0)) as found:
+                one.expire(0)
+                return mount_api.open_tree(found.fileno(), "", OpenTree.CLONE | OpenTree.EMPTY_PATH)
+
+        with pytest.raises(SyscallError, match="EINVAL"):
+            late(str(kept.directory / "0" / FIRST))
+        assert keep(one, FIRST, "first")
+        assert kept.worker(1).find(FIRST, late) is None
 
     in_a_namespace(scratch, work)
 
