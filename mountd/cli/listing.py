@@ -25,6 +25,7 @@ REVOKE_EXAMPLES = (
     "",
     "exit status: 1 if something still holds a mount",
 )
+NO_LIST = "the reply is not what List returns"
 STEPS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -51,16 +52,32 @@ def call(method: str, parameters: Mapping[str, object]) -> dict[str, Any]:
     return reply
 
 
+def all_mounts(everybody: bool) -> list[Any]:
+    """Return the live mounts, of all replies that it takes. Raises what `Client` and `Client.call` raise."""
+    found: list[Any] = []
+    after = None
+    with Client() as client:
+        while True:
+            reply, fds = client.call("List", {"all": everybody or None, "after": after}, [])
+            close_all(fds)
+            page, after = reply.get("mounts"), reply.get("next")
+            if not isinstance(page, list) or not (after is None or (page and isinstance(after, int))):
+                raise ProtocolError(NO_LIST)
+            found += page
+            if after is None:
+                return found
+
+
 def list_mounts(options: argparse.Namespace) -> int:
     """Print the live mounts."""
-    reply = call("List", {"all": options.all or None})
+    mounts = all_mounts(options.all)
     if options.json:
-        show_json(reply)
+        show_json({"mounts": mounts})
         return 0
     try:
-        rows = [row(mount, time.time()) for mount in reply["mounts"]]
+        rows = [row(mount, time.time()) for mount in mounts]
     except (KeyError, TypeError, AttributeError):
-        raise ProtocolError("the reply is not what List returns") from None
+        raise ProtocolError(NO_LIST) from None
     if rows:
         say(table(rows, HEAD, width=terminal_width(), colour=wants_colour()))
     return 0
@@ -69,6 +86,8 @@ def list_mounts(options: argparse.Namespace) -> int:
 def row(mount: Mapping[str, Any], now: float) -> list[str]:
     """Return the cells of one mount."""
     places = ", ".join(sorted({place["mountPoint"] for place in mount["attached"]}))
+    if mount.get("unlisted"):
+        places += f" and {mount['unlisted']} more"
     return [
         str(mount["id"]),
         str(mount["uid"]),

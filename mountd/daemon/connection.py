@@ -64,4 +64,4 @@ def answer(connection: socket.socket, error: MountdError, entrance: Entrance) ->
     if entrance is Entrance.MOUNT_FILE_SYSTEM:
         error = in_their_words(error)
     with contextlib.suppress(OSError):
-        connection.send(encode(error_body(error)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        connection.send(encode(error_body(error), is_reply=True), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

@@ -241,7 +241,7 @@ class Worker:
             self._tally.begin("")
             self._tally.count(error.wire_name.rpartition(".")[2], 0.0)
         said = in_their_words(error) if self._entrance is Entrance.MOUNT_FILE_SYSTEM else error
-        self._send(connection, encode(error_body(said)), [])
+        self._send(connection, encode(error_body(said), is_reply=True), [])
         uid = sockets.peer_credentials(connection).uid
         if not self._throttle.may_write(uid):
             return

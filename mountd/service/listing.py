@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import DeniedByPolicy, NotSupported
@@ -10,6 +11,8 @@ from mountd.service.descriptors import Descriptors
 from mountd.service.phase import Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from mountd.caller.model import Caller
     from mountd.fds import OwnedFd
     from mountd.ledger.find import Attachment
@@ -18,9 +21,14 @@ if TYPE_CHECKING:
     from mountd.service.context import RequestContext
     from mountd.wire.dispatch import Handler, Reply
 
+# Bytes of JSON in one reply of List; and for the places of one mount, which its owner makes as he likes,
+# as many as he likes and with names of any length.
+PAGE = 256 << 10
+PLACES = 32 << 10
+
 
 def list_mounts(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
-    """Return the caller's mounts; with `all`, and for the host's root only, everybody's."""
+    """Return as many of the caller's mounts as fit; with `all`, for the host's root only, everybody's."""
     context.enter(Phase.VERIFY)
     everybody = bool(parameters.get("all"))
     Descriptors(fds).check_all_named()
@@ -30,7 +38,18 @@ def list_mounts(parameters: dict[str, Any], fds: list[OwnedFd], context: Request
             "only the host's root sees the mounts of others", hint="leave “all” out to see your own"
         )
     found = [each for each in living(context) if everybody or belongs_to(each.record, caller)]
-    return {"mounts": [described(each) for each in found]}, []
+    found.sort(key=lambda each: each.record.id)
+    mounts: list[dict[str, object]] = []
+    length = 0
+    for each in found:
+        if each.record.id <= (parameters.get("after") or 0):
+            continue
+        mount = described(each)
+        length += len(json.dumps(mount))
+        if mounts and length > PAGE:
+            return {"mounts": mounts, "next": mounts[-1]["id"]}, []
+        mounts.append(mount)
+    return {"mounts": mounts}, []
 
 
 def living(context: RequestContext) -> list[Live]:
@@ -56,6 +75,7 @@ def belongs_to(record: Record, caller: Caller) -> bool:
 def described(each: Live) -> dict[str, object]:
     """Return a LiveMount."""
     record = each.record
+    attached, unlisted = places(each.attached)
     fields = {
         "id": record.id,
         "uid": record.uid,
@@ -69,9 +89,24 @@ def described(each: Live) -> dict[str, object]:
         "digest": record.digest,
         "idMap": record.id_map,
         "since": record.since,
-        "attached": [attachment(place) for place in each.attached],
+        "attached": attached,
+        "unlisted": unlisted or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def places(attached: Iterable[Attachment]) -> tuple[list[dict[str, object]], int]:
+    """Return as many Attachments as fit, and how many more there are."""
+    found: list[dict[str, object]] = []
+    length = unlisted = 0
+    for each in attached:
+        place = attachment(each)
+        length += len(json.dumps(place))
+        if found and length > PLACES:
+            unlisted += 1
+        else:
+            found.append(place)
+    return found, unlisted
 
 
 def attachment(place: Attachment) -> dict[str, object]:

@@ -48,7 +48,6 @@ from mountd.wire.framing import (
     Message,
     encode,
     error_body,
-    is_text,
     parse_call,
     shown,
 )
@@ -188,10 +187,10 @@ class Dispatcher:
         close_all(exchange.reply_fds)
         try:
             failure = self._translate(failure)
-            return encode(error_body(failure, self._error_interface(message, failure)))
+            return encode(error_body(failure, self._error_interface(message, failure)), is_reply=True)
         except (MountdError, TypeError, ValueError) as error:
             # The error itself cannot be said: it is too long, or its parameters are no JSON.
-            return encode(error_body(self._translate(self._bug(error))))
+            return encode(error_body(self._translate(self._bug(error))), is_reply=True)
 
     def _run(self, message: Message, exchange: _Exchange, send: Callable[[bytes], None] | None) -> bytes:
         """Check the call, let the package route it, and return the last reply."""
@@ -221,7 +220,7 @@ class Dispatcher:
         """
         for reply in self._service._handle(body, raw, None, exchange):
             # The first is the only one: no adapter is a generator.
-            return encode(reply.as_dict() if isinstance(reply, VarlinkError) else reply)
+            return encode(reply.as_dict() if isinstance(reply, VarlinkError) else reply, is_reply=True)
         return b""
 
     def _error_interface(self, message: Message, failure: MountdError) -> str:
@@ -283,7 +282,7 @@ def _run_stream(
     def tell(parameters: dict[str, object]) -> None:
         check(parameters)
         if send is not None:
-            send(encode({"parameters": parameters, "continues": True}))
+            send(encode({"parameters": parameters, "continues": True}, is_reply=True))
 
     with closing(stream):
         try:
@@ -435,8 +434,8 @@ def _check_float(value: object, path: str) -> None:
 
 
 def _check_str(value: object, path: str) -> None:
-    if not is_text(_expect(str, "a string", value, path)):
-        raise InvalidParameter(path, "half of a surrogate pair")
+    # A call with what is no Unicode text is no message, and a reply with it is written otherwise (framing).
+    _expect(str, "a string", value, path)
 
 
 # In this order: a bool is an int to isinstance.

@@ -256,10 +256,12 @@ def decode(raw: bytes) -> dict[str, object]:
     return body
 
 
-def encode(body: Mapping[str, object]) -> bytes:
+def encode(body: Mapping[str, object], *, is_reply: bool = False) -> bytes:
     """Encode one message, with its NUL.
 
-    Raises LimitExceeded if it is too long, ProtocolError if it holds what is no Unicode text or no number.
+    What is no Unicode text in a reply, such as the name of a directory that somebody has made, is written as
+    “\\xff”: nobody may keep others from being told of it. Raises LimitExceeded if it is too long,
+    ProtocolError if it holds what is no Unicode text or no number.
     """
     try:
         # One for each message: it remembers what it is in the middle of.
@@ -267,7 +269,7 @@ def encode(body: Mapping[str, object]) -> bytes:
             {}, _not_json, _json.encode_basestring, None, ":", ",", False, False, False
         )
         text = "".join(encoder(body, 0))
-        raw = text.encode("utf-8")
+        raw = (_escaped(text) if is_reply and not is_text(text) else text).encode("utf-8")
     except ValueError as error:
         raise ProtocolError(f"cannot be said in JSON: {error}") from None
     if len(raw) > MAX_MESSAGE:
@@ -306,6 +308,16 @@ def _check_text(body: dict[str, object]) -> None:
                 raise ProtocolError("a NUL in a string")
             if not is_text(value):
                 raise ProtocolError("half of a surrogate pair in a string")
+
+
+def _escaped(text: str) -> str:
+    """Return JSON with the bytes that are no UTF-8 in its strings, as os.fsdecode() has them, as “\\xff”."""
+    return "".join(_escape(each) if "\ud800" <= each <= "\udfff" else each for each in text)
+
+
+def _escape(half: str) -> str:
+    number = ord(half)
+    return f"\\\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\\\u{number:04x}"
 
 
 def is_text(value: str) -> bool:
