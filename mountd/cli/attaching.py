@@ -46,12 +46,19 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
         else:
             request.add_target(OwnedFd(os.dup(target.fileno())))
             reply = regretting(client, lambda: with_consent(client.attach, request))
+            tell_left_out("mountctl", left_out_of(reply))
             by = "mountd"
     if options.json:
         show_json({"target": options.target, "attachedBy": by, **reply})
     else:
         say(printable(f"{options.source}: attached at {options.target}{judged(reply)}"))
     return 0
+
+
+def left_out_of(reply: Mapping[str, object]) -> list[str]:
+    """Return which mounts of the image Attach has left out: their places."""
+    places = reply.get("leftOut")
+    return [str(each) for each in places] if isinstance(places, list) else []
 
 
 def regretting(client: Client, call: Callable[[], Reply]) -> Reply:

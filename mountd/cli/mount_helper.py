@@ -18,7 +18,7 @@ import os
 
 from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
-from mountd.cli.attaching import can_attach, regretting
+from mountd.cli.attaching import can_attach, left_out_of, regretting
 from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import show_json, tell_left_out
@@ -302,6 +302,7 @@ def have_attached(client: Client, request: Request, target: OwnedFd, wishes: Wis
         check_digest(wishes.digest, explained if isinstance(explained, dict) else {}, request)
     request.add_target(OwnedFd(os.dup(target.fileno())))
     reply = regretting(client, lambda: ask(client.attach, request, wishes.sloppy))
+    tell_left_out(PROGRAM, left_out_of(reply))
     return {"attachedBy": "mountd", **reply}
 
 

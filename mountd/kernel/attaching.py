@@ -12,7 +12,7 @@ from mountd.kernel.flags import Resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mountd.fds import OwnedFd
 
@@ -34,11 +34,15 @@ def attach_tree(directory_fd: int, parts: "Sequence[tuple[int, str]]") -> "list[
         raise
 
 
-def attach_parts(root_fd: int, parts: "Sequence[tuple[int, str]]") -> "list[str]":
+def attach_parts(
+    root_fd: int,
+    parts: "Sequence[tuple[int, str]]",
+    attach: "Callable[[int, int], None]" = moving.attach,
+) -> "list[str]":
     """Attach mounts, each with its place below the directory `root_fd`; all are borrowed.
 
-    Returns the places that the image has no directory for, where that is no mistake. If one cannot be
-    attached, none stays attached. Raises NotFound, SyscallError.
+    `attach` takes a mount and the directory for it. Returns the places that the image has no directory for,
+    where that is no mistake. If one cannot be attached, none stays attached. Raises NotFound, SyscallError.
     """
     done: list[int] = []
     missing: list[str] = []
@@ -49,7 +53,7 @@ def attach_parts(root_fd: int, parts: "Sequence[tuple[int, str]]") -> "list[str]
                 missing.append(place)
                 continue
             with target:
-                moving.attach(mount_fd, target.fileno())
+                attach(mount_fd, target.fileno())
             done.append(mount_fd)
     except BaseException:
         for mount_fd in reversed(done):
