@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Reply = TypeVar("Reply")
 
+    from mountd.asking import MountReply
     from mountd.request import Request
 
 CAP_SYS_ADMIN = 21  # linux/capability.h
@@ -41,7 +42,7 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
             with with_consent(client.mount, request) as made:
                 left_out = attach_reply(made, target.fileno(), options.target)
             tell_left_out("mountctl", left_out)
-            reply = {"id": made.mounts[0].get("id"), "mounts": made.mounts, "decision": made.decision}
+            reply = attached(made, left_out)
             by = "this process"
         else:
             request.add_target(OwnedFd(os.dup(target.fileno())))
@@ -53,6 +54,12 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
     else:
         say(printable(f"{options.source}: attached at {options.target}{judged(reply)}"))
     return 0
+
+
+def attached(made: MountReply, left_out: list[str]) -> dict[str, object]:
+    """Return, as Attach does, what this process has attached."""
+    reply = {"id": made.mounts[0].get("id"), "mounts": made.mounts, "decision": made.decision}
+    return reply | ({"leftOut": left_out} if left_out else {})
 
 
 def left_out_of(reply: Mapping[str, object]) -> list[str]:

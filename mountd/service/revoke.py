@@ -49,7 +49,8 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     detached: list[Attachment] = []
     ids = {each.record.id for each in chosen}
     for _ in range(ROUNDS):
-        done = [place for each in chosen for place in each.attached if detach(place, each.record)]
+        # What is below another mount is the younger, and goes before it.
+        done = [place for each in reversed(chosen) for place in each.attached if detach(place, each.record)]
         detached += done
         chosen = [each for each in living(context) if each.record.id in ids]
         if not done or not any(each.attached for each in chosen):
@@ -81,7 +82,7 @@ def detach(place: Attachment, record: Record) -> bool:
                 with suppress(SyscallError, MountdError):
                     outcome = attaching.detach(place.id, space.fd.fileno(), (uid, uid, ()), lazy=True)
                     if outcome is Outcome.DONE:
-                        mount_table.note_detached(space.fd.fileno(), place.mount_point)
+                        mount_table.note_detached(space.fd.fileno())
                         return True
     return False
 

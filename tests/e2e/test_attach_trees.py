@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,44 +14,47 @@ import pytest
 
 from mountd.client import Client, Request
 from mountd.fds import OwnedFd
-from mountd.kernel import mount_api, namespaces
+from mountd.kernel import mount_api, moving, namespaces
 from mountd.kernel.flags import Clone, MountAttr, Propagation
 from mountd.kernel.mount_info import listmount, statmount
+from mountd.kernel.numbers import NUMBERS
 from tests.container import as_user, forked
 from tests.daemon import Daemon
-from tests.disks import MIB, Part, build_disk
-from tests.e2e.attaching import DIRECTORY, User, detached, granting, id_at, records, user_of
+from tests.disks import Part, build_disk
+from tests.e2e.attaching import DIRECTORY, User, asked, detached, granting, id_at, records, user_of
 from tests.e2e.calls import errno_of, mount
 from tests.e2e.conftest import trusting
-from tests.e2e.test_disk_images import tree
 from tests.e2e.test_sources import loops_over
+from tests.e2e.trees import PLACES, TYPES, build_contents, build_tree_disk, ids_at, seen
 from tests.images import build_image
 from tests.rogue import eventually
+from tests.seccomp import lose
 
-TINA, TOBY, TEDDY = 4260, 4261, 4262
+TINA, TOBY = 4260, 4261
+QUEUED = """
+import os, socket, sys
+one, other = socket.socketpair()
+fd = os.open(sys.argv[1], os.O_RDONLY)
+socket.send_fds(one, [b"x"], [fd])
+os.close(fd)
+print(flush=True)
+sys.stdin.read()
+"""
 Scene = tuple[Daemon, Path]
+WHOLE = {name: name for name in PLACES}
 WANTED = MountAttr.NOSUID | MountAttr.NODEV | MountAttr.RDONLY
-PLACES = {"root": "", "usr": "usr", "home": "home", "srv": "srv", "var": "var", "tmp": "var/tmp"}
-ORDER = ("tmp", "var", "home", "usr", "root", "srv")
 
 
 @pytest.fixture(scope="module")
 def contents(place: Path, images: dict[str, Path]) -> dict[str, Path]:
     """File systems for partitions, each with a file that names it."""
-    work = place / "parts-of-trees"
-    work.mkdir()
-    directories = ("usr", "home", "srv", "var/tmp")
-    made = {"root": build_image("erofs", tree(work / "root", "root", *directories), work / "root.raw")}
-    for name, type in (("usr", "squashfs"), ("home", "ext4"), ("srv", "erofs"), ("tmp", "ext4")):
-        made[name] = build_image(type, tree(work / name, name), work / f"{name}.raw")
-    made["var"] = build_image("ext4", tree(work / "var", "var", "tmp"), work / "var.raw")
-    return made
+    return build_contents(place / "parts-of-trees")
 
 
 @pytest.fixture(scope="module")
 def disk(place: Path, contents: dict[str, Path]) -> Path:
     """An image with a partition of each kind, in an order that is not the one of attaching."""
-    return build_disk(place / "trusted/tree.raw", [Part(name, contents[name]) for name in ORDER])
+    return build_tree_disk(place / "trusted/tree.raw", contents)
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +104,6 @@ def ask(user: User, image: Path, target: Path, **wishes: object) -> dict[str, ob
     return as_user(work, user.uid)
 
 
-def seen(target: Path) -> dict[str, str]:
-    """What the file at each place says that it is."""
-    return {name: (target / place / "name").read_text() for name, place in PLACES.items()}
-
-
-def ids_at(target: Path) -> dict[str, int]:
-    return {name: id_at(target / place) for name, place in PLACES.items()}
-
-
 def list_of(user: User) -> dict[int, list[str]]:
     """Where each mount of the user's is attached, by id."""
 
@@ -122,7 +117,7 @@ def list_of(user: User) -> dict[int, list[str]]:
 def test_all_of_it_there_and_back(tina: User, disk: Path) -> None:
     target = tina.directory("all")
     reply = ask(tina, disk, target)
-    assert seen(target) == {name: name for name in PLACES}
+    assert seen(target) == WHOLE
     ids = ids_at(target)
     assert len(set(ids.values())) == len(PLACES)
     assert reply["id"] == ids["root"]
@@ -130,7 +125,7 @@ def test_all_of_it_there_and_back(tina: User, disk: Path) -> None:
         {
             "designator": name,
             **({"mountPoint": place} if place else {}),
-            "fileSystemType": {"usr": "squashfs", "root": "erofs", "srv": "erofs"}.get(name, "ext4"),
+            "fileSystemType": TYPES[name],
             "readOnly": True,
             "id": ids[name],
         }
@@ -192,7 +187,7 @@ def test_what_is_in_use_stays_wholly(tina: User, disk: Path) -> None:
                 for _ in range(3):
                     name, text, _ = tina.detach(id)
                     assert (name, text) == ("InUse", "the mount is in use"), place
-                    assert seen(target) == {name: name for name in PLACES}
+                    assert seen(target) == WHOLE
         # The working directory of somebody, and a mount of somebody else's.
         with subprocess.Popen(["sleep", "60"], cwd=target / "var") as sleeping:
             assert tina.detach(id)[0] == "InUse"
@@ -203,7 +198,7 @@ def test_what_is_in_use_stays_wholly(tina: User, disk: Path) -> None:
             assert tina.detach(id)[0] == "InUse"
         finally:
             mount_api.umount(str(target / "var/tmp"))
-        assert seen(target) == {name: name for name in PLACES}
+        assert seen(target) == WHOLE
         with OwnedFd(os.open(target / "var/name", os.O_RDONLY)) as held:
             assert tina.detach(id, lazy=True) == ("", "", id)
             assert os.listdir(target) == []
@@ -211,41 +206,35 @@ def test_what_is_in_use_stays_wholly(tina: User, disk: Path) -> None:
     assert eventually(lambda: not loops_over(disk), 5)
 
 
+@contextlib.contextmanager
+def on_its_way(path: Path) -> Iterator[None]:
+    """Somebody has `path` open where no process shows it: in the queue of a socket."""
+    with subprocess.Popen(
+        [sys.executable, "-c", QUEUED, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        yield
+        process.kill()
+
+
 def test_what_no_process_shows_keeps_the_mount_that_has_it(tina: User, disk: Path) -> None:
-    """The kernel has the last word; what is left can be detached later."""
+    """The kernel has the last word: before anything is done about a mount with none below it, else then."""
     target = tina.directory("unseen")
     with tina.attached(disk, target) as id:
-        left, right = os.pipe(), os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                hold_by_a_socket(target / "name", right[1], left[0])
-            finally:
-                os._exit(0)
-        os.read(right[0], 1)
-        name, text, _ = tina.detach(id)
-        assert (name, "below it is detached" in text) == ("InUse", True)
-        assert id_at(target) == id
-        assert [each for each in PLACES.values() if (target / each / "name").exists()] == [""]
-        assert records(tina.daemon) == [str(id)]
-        assert list(list_of(tina)) == [id]
-        os.write(left[1], b"x")
-        os.waitpid(pid, 0)
-        for fd in (*left, *right):
-            os.close(fd)
+        for place in ("usr", "var/tmp"):
+            with on_its_way(target / place / "name"):
+                for _ in range(2):
+                    assert tina.detach(id)[:2] == ("InUse", "the mount is in use")
+                    assert seen(target) == WHOLE
+        with on_its_way(target / "name"):
+            name, text, _ = tina.detach(id)
+            assert (name, "what was mounted below it is detached" in text) == ("InUse", True)
+            assert id_at(target) == id
+            assert seen(target) == {"root": "root"}
+            assert records(tina.daemon) == [str(id)]
+            assert list(list_of(tina)) == [id]
         assert eventually(lambda: tina.detach(id) == ("", "", id), 5)
-
-
-def hold_by_a_socket(path: Path, ready: int, end: int) -> None:
-    """Have `path` open on its way to oneself, where nobody looks."""
-    import socket
-
-    one, _other = socket.socketpair()
-    fd = os.open(path, os.O_RDONLY)
-    socket.send_fds(one, [b"x"], [fd])
-    os.close(fd)
-    os.write(ready, b"x")
-    os.read(end, 1)
 
 
 def test_one_that_is_not_the_first(tina: User, scene: Scene, disk: Path) -> None:
@@ -447,7 +436,7 @@ def test_copies_elsewhere_go_with_it(tina: User, disk: Path) -> None:
         said: list[object] = []
         with follower() as ours, follower("--map-root-user") as theirs:
             for lazy in (False, True):
-                name, _, id = as_user(lambda: tina_attaches(tina, disk, target), TINA)
+                name, _, id = as_user(lambda: attach(tina, disk, target), TINA)
                 said += [name, ours(target) == places, theirs(target) == places]
                 ids = ids_at(target)
                 said.append(
@@ -461,8 +450,42 @@ def test_copies_elsewhere_go_with_it(tina: User, disk: Path) -> None:
     assert in_a_place_of_its_own(work) == [*once, *once]
 
 
-def tina_attaches(user: User, image: Path, target: Path) -> tuple[str, str, int]:
-    from tests.e2e.attaching import asked
-
+def attach(user: User, image: Path, target: Path) -> tuple[str, str, int]:
+    """Attach, by whoever this is."""
     with OwnedFd(os.open(target, DIRECTORY)) as fd:
         return asked(user.daemon.socket, image, fd.fileno())
+
+
+def test_it_is_revoked_as_a_whole(tina: User, disk: Path) -> None:
+    """By its user all of it is, and each mount is told of; by the id of the first, nothing stays either."""
+    target = tina.directory("revoked")
+    for by in ("uid", "id"):
+        with tina.attached(disk, target) as id, Client(str(tina.daemon.socket)) as client:
+            ids = set(ids_at(target).values())
+            said = client.call("io.mountd.Admin.Revoke", {by: TINA if by == "uid" else id}, [])[0]
+            assert said["held"] == []
+            found = {each["id"] for each in said["detached"]}  # type: ignore[attr-defined]
+            assert found == (ids if by == "uid" else {id})
+            assert os.listdir(target) == []
+            assert list_of(tina) == {}
+            tina.detach(id)
+            for name in records(tina.daemon):
+                assert tina.detach(int(name))[0] == "NotFound"
+
+
+def test_a_kernel_that_puts_no_trees_together(place: Path, disk: Path, start: Callable[..., Daemon]) -> None:
+    """Before Linux 6.15, nothing is attached to what is attached nowhere; the error says what to do."""
+    grounds = place / "trees-old"
+    grounds.mkdir(mode=0o755)
+
+    def refuse() -> None:
+        lose(NUMBERS["move_mount"], errno.EINVAL, (4, moving.ATTACH))
+
+    daemon = start(trusting(place / "trusted", attach=f'["{grounds}/$UID/**"]'), preexec_fn=refuse)
+    user = user_of(daemon, grounds, TINA)
+    target = user.directory("old")
+    name, text, _ = user.attach(disk, target)
+    assert (name, "several partitions for a caller (Linux 6.15)" in text) == ("NotSupported", True)
+    assert os.listdir(target) == records(daemon) == []
+    assert list_of(user) == {}
+    assert eventually(lambda: not loops_over(disk), 5)
