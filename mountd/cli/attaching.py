@@ -8,7 +8,7 @@ import os
 from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
 from mountd.cli.report import printable, say, show_json, tell_left_out
-from mountd.errors import NotFound, SyscallError
+from mountd.errors import NotFound, SyscallError, Unreachable
 from mountd.fds import OwnedFd
 
 TYPE_CHECKING = False
@@ -94,12 +94,24 @@ def umount(options: argparse.Namespace) -> int:
     """Detach a mount, or have mountd detach it."""
     id = mount_at(options.target)
     by = "this process"
-    if not (can_attach() and detach_here(options.target, lazy=options.lazy)):
+    busy = None
+    try:
+        done = can_attach() and detach_here(options.target, lazy=options.lazy)
+    except SyscallError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        # A tree of mounts is, and mountd takes down those that it has attached.
+        done, busy = False, error
+    if not done:
         by = "mountd"
         try:
             with Client() as client:
                 client.detach(id, lazy=options.lazy)
-        except NotFound as error:
+        except (NotFound, Unreachable) as error:
+            if busy is not None:
+                raise busy from None
+            if isinstance(error, Unreachable):
+                raise
             # Nobody knows a mount by its id.
             raise NotFound(
                 f"a mount at {options.target} that is attached for you", hint=error.hint

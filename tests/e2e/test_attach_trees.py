@@ -31,6 +31,7 @@ from tests.rogue import eventually
 from tests.seccomp import lose
 
 TINA, TOBY = 4260, 4261
+MOST = 300  # mounts of a namespace: more than are in any that mountd itself has
 QUEUED = """
 import os, socket, sys
 one, other = socket.socketpair()
@@ -455,6 +456,30 @@ def attach(user: User, image: Path, target: Path) -> tuple[str, str, int]:
     """Attach, by whoever this is."""
     with OwnedFd(os.open(target, DIRECTORY)) as fd:
         return asked(user.daemon.socket, image, fd.fileno())
+
+
+def test_as_many_as_the_kernel_lets_a_namespace_have(tina: User, disk: Path) -> None:
+    """Where there is room for some of it, none of it is attached."""
+    target = tina.directory("full")
+    maximum = Path("/proc/sys/fs/mount-max")
+    before = maximum.read_text()
+
+    def work() -> list[object]:
+        while len(listmount()) < MOST:
+            with mount_api.clone_mount("/tmp") as one:
+                mount_api.move_mount(one.fileno(), "/tmp")
+        said: list[object] = []
+        for room in (len(PLACES) - 1, len(PLACES)):
+            maximum.write_text(str(len(listmount()) + 1 + room))  # the first one of all is not listed
+            name, text, id = as_user(lambda: attach(tina, disk, target), TINA)
+            said += [name, "ENOSPC" in text, len(seen(target)), len(records(tina.daemon))]
+        return [*said, as_user(lambda: detached(tina.daemon.socket, id), TINA)[0]]
+
+    try:
+        found = in_a_place_of_its_own(work)
+    finally:
+        maximum.write_text(before)
+    assert found == ["MountFailed", True, 0, 0, "", False, len(PLACES), len(PLACES), ""]
 
 
 def test_it_is_revoked_as_a_whole(tina: User, disk: Path) -> None:

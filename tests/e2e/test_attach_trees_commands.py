@@ -129,6 +129,18 @@ def test_mountctl(scene: Scene, disk: Path) -> None:
         assert scene.bob(program, "umount", target).returncode == 1
         assert told(scene.alice(program, "umount", target)) == (0, f"{target}: detached\n", "")
         assert os.listdir(target) == []
+        # The host's root may detach by itself, but for the others below it; mountd knows them.
+        assert scene.alice(program, "mount", disk, target).returncode == 0
+        with open(target / "usr/name", encoding="utf-8"):
+            check_line(
+                scene.root(program, "umount", target), "^mountctl: the mount is in use .hint: close what"
+            )
+        assert json.loads(scene.root(program, "umount", "--json", target).stdout)["detachedBy"] == "mountd"
+        assert os.listdir(target) == []
+        # Of what mountd has not attached, the kernel's word is what is said.
+        assert scene.root(program, "mount", disk, target).returncode == 0
+        check_line(scene.root(program, "umount", target), "^mountctl: umount2.*: EBUSY")
+        assert scene.root(program, "umount", "--lazy", target).returncode == 0
 
     scene.play(work)
 
