@@ -27,6 +27,7 @@ from tests.e2e.conftest import trusting
 from tests.e2e.test_sources import loops_over
 from tests.e2e.trees import PLACES, TYPES, build_contents, build_tree_disk, ids_at, seen
 from tests.images import build_image
+from tests.rights import drop_others
 from tests.rogue import eventually
 from tests.seccomp import lose
 
@@ -334,20 +335,31 @@ def test_two_of_them_in_one_place_are_refused(tina: User, rooted: Callable[..., 
     assert os.listdir(target) == []
 
 
-def test_directories_that_nobody_may_enter(tina: User, rooted: Callable[..., Path]) -> None:
-    """Modes of an image do not keep what is mounted in it, neither from being attached nor from going."""
+def test_directories_that_nobody_may_enter(
+    place: Path, rooted: Callable[..., Path], start: Callable[..., Daemon]
+) -> None:
+    """Modes of an image keep what is mounted in it neither from being attached nor from going.
+
+    Also where the daemon has no more capabilities than by its unit.
+    """
 
     def fill(root: Path) -> None:
         links(home="deep/home")(root)
         (root / "deep/home").mkdir(parents=True)
         (root / "deep").chmod(0)
+        os.chown(root / "deep", 1, 1)
 
     image = rooted("closed", fill)
-    target = tina.directory("closed")
-    with tina.attached(image, target) as id:
+    grounds = place / "trees-bounded"
+    grounds.mkdir(mode=0o755)
+    policy = trusting(place / "trusted", attach=f'["{grounds}/$UID/**"]')
+    user = user_of(start(policy, preexec_fn=drop_others), grounds, TINA)
+    target = user.directory("closed")
+    with user.attached(image, target) as id:
         assert (target / "home/name").read_text() == "home"  # root may
         assert as_user(lambda: errno_of(lambda: os.stat(target / "home/name")), TINA) == "EACCES"
-        assert tina.detach(id) == ("", "", id)
+        assert user.detach(id) == ("", "", id)
+    assert records(user.daemon) == []
 
 
 def test_what_is_for_firmware_may_be_left_out(tina: User, contents: dict[str, Path], place: Path) -> None:
