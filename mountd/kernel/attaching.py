@@ -46,9 +46,10 @@ def attach_parts(
     """
     done: list[int] = []
     missing: list[str] = []
+    wanted = [place for _, place in parts]
     try:
         for mount_fd, place in parts:
-            target = find_place(root_fd, place)
+            target = find_place(root_fd, place, wanted)
             if target is None:
                 missing.append(place)
                 continue
@@ -62,9 +63,14 @@ def attach_parts(
     return missing
 
 
-def find_place(root_fd: int, place: str) -> "OwnedFd | None":
-    """Return the directory at `place`, None if it may be missing. Raises NotFound, SyscallError."""
+def find_place(root_fd: int, place: str, wanted: "Sequence[str]" = ()) -> "OwnedFd | None":
+    """Return the directory at `place`, None if it may be missing. Raises NotFound, SyscallError.
+
+    What makes do with another place has none that is among the `wanted`: a partition of its own goes there.
+    """
     for path in OPTIONAL.get(place, (place,)):
+        if path != place and path in wanted:
+            continue
         try:
             return paths.openat2(
                 root_fd, path, os.O_PATH | os.O_DIRECTORY, resolve=Resolve.IN_ROOT | Resolve.NO_MAGICLINKS

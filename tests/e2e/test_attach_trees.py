@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from mountd.asking import attach_reply
 from mountd.client import Client, Request
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, moving, namespaces
-from mountd.kernel.flags import Clone, MountAttr, Propagation
+from mountd.kernel.flags import Clone, MountAttr, Propagation, Unmount
 from mountd.kernel.mount_info import listmount, statmount
 from mountd.kernel.numbers import NUMBERS
 from tests.container import as_user, forked
@@ -378,6 +379,32 @@ def test_what_is_for_firmware_may_be_left_out(tina: User, contents: dict[str, Pa
         assert eventually(lambda: len(list_of(tina)) == 2, 10)
     finally:
         assert tina.detach(int(str(reply["id"])))[0] == ""
+
+
+def test_two_for_firmware_and_one_directory(
+    tina: User, contents: dict[str, Path], rooted: Callable[..., Path]
+) -> None:
+    """The ESP makes do with /boot, but not where a partition is for that: by mountd, and by root itself."""
+
+    def fill(root: Path) -> None:
+        links()(root)
+        (root / "boot").mkdir()
+
+    both = [Part("esp", contents["srv"]), Part("xbootldr", contents["usr"])]
+    for name, parts, left_out, boot in (("both", both, ["efi"], "usr"), ("esp", both[:1], [], "srv")):
+        image = rooted(f"boot-{name}", fill, *parts)
+        target = tina.directory(f"boot-{name}")
+        reply = ask(tina, image, target)
+        try:
+            assert (reply.get("leftOut", []), (target / "boot/name").read_text()) == (left_out, boot)
+        finally:
+            assert tina.detach(int(str(reply["id"])))[0] == ""
+        with mount(tina.daemon.socket, image) as made, OwnedFd(os.open(target, DIRECTORY)) as fd:
+            try:
+                assert attach_reply(made, fd.fileno(), str(target)) == left_out
+                assert (target / "boot/name").read_text() == boot
+            finally:
+                mount_api.umount(str(target), Unmount.DETACH)
 
 
 def test_without_a_root(tina: User, contents: dict[str, Path], place: Path) -> None:
