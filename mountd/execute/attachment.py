@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,13 @@ def attach(
         visitor.drop(mount_fd)
         return wrong.encode(errors="surrogateescape")
 
-    said = visit(namespace_fd, [mount_fd, target_fd, *below], ids, work)
+    try:
+        said = visit(namespace_fd, [mount_fd, target_fd, *below], ids, work)
+    except BaseException:
+        # Who has done it may have been ended in between.
+        with suppress(SyscallError):
+            drop(mount_fd, namespace_fd, ids)
+        raise
     return said.decode(errors="surrogateescape") or None
 
 
