@@ -359,6 +359,12 @@ def test_directories_that_nobody_may_enter(
     with user.attached(image, target) as id:
         assert (target / "home/name").read_text() == "home"  # root may
         assert as_user(lambda: errno_of(lambda: os.stat(target / "home/name")), TINA) == "EACCES"
+        home = id_at(target / "home")
+        with Client(str(user.daemon.socket)) as client:
+            said = client.call("io.mountd.Admin.Revoke", {"id": home}, [])[0]
+        assert [each["id"] for each in said["detached"]] == [home]  # type: ignore[attr-defined]
+        assert id_at(target / "home") == id
+    with user.attached(image, target) as id:
         assert user.detach(id) == ("", "", id)
     assert records(user.daemon) == []
 
