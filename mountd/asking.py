@@ -195,7 +195,7 @@ class Client:
     ) -> dict[str, object]:
         """Call Attach, with the parameters of `mount` and targetFileDescriptor (`Request.add_target`).
 
-        Returns `id` and `decision`. Raises the same.
+        Returns `id` and `decision`, of several mounts `mounts` and `leftOut` as well. Raises the same.
         """
         reply, received = self.call("Attach", {"source": source, **fields}, fds)
         close_all(received)

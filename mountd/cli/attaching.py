@@ -8,7 +8,7 @@ import os
 from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
 from mountd.cli.report import printable, say, show_json, tell_left_out
-from mountd.errors import NotFound, SyscallError
+from mountd.errors import NotFound, SyscallError, Unreachable
 from mountd.fds import OwnedFd
 
 TYPE_CHECKING = False
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Reply = TypeVar("Reply")
 
+    from mountd.asking import MountReply
     from mountd.request import Request
 
 CAP_SYS_ADMIN = 21  # linux/capability.h
@@ -41,17 +42,30 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
             with with_consent(client.mount, request) as made:
                 left_out = attach_reply(made, target.fileno(), options.target)
             tell_left_out("mountctl", left_out)
-            reply = {"id": made.mounts[0].get("id"), "mounts": made.mounts, "decision": made.decision}
+            reply = attached(made, left_out)
             by = "this process"
         else:
             request.add_target(OwnedFd(os.dup(target.fileno())))
             reply = regretting(client, lambda: with_consent(client.attach, request))
+            tell_left_out("mountctl", left_out_of(reply))
             by = "mountd"
     if options.json:
         show_json({"target": options.target, "attachedBy": by, **reply})
     else:
         say(printable(f"{options.source}: attached at {options.target}{judged(reply)}"))
     return 0
+
+
+def attached(made: MountReply, left_out: list[str]) -> dict[str, object]:
+    """Return, as Attach does, what this process has attached."""
+    reply = {"id": made.mounts[0].get("id"), "mounts": made.mounts, "decision": made.decision}
+    return reply | ({"leftOut": left_out} if left_out else {})
+
+
+def left_out_of(reply: Mapping[str, object]) -> list[str]:
+    """Return which mounts of the image Attach has left out: their places."""
+    places = reply.get("leftOut")
+    return [str(each) for each in places] if isinstance(places, list) else []
 
 
 def regretting(client: Client, call: Callable[[], Reply]) -> Reply:
@@ -80,12 +94,24 @@ def umount(options: argparse.Namespace) -> int:
     """Detach a mount, or have mountd detach it."""
     id = mount_at(options.target)
     by = "this process"
-    if not (can_attach() and detach_here(options.target, lazy=options.lazy)):
+    busy = None
+    try:
+        done = can_attach() and detach_here(options.target, lazy=options.lazy)
+    except SyscallError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        # A tree of mounts is, and mountd takes down those that it has attached.
+        done, busy = False, error
+    if not done:
         by = "mountd"
         try:
             with Client() as client:
                 client.detach(id, lazy=options.lazy)
-        except NotFound as error:
+        except (NotFound, Unreachable) as error:
+            if busy is not None:
+                raise busy from None
+            if isinstance(error, Unreachable):
+                raise
             # Nobody knows a mount by its id.
             raise NotFound(
                 f"a mount at {options.target} that is attached for you", hint=error.hint

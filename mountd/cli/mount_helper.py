@@ -18,7 +18,7 @@ import os
 
 from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
-from mountd.cli.attaching import can_attach, regretting
+from mountd.cli.attaching import attached, can_attach, left_out_of, regretting
 from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import show_json, tell_left_out
@@ -280,8 +280,7 @@ def attach_ourselves(
                 raise
         else:
             tell_left_out(PROGRAM, left_out)
-            made = {"id": reply.mounts[0].get("id"), "mounts": reply.mounts, "decision": reply.decision}
-            return {"attachedBy": "this process", **made}
+            return {"attachedBy": "this process", **attached(reply, left_out)}
     return have_attached(client, request, target, wishes)
 
 
@@ -302,6 +301,7 @@ def have_attached(client: Client, request: Request, target: OwnedFd, wishes: Wis
         check_digest(wishes.digest, explained if isinstance(explained, dict) else {}, request)
     request.add_target(OwnedFd(os.dup(target.fileno())))
     reply = regretting(client, lambda: ask(client.attach, request, wishes.sloppy))
+    tell_left_out(PROGRAM, left_out_of(reply))
     return {"attachedBy": "mountd", **reply}
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from mountd.kernel.paths import statx
 from mountd.kernel.visitor import visit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from mountd.kernel.visitor import Visitor
 
@@ -45,13 +46,22 @@ class Outcome(StrEnum):
     ABSENT = "absent"  # it is not attached in this namespace
     COVERED = "covered"  # something else is in the way
     BUSY = "busy"
+    PARTLY = "partly"  # the mount is busy, and what was below it is detached (`execute.trees`)
 
 
-def attach(mount_fd: int, target_fd: int, namespace_fd: int, ids: Ids, problem: Problem) -> str | None:
+def attach(
+    mount_fd: int,
+    target_fd: int,
+    namespace_fd: int,
+    ids: Ids,
+    problem: Problem,
+    below: Sequence[int] = (),
+) -> str | None:
     """Attach the mount at the target, in that namespace; all descriptors are borrowed.
 
-    Returns what is wrong with the place, None if it is attached there now. `problem` is called in the child,
-    before and afterwards. Whatever is wrong, the mount is attached nowhere then. Raises SyscallError.
+    `below` are the mounts that are attached below it already, and come along. Returns what is wrong with
+    the place, None if it is attached there now. `problem` is called in the child, before and afterwards.
+    Whatever is wrong, the mount is attached nowhere then. Raises SyscallError.
     """
     id = mount_id(mount_fd)
 
@@ -61,8 +71,7 @@ def attach(mount_fd: int, target_fd: int, namespace_fd: int, ids: Ids, problem: 
             return wrong.encode(errors="surrogateescape")
         mount_api.move_mount(mount_fd, "", to_dir_fd=target_fd, flags=AT_TARGET)
         try:
-            # What is attached to a shared mount becomes one; what is mounted below it is nobody else's.
-            mount_api.mount_setattr(mount_fd, propagation=Propagation.PRIVATE)
+            make_private([mount_fd, *below])
             wrong = problem(id)
         except BaseException:
             visitor.drop(mount_fd)
@@ -72,8 +81,28 @@ def attach(mount_fd: int, target_fd: int, namespace_fd: int, ids: Ids, problem: 
         visitor.drop(mount_fd)
         return wrong.encode(errors="surrogateescape")
 
-    said = visit(namespace_fd, [mount_fd, target_fd], ids, work)
+    try:
+        said = visit(namespace_fd, [mount_fd, target_fd, *below], ids, work)
+    except BaseException:
+        # Who has done it may have been ended in between.
+        with suppress(SyscallError):
+            drop(mount_fd, namespace_fd, ids)
+        raise
     return said.decode(errors="surrogateescape") or None
+
+
+def make_private(mounts: Sequence[int]) -> None:
+    """Have the attached mounts of a tree take part in nothing. Raises SyscallError.
+
+    What is attached to a shared mount becomes one; what is mounted below it is nobody else's. But where the
+    directory is shown in other mount namespaces, they have got a copy of the tree, and it has to go from
+    there when it goes from here: the kernel sees to that only for what lies on a mount that is shared. So
+    those with another one of the tree below them stay what they have become.
+    """
+    inner = {statmount(mount_id(fd), StatmountMask.MNT_BASIC).parent_id for fd in mounts[1:]}
+    for fd in mounts:
+        if mount_id(fd) not in inner:
+            mount_api.mount_setattr(fd, propagation=Propagation.PRIVATE)
 
 
 def drop(mount_fd: int, namespace_fd: int, ids: Ids) -> None:
@@ -130,16 +159,34 @@ def go_to(id: int) -> str | None:
 
     None if its path does not lead to it, as when something else is mounted over it. Raises OSError.
     """
+    names = names_to(id)
+    return None if not names else go_down(os.open("/", COMPONENT), names, id)
+
+
+def names_to(id: int) -> list[str]:
+    """Return the names on the path to a mount, from the root directory; none if it has no plain one."""
     names = (statmount(id, StatmountMask.MNT_POINT).mount_point or "").split("/")[1:]
-    if not names or not all(names):
-        return None
-    last = names.pop()
-    at = os.open("/", COMPONENT)
-    for name in names:
-        below = os.open(name, COMPONENT, dir_fd=at)
+    return names if all(names) else []
+
+
+def go_down(at: int, names: list[str], id: int) -> str | None:
+    """As `go_to`, by these names from the directory `at` on, which is closed. Raises OSError."""
+    *above, last = names
+    at = walk(at, above)
+    try:
+        os.fchdir(at)
+    finally:
         os.close(at)
-        at = below
-    os.fchdir(at)
-    os.close(at)
     found = statx(AT_FDCWD, last, StatxMask.MNT_ID_UNIQUE, sync=False)
     return last if found.stx_mnt_id == id else None
+
+
+def walk(at: int, names: list[str]) -> int:
+    """Return what the names lead to, from the directory `at` on, which is closed. Raises OSError."""
+    for name in names:
+        try:
+            below = os.open(name, COMPONENT, dir_fd=at)
+        finally:
+            os.close(at)
+        at = below
+    return at

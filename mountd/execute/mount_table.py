@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 INIT = "/proc/1"
 
 
-def note_attached(namespace_fd: int, mount_id: int) -> bool:
-    """Add the line for the mount that has this id in mountinfo there; return whether it has a line now.
+def note_attached(namespace_fd: int, *mount_ids: int) -> bool:
+    """Add a line for each of the mounts that have these ids in mountinfo there; return whether that is done.
 
     The descriptor is borrowed.
     """
 
     def work(directory: int, mountinfo: str) -> bool:
-        entry = utab.Entry.of(mountinfo, mount_id)
-        if entry is None:
-            return False
-        utab.tidy(directory, mountinfo, entry.target)
-        utab.add(directory, entry)
-        return True
+        entries = [utab.Entry.of(mountinfo, each) for each in mount_ids]
+        for entry in entries:
+            if entry is not None:
+                utab.tidy(directory, mountinfo, entry.target)
+                utab.add(directory, entry)
+        return None not in entries
 
     return _within(namespace_fd, work)
 

@@ -69,6 +69,9 @@ class Sealer(Protocol):
     def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
         """Take `mount` over and return one of the same that is not locked; keep it, if there is room."""
 
+    def put_on(self, mount_fd: int, directory_fd: int) -> None:
+        """Attach a mount with locked attributes at a directory of another, both detached and borrowed."""
+
 
 class Inputs:
     """What the operations refer to, all borrowed: image or directory, hash data, namespaces, who seals."""

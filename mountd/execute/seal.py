@@ -25,24 +25,31 @@ daemon's own namespace, and nobody else can get into it.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.execute import naming, shared
 from mountd.execute.shared import SharedMounts
 from mountd.fds import OwnedFd
-from mountd.kernel import mount_api, namespaces
+from mountd.kernel import mount_api, moving, namespaces
 from mountd.kernel.flags import Clone, Propagation
 from mountd.kernel.libc import call
 from mountd.kernel.mount_info import namespace_id
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 MAXIMUM_STAGED = 16
 SHARED = "shared"
 NAMES = "-names"  # beside the staging directory, which is in the sealer as well
 LOST = 70  # exit status of a worker that cannot come back
+PUTTING_TOGETHER = "attaching a disk image with several partitions for a caller (Linux 6.15)"
+ONE_OF_THEM = (
+    "have an imagePolicy use one of them, such as “root=unprotected:usr=unused:home=unused:…”; or mount it "
+    "in a mount namespace of your own, as “mountctl run” does"
+)
+T = TypeVar("T")
 
 
 class Seal:
@@ -130,10 +137,28 @@ class Seal:
             mount_api.move_mount(stand.fileno(), self.spot)
         self._standing = True
 
+    def put_on(self, mount_fd: int, directory_fd: int) -> None:
+        """Attach one of the mounts that this has returned at a directory of another one; both are borrowed.
+
+        Neither is attached anywhere: what is put together is seen by nobody yet. The kernel has that done
+        only in the mount namespace that the mount below was cloned in. Raises SyscallError, and NotSupported
+        before Linux 6.15.
+        """
+        try:
+            self._in_the_sealer(lambda: moving.attach(mount_fd, directory_fd))
+        except SyscallError as error:
+            if error.errno_name != "EINVAL":
+                raise
+            raise NotSupported(PUTTING_TOGETHER, hint=ONE_OF_THEM) from None
+
     def _clone(self, place: str) -> OwnedFd:
+        return self._in_the_sealer(lambda: mount_api.clone_mount(place))
+
+    def _in_the_sealer(self, work: Callable[[], T]) -> T:
+        """Do `work`, which is one system call, in the sealer's mount namespace. Raises SyscallError."""
         namespaces.setns(self._sealer_fd, Clone.NEWNS)
         try:
-            return mount_api.clone_mount(place)
+            return work()
         finally:
             try:
                 namespaces.setns(self._own_fd, Clone.NEWNS)
@@ -177,6 +202,10 @@ class NoSeal:
     def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
         """Return `mount`: nothing is kept."""
         return mount
+
+    def put_on(self, mount_fd: int, directory_fd: int) -> None:
+        """Refuse: there are no mounts. Raises NotSupported."""
+        raise NotSupported("mounting by what only pulls")
 
     def clear(self) -> None:
         """There is nothing to clear."""

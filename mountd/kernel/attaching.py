@@ -12,7 +12,7 @@ from mountd.kernel.flags import Resolve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mountd.fds import OwnedFd
 
@@ -34,22 +34,27 @@ def attach_tree(directory_fd: int, parts: "Sequence[tuple[int, str]]") -> "list[
         raise
 
 
-def attach_parts(root_fd: int, parts: "Sequence[tuple[int, str]]") -> "list[str]":
+def attach_parts(
+    root_fd: int,
+    parts: "Sequence[tuple[int, str]]",
+    attach: "Callable[[int, int], None]" = moving.attach,
+) -> "list[str]":
     """Attach mounts, each with its place below the directory `root_fd`; all are borrowed.
 
-    Returns the places that the image has no directory for, where that is no mistake. If one cannot be
-    attached, none stays attached. Raises NotFound, SyscallError.
+    `attach` takes a mount and the directory for it. Returns the places that the image has no directory for,
+    where that is no mistake. If one cannot be attached, none stays attached. Raises NotFound, SyscallError.
     """
     done: list[int] = []
     missing: list[str] = []
+    wanted = [place for _, place in parts]
     try:
         for mount_fd, place in parts:
-            target = find_place(root_fd, place)
+            target = find_place(root_fd, place, wanted)
             if target is None:
                 missing.append(place)
                 continue
             with target:
-                moving.attach(mount_fd, target.fileno())
+                attach(mount_fd, target.fileno())
             done.append(mount_fd)
     except BaseException:
         for mount_fd in reversed(done):
@@ -58,9 +63,14 @@ def attach_parts(root_fd: int, parts: "Sequence[tuple[int, str]]") -> "list[str]
     return missing
 
 
-def find_place(root_fd: int, place: str) -> "OwnedFd | None":
-    """Return the directory at `place`, None if it may be missing. Raises NotFound, SyscallError."""
+def find_place(root_fd: int, place: str, wanted: "Sequence[str]" = ()) -> "OwnedFd | None":
+    """Return the directory at `place`, None if it may be missing. Raises NotFound, SyscallError.
+
+    What makes do with another place has none that is among the `wanted`: a partition of its own goes there.
+    """
     for path in OPTIONAL.get(place, (place,)):
+        if path != place and path in wanted:
+            continue
         try:
             return paths.openat2(
                 root_fd, path, os.O_PATH | os.O_DIRECTORY, resolve=Resolve.IN_ROOT | Resolve.NO_MAGICLINKS

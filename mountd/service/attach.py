@@ -24,20 +24,24 @@ from mountd.errors import (
     PeerGone,
     SyscallError,
 )
-from mountd.evidence.target import Who, find
-from mountd.execute import attachment, mount_table
+from mountd.evidence.target import Who
+from mountd.evidence.target import find as find_target
+from mountd.execute import attachment, mount_table, trees
 from mountd.execute.attachment import Outcome
+from mountd.execute.seal import ONE_OF_THEM
 from mountd.fds import close_all
 from mountd.kernel import namespaces
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
+from mountd.ledger import find
 from mountd.service import encrypted
 from mountd.service.attachments import Attachment, Attachments
 from mountd.service.descriptors import Descriptors
 from mountd.service.handing_out import handing_out
-from mountd.service.mount import allowed, decision_reply, judge, make
+from mountd.service.mount import allowed, decision_reply, described, judge, make
 from mountd.service.phase import Phase
 from mountd.service.requests import TARGET_FIELD
+from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust import attach as places
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
     from mountd.caller.model import Caller
     from mountd.evidence.target import Place
+    from mountd.execute.attachment import Ids
     from mountd.fds import OwnedFd
     from mountd.ledger.record import Record
     from mountd.service.context import RequestContext
@@ -57,6 +62,7 @@ CAP_SYS_ADMIN = 21  # linux/capability.h
 ALWAYS = frozenset({"nosuid", "nodev"})
 LOCKED_FLAGS = os.ST_NOSUID | os.ST_NODEV
 BY_ITSELF = "call Mount, and attach what it returns with move_mount(2)"
+CLOSE_OR_LAZY = "close what is open in it (“fuser -vm DIR” shows it), or be lazy"
 YOURS = "“mountctl list” shows what is attached for you"
 
 
@@ -68,6 +74,15 @@ class Site:
     namespace_fd: int
     who: Who
     place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One mount that is to be attached: descriptor, borrowed, unique id, place below the first one."""
+
+    fd: int
+    id: int
+    place: str = ""
 
 
 def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
@@ -86,8 +101,7 @@ def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         site_of(target_fd, judged.caller, decision.rule, decision.attach, context) as site,
         encrypted.opened(judged, context) as judged,
     ):
-        id = made_and_attached(judged, site, records, context)
-    return {"id": id, "decision": decision_reply(judged.decision)}, []
+        return made_and_attached(judged, site, records, context), []
 
 
 def attach_made(
@@ -118,7 +132,7 @@ def attach_made(
             raise AttachNotPermitted("the mount is attached already", hint="detach it first")
         context.enter(Phase.MOUNT)
         context.notes["mount"] = str(record.id)
-        written_down_and_put(mount_fd, record.id, record.rule, site, records, context)
+        written_down_and_put([Part(mount_fd, record.id)], record.rule, site, records, context)
     # Or the mount would be in use until this worker has cleaned up.
     close_all(fds)
     decision = {
@@ -157,7 +171,7 @@ def site_of(
         context.peer.identify()
         refuse_capable(caller, namespace.fileno())
         who = who_is(caller)
-        place = find(target_fd, namespace.fileno(), who, home_of(caller))
+        place = find_target(target_fd, namespace.fileno(), who, home_of(caller))
         uid, gid = inner_ids(caller)
         places.judge(rule, patterns, place.path, home=place.home, uid=uid, gid=gid)
         context.notes["target"] = place.path
@@ -221,61 +235,90 @@ def inner_ids(caller: Caller) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def made_and_attached(judged: Judged, site: Site, records: Attachments, context: RequestContext) -> int:
-    """Make the mount and attach it; return its id. Whatever goes wrong, nothing is left of it."""
+def made_and_attached(
+    judged: Judged, site: Site, records: Attachments, context: RequestContext
+) -> dict[str, object]:
+    """Make the mount, or all of a disk image's, attach it, and return the reply.
+
+    Whatever goes wrong, nothing is left of it.
+    """
     context.enter(Phase.MOUNT)
     context.writable = not judged.decision.read_only
     # As for everybody but the host's root, who is not served here; said once more, since it is the promise.
     decision = replace(judged.decision, attributes=judged.decision.attributes | ALWAYS)
     judged = replace(judged, decision=decision)
-    if len(decision.uses) > 1:
+    places = [MOUNT_POINTS[use.partition.designator] for use in decision.uses] or [""]
+    if len(places) > 1 and places[0]:
         raise NotSupported(
-            "attaching a disk image with several partitions for a caller",
-            hint="have an imagePolicy use one of them, such as “root=unprotected:usr=unused:home=unused:…”",
+            "attaching several partitions, none of which is the root, for a caller", hint=ONE_OF_THEM
         )
     with handing_out(judged, context) as entry:
-        (made,) = make(judged, context, entry.notice)
-        with made:
-            (id,) = entry.take_down([made], sent=False)
-            context.notes["mount"] = str(id)
-            written_down_and_put(made.fileno(), id, decision.rule, site, records, context)
-    return id
+        made = make(judged, context, entry.notice)
+        try:
+            ids = entry.take_down(made, sent=False)
+            context.notes["mount"] = str(ids[0])
+            left_out: list[str] = []
+            if len(made) > 1:
+                mounts = [(each.fileno(), place) for each, place in zip(made, places, strict=True)]
+                left_out = trees.put_together(mounts, context.seal)
+            parts = [
+                Part(each.fileno(), id, place)
+                for each, id, place in zip(made, ids, places, strict=True)
+                if place not in left_out
+            ]
+            written_down_and_put(parts, decision.rule, site, records, context)
+        finally:
+            # Or what is attached would be in use until this worker has cleaned up.
+            close_all(made)
+    reply: dict[str, object] = {"id": ids[0], "decision": decision_reply(decision)}
+    if len(ids) > 1:
+        reply["mounts"] = [
+            {name: value for name, value in each.items() if name != MOUNT_FIELD}
+            for each in described(judged, ids)
+            if each.get("mountPoint") not in left_out
+        ]
+    return reply | ({"leftOut": left_out} if left_out else {})
 
 
 def written_down_and_put(
-    mount_fd: int, id: int, rule: str | None, site: Site, records: Attachments, context: RequestContext
+    parts: list[Part], rule: str | None, site: Site, records: Attachments, context: RequestContext
 ) -> None:
-    """Attach a mount once it is written down that it is; raises as `put_there` does, and OSError."""
-    records.add(
-        Attachment(
-            id=id,
-            uid=site.who.uid,
-            gid=site.who.gid,
-            namespace=namespaces.namespace_id(site.namespace_fd) or 0,
-            rule=rule,
-            path=site.place.path,
-            since=int(time.time()),
-        )
-    )
+    """Attach a tree of mounts once it is written down that it is. Raises what `put_there` does, OSError."""
+    tree = tuple(each.id for each in parts) if len(parts) > 1 else ()
     try:
-        put_there(mount_fd, site, context)
+        for part in parts:
+            records.add(
+                Attachment(
+                    id=part.id,
+                    uid=site.who.uid,
+                    gid=site.who.gid,
+                    namespace=namespaces.namespace_id(site.namespace_fd) or 0,
+                    rule=rule,
+                    path=os.path.join(site.place.path, part.place) if part.place else site.place.path,
+                    since=int(time.time()),
+                    tree=tree,
+                )
+            )
+        put_there([each.fd for each in parts], site, context)
     except BaseException:
-        records.remove(id)
+        for part in parts:
+            records.remove(part.id)
         raise
-    in_mountinfo = statx(mount_fd, "", StatxMask.MNT_ID, sync=False).stx_mnt_id
-    mount_table.note_attached(site.namespace_fd, int(in_mountinfo))
+    found = [statx(each.fd, "", StatxMask.MNT_ID, sync=False) for each in parts]
+    mount_table.note_attached(site.namespace_fd, *(int(each.stx_mnt_id) for each in found))
 
 
-def put_there(mount_fd: int, site: Site, context: RequestContext) -> None:
-    """Attach the mount, unless the place or the caller is no longer what it was.
+def put_there(mounts: list[int], site: Site, context: RequestContext) -> None:
+    """Attach the first of the mounts, which the others are below, unless something is no longer what it was.
 
-    Raises AttachNotPermitted, PeerGone, SyscallError.
+    That is the place, and the caller. Raises AttachNotPermitted, PeerGone, SyscallError.
     """
+    mount_fd, *below = mounts
 
     def problem(mounted: int | None) -> str | None:
         return site.place.problem(site.who, mounted)
 
-    wrong = attachment.attach(mount_fd, site.target_fd, site.namespace_fd, site.who.ids, problem)
+    wrong = attachment.attach(mount_fd, site.target_fd, site.namespace_fd, site.who.ids, problem, below)
     if wrong is not None:
         raise AttachNotPermitted(wrong, hint="leave the directories above it alone meanwhile")
     try:
@@ -305,21 +348,36 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     context.enter(Phase.MOUNT)
     with context.peer.mount_namespace() as namespace:
         ids = (record.uid, record.gid, groups)
-        outcome = attachment.detach(id, namespace.fileno(), ids, lazy=bool(parameters.get("lazy")))
+        outcome, gone = taken_away(record, namespace.fileno(), ids, lazy=bool(parameters.get("lazy")))
         here = namespaces.namespace_id(namespace.fileno())
-        if outcome is Outcome.DONE:
-            mount_table.note_detached(namespace.fileno(), record.path)
-    if outcome is Outcome.DONE or (outcome is Outcome.ABSENT and record.namespace == here):
-        records.remove(id)
+        if outcome in (Outcome.DONE, Outcome.PARTLY):
+            mount_table.note_detached(namespace.fileno(), None if record.tree else record.path)
+    if outcome is not Outcome.ABSENT or record.namespace == here:
+        for each in gone:
+            records.remove(each)
     if outcome is Outcome.ABSENT:
         raise NotFound(f"the mount with the id {id} in your mount namespace", hint=YOURS)
     if outcome is Outcome.BUSY:
-        raise InUse(
-            "the mount is in use", hint="close what is open in it (“fuser -vm DIR” shows it), or be lazy"
-        )
+        raise InUse("the mount is in use", hint=CLOSE_OR_LAZY)
+    if outcome is Outcome.PARTLY:
+        raise InUse("the mount is in use, and what was mounted below it is detached", hint=CLOSE_OR_LAZY)
     if outcome is Outcome.COVERED:
         raise InUse("something else is mounted over the mount", hint="unmount that first")
     return {}, []
+
+
+def taken_away(record: Attachment, namespace_fd: int, ids: Ids, *, lazy: bool) -> tuple[Outcome, set[int]]:
+    """Detach a mount, with what is below it in its tree; return which mounts of it are not attached then.
+
+    Raises SyscallError.
+    """
+    if not record.tree:
+        outcome = attachment.detach(record.id, namespace_fd, ids, lazy=lazy)
+        return outcome, {record.id} if outcome in (Outcome.DONE, Outcome.ABSENT) else set()
+    asked_of = set(record.tree) if record.id == record.tree[0] else {record.id}
+    if not lazy and find.uses(set(), asked_of)[0]:
+        return Outcome.BUSY, set()
+    return trees.detach(record.id, record.tree, namespace_fd, ids, lazy=lazy)
 
 
 def wanted_id(parameters: dict[str, Any], fds: list[OwnedFd]) -> int:

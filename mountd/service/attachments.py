@@ -30,7 +30,8 @@ class Attachment:
     """A mount that is attached for somebody: its unique id, and the user and group of the host that asked.
 
     `namespace` is the id of the mount namespace that it is attached in, 0 if that is not known; `path` is
-    where it was, for people; `since` in seconds since 1970.
+    where it was, for people; `since` in seconds since 1970. `tree` are the ids of all mounts that were
+    attached with it, itself among them, each after the one that it is below; none for one alone.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Attachment:
     rule: str | None
     path: str
     since: int
+    tree: tuple[int, ...] = ()
 
 
 class Attachments:
@@ -70,7 +72,8 @@ class Attachments:
         """Return the one with this id, whether it is still attached or not. Raises OSError."""
         try:
             with (self._directory / str(id)).open() as file:
-                return Attachment(**json.loads(file.read(MAXIMUM_FILE)))
+                fields = dict(json.loads(file.read(MAXIMUM_FILE)))
+                return Attachment(**fields | {"tree": tuple(fields.get("tree", ()))})
         except FileNotFoundError:
             return None
         except (ValueError, TypeError):

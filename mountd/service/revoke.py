@@ -7,13 +7,14 @@ closed. So the answer says who that is.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
 from mountd.execute import attachment as attaching
 from mountd.execute import mount_table
 from mountd.execute.attachment import Outcome
+from mountd.kernel import capabilities
 from mountd.ledger import find
 from mountd.service.admin import admit
 from mountd.service.listing import attachment, living
@@ -49,7 +50,8 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     detached: list[Attachment] = []
     ids = {each.record.id for each in chosen}
     for _ in range(ROUNDS):
-        done = [place for each in chosen for place in each.attached if detach(place, each.record)]
+        # What is below another mount is the younger, and goes before it.
+        done = [place for each in reversed(chosen) for place in each.attached if detach(place, each.record)]
         detached += done
         chosen = [each for each in living(context) if each.record.id in ids]
         if not done or not any(each.attached for each in chosen):
@@ -71,17 +73,17 @@ def is_meant(record: Record, name: str, value: object) -> bool:
 def detach(place: Attachment, record: Record) -> bool:
     """Detach a mount where it is attached; tell whether that was done.
 
-    Whoever asked for the mount could enter the directories above it.
+    Whoever asked for the mount could enter the directories above it; within an image, maybe nobody can.
     """
     with find.all_namespaces() as spaces:
         for space in spaces:
             if space.id != place.namespace:
                 continue
-            for uid in (record.uid, 0):
-                with suppress(SyscallError, MountdError):
+            for uid, rights in ((record.uid, nullcontext), (0, capabilities.reading_everything)):
+                with suppress(SyscallError, MountdError), rights():
                     outcome = attaching.detach(place.id, space.fd.fileno(), (uid, uid, ()), lazy=True)
                     if outcome is Outcome.DONE:
-                        mount_table.note_detached(space.fd.fileno(), place.mount_point)
+                        mount_table.note_detached(space.fd.fileno())
                         return True
     return False
 

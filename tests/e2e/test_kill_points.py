@@ -183,5 +183,6 @@ def test_a_worker_is_killed_at_any_moment(
         assert set(said) <= {"", "MountFailed", None}, said
         assert said["MountFailed"] >= WORKERS / 10, said
         assert said[""] >= WORKERS / 10, said
-        assert error(ask(daemon, mount_call(), fds)) == ""
+        # One of those killed last may be taken for alive still.
+        assert eventually(lambda: error(ask(daemon, mount_call(), fds)) == "", 10)
     assert eventually(lambda: daemon.held() == before, 10), (before, daemon.held())
