@@ -33,8 +33,8 @@ class Header:
     sector_size: int
 
 
-def make_header(directory: Path, version: int = 2, *options: str, password: str = PASSWORD) -> Header:
-    """Return the header of a new volume, which is opened by `password`."""
+def make_header(directory: Path, version: int = 2, *options: str) -> Header:
+    """Return the header of a new volume, which is opened by PASSWORD."""
     volume, key = directory / "header.luks", directory / "volume.key"
     with volume.open("wb") as file:
         file.truncate(ROOM)
@@ -55,7 +55,7 @@ def make_header(directory: Path, version: int = 2, *options: str, password: str 
             "--luks2-keyslots-size=512k",
             f"--offset={OFFSET // SECTOR}",
         ]
-    done = subprocess.run([*command, volume], input=password.encode(), capture_output=True, check=False)
+    done = subprocess.run([*command, volume], input=PASSWORD.encode(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     data = volume.read_bytes()
     offset = OFFSET if version == 2 else int.from_bytes(data[104:108], "big") * SECTOR
