@@ -1,4 +1,4 @@
-"""The keys of a stack with several encrypted layers: one place and one time for all, and no trace of them."""
+"""The keys of a stack with several encrypted layers: one place, one time for all, and no trace of them."""
 
 from __future__ import annotations
 
