@@ -21,7 +21,7 @@ from tests.disks import Part, build_disk
 from tests.e2e.attaching import id_at, user_of
 from tests.e2e.calls import Outcome, mount, outcome, text_of
 from tests.e2e.conftest import TMPFS_RULE, trusting
-from tests.e2e.test_stacks import directory
+from tests.e2e.stacks.calls import directory
 from tests.images import build_image
 from tests.luks import PASSWORD, Header, build_luks, make_header
 from tests.programs import as_user as run_as_user
