@@ -112,32 +112,42 @@ def described(judged: Judged, ids: list[int]) -> list[dict[str, object]]:
 def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judged:
     """Return what was judged if it is allowed, by the policy or by whom that wants to have asked.
 
-    Raises the error of the decision, and what `consent.ask` does; what was put into the store only for the
-    question is taken out again then.
+    Raises the error of the decision, what `consent.ask` does, and KeyRequired and InvalidParameter; what was
+    put into the store only for the question is taken out again then.
     """
     if judged.decision.verdict is not Verdict.ASK:
         if judged.decision.error is not None:
             raise judged.decision.error
         return judged
-    from mountd.service import consent
+    try:
+        # Nobody is asked about what would fail without it.
+        encrypted.needed_password(judged)
+        return consented(judged, context)
+    except BaseException:
+        take_out(judged.caller, fds, context)
+        raise
 
+
+def consented(judged: Judged, context: RequestContext) -> Judged:
+    """Return what was judged and is not refused, once whoever has to be asked has consented to it.
+
+    Raises what `consent.ask` does, of a stack naming the part that it was asked about.
+    """
+    if judged.decision.verdict is not Verdict.ASK:
+        return judged
     if judged.layers:
         parts = []
         for where, part in stacks.parts_of(judged.layers, judged.top):
             with at_part(where):
-                parts.append(allowed(part, fds, context))
+                parts.append(consented(part, context))
         top = None if judged.top is None else parts.pop()
-        return of_layers(replace(judged, layers=tuple(parts), top=top), context)
+        return stacks.of_layers(replace(judged, layers=tuple(parts), top=top), context)
+    from mountd.service import consent
+
     action = consent.action_of(judged.inspected.source, judged.decision)
     about = consent.details(judged.source, judged.decision)
     interactive, rule = judged.request.interactive, judged.decision.rule
-    try:
-        # Nobody is asked about what would fail without it.
-        encrypted.needed_password(judged)
-        consent.ask(action, about, judged.caller, context, interactive=interactive, rule=rule)
-    except BaseException:
-        consent.take_out(judged.caller, fds, context)
-        raise
+    consent.ask(action, about, judged.caller, context, interactive=interactive, rule=rule)
     decision = replace(judged.decision, verdict=Verdict.ALLOW, error=None, hint=None)
     context.note_decision(decision, file_system_type(judged.inspected.source))
     return replace(judged, decision=decision)
@@ -185,10 +195,7 @@ def judge(
     if not request.layers:
         return judge_source(request)
     try:
-        request.refuse_password()
-        layers, top = stacks.judge_parts(
-            request, lambda each: encrypted.refuse_layer(judge_source(each)), context
-        )
+        layers, top = stacks.judge_parts(request, judge_source, context)
         judged = Judged(
             request,
             caller,
@@ -200,7 +207,7 @@ def judge(
             layers,
             top,
         )
-        judged = of_layers(judged, context)
+        judged = stacks.of_layers(judged, context)
     except BaseException:
         take_out(caller, fds, context)
         raise
@@ -209,15 +216,8 @@ def judge(
     return judged
 
 
-def of_layers(judged: Judged, context: RequestContext) -> Judged:
-    """Return a stack with what was decided about its layers."""
-    decision = stacks.decision_of(judged.layers, judged.top)
-    context.note_decision(decision, stacks.OVERLAY)
-    return replace(judged, decision=decision)
-
-
 def take_out(caller: Caller, fds: list[OwnedFd], context: RequestContext) -> None:
-    """Take out of the store what was put there for one layer, where another one is refused."""
+    """Take out of the store what was put there only for this request, which is refused."""
     if context.put_in:
         from mountd.service import consent
 

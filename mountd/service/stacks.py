@@ -21,6 +21,7 @@ from mountd.service.inspection import Inspected
 from mountd.service.layers import TOP, about_part, at_part, name_of
 from mountd.source.model import Source, SourceKind
 from mountd.trust.decide import Decision
+from mountd.trust.encrypted import JUDGED_LATER, is_locked
 from mountd.trust.policy import Verdict
 
 if TYPE_CHECKING:
@@ -64,11 +65,7 @@ def judge_parts(
             context.notes.pop(name, None)
         with at_part(where):
             layer = judge(each)
-            if len(layer.decision.uses) > 1:
-                raise NotSupported(
-                    "a disk image with several partitions as a layer",
-                    hint="have an imagePolicy use one of them",
-                )
+            check_uses(layer.decision)
         found.append(layer)
     context.notes.pop("digest", None)
     # Those of one image that was pulled have its name.
@@ -76,6 +73,21 @@ def judge_parts(
     context.notes["source"] = sources[:MAXIMUM_SHOWN]
     top = None if request.top is None else found.pop()
     return tuple(found), top
+
+
+def check_uses(decision: Decision) -> None:
+    """Raise NotSupported for a layer that would be several mounts."""
+    if len(decision.uses) > 1:
+        raise NotSupported(
+            "a disk image with several partitions as a layer", hint="have an imagePolicy use one of them"
+        )
+
+
+def of_layers(judged: Judged, context: RequestContext) -> Judged:
+    """Return a stack with what was decided about its layers."""
+    decision = decision_of(judged.layers, judged.top)
+    context.note_decision(decision, OVERLAY)
+    return replace(judged, decision=decision)
 
 
 def decision_of(layers: Sequence[Judged], top: Judged | None = None) -> Decision:
@@ -94,7 +106,7 @@ def decision_of(layers: Sequence[Judged], top: Judged | None = None) -> Decision
         trusted_by=joined(each.trusted_by for each in decisions),
         reason=said_of(parts[worst][0], decision.reason)
         if decision.verdict is not Verdict.ALLOW
-        else f"each of its {len(layers)} layers is allowed" + (", and so is its top" if top else ""),
+        else allowed_because(layers, top),
         hint=decision.hint,
         steps=tuple(
             replace(step, reason=said_of(where, step.reason))
@@ -110,6 +122,14 @@ def decision_of(layers: Sequence[Judged], top: Judged | None = None) -> Decision
         attach=tuple(each for each in decision.attach if all(each in other.attach for other in decisions)),
         max_mounts=min((each.max_mounts for each in decisions if each.max_mounts is not None), default=None),
     )
+
+
+def allowed_because(layers: Sequence[Judged], top: Judged | None) -> str:
+    """Return why a stack is allowed, all of whose parts are."""
+    reason = f"each of its {len(layers)} layers is allowed" + (", and so is its top" if top else "")
+    if any(is_locked(layer.inspected.source, layer.decision.uses) for layer in layers):
+        reason += f"; {JUDGED_LATER}"
+    return reason
 
 
 def said_of(where: str | None, text: str) -> str:

@@ -15,6 +15,7 @@ from mountd.errors import DeniedByPolicy
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mountd.source.model import Source
     from mountd.trust.case import Case
     from mountd.trust.partitions import Use
     from mountd.trust.policy import Grant, Rule
@@ -38,5 +39,10 @@ def check(rule: Rule, grant: Grant, case: Case, uses: Iterable[Use]) -> bool:
                 else ""
             ),
         )
+    return is_locked(source, uses)
+
+
+def is_locked(source: Source, uses: Iterable[Use]) -> bool:
+    """Return whether anything that is used of a source has yet to be opened."""
     locked = source.luks is not None and source.file_system is None
     return locked or any(use.is_locked for use in uses)
