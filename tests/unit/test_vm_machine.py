@@ -66,12 +66,11 @@ PROGRAMS = {
 def test_how_the_machine_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     program, problem = PROGRAMS[name]
     limit = 1.5 if problem and "still" in problem else 30.0
-    monkeypatch.setattr(machine, "SECONDS", limit)
     monkeypatch.setattr(machine, "SILENT_SECONDS", 1.0 if problem and "nothing" in problem else 30.0)
     file = tmp_path / "console"
     with subprocess.Popen([sys.executable, "-c", program, file]) as process:
         try:
-            said = watch(process, (file,))
+            said = watch(process, (file,), limit)
         finally:
             process.kill()
     assert (said is None) if problem is None else (problem in str(said))

@@ -1,10 +1,12 @@
-"""A virtual machine with a kernel of Debian's, booted once to run tests of this checkout in it."""
+"""Virtual machines with a kernel of Debian's, booted once to run tests of this checkout in them."""
 
 from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +36,15 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Machine:
+    """What a machine boots: the directory of kernel and initrd, its disk, and its first program there."""
+
+    kernel: Path
+    disk: Path
+    init: str
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """All tests of one boot, by id; `exit` is pytest's exit status, None if it did not come to that."""
 
@@ -43,26 +54,51 @@ class Run:
     console: str
 
 
-def run(arguments: Sequence[str], place: Path) -> Run:
-    """Boot the machine, have it run pytest with `arguments`, and return what it told, however it ended.
+def debian_13() -> Machine:
+    """Return the machine for all but the newest systemd, which is built if it is missing or out of date."""
+    built = Path(output_of("timeout", BUILD_SECONDS, HERE / "build_machine"))
+    return Machine(built, built / "root.img", "/checkout/tests/vm/inside/init")
 
-    `place` is a directory for what that needs. Nothing of the machine is left but the files there.
-    """
-    build = ["timeout", BUILD_SECONDS, HERE / "build_machine"]
-    built = subprocess.run(build, stdout=subprocess.PIPE, text=True, check=True)
-    pack(place / "checkout.tar", mkosi.build())
-    results, console = place / "results", place / "console"
-    # The machine must not outlive the tests, however they end.
-    with subprocess.Popen(
-        ["setpriv", "--pdeathsig", "KILL", *command(Path(built.stdout.strip()), place, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    ) as machine:
-        try:
-            problem = watch(machine, (results, console))
-        finally:
-            machine.kill()
-    return understand(results.read_text("utf-8", "replace"), problem, console.read_text("utf-8", "replace"))
+
+def newest() -> Machine:
+    """Return the machine with the newest systemd, which has the same kernel."""
+    kernel = debian_13().kernel
+    disk = output_of("timeout", BUILD_SECONDS, HERE / "newest/build_machine", kernel)
+    return Machine(kernel, Path(disk), "/checkout/tests/vm/newest/init")
+
+
+def output_of(*command: str | Path) -> str:
+    """Return what a command says. Raises CalledProcessError."""
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def found(suites: Sequence[str]) -> list[str]:
+    """Return the ids of the tests, as pytest has them on both sides."""
+    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", *suites]
+    done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def run(what: Machine, arguments: Sequence[str], seconds: float = SECONDS) -> Run:
+    """Boot a machine, have it run pytest with `arguments`, and return what it told, however it ended."""
+    with tempfile.TemporaryDirectory(prefix="mountd-vm-", dir="/var/tmp") as name:
+        place = Path(name)
+        pack(place / "checkout.tar", mkosi.build())
+        results, console = place / "results", place / "console"
+        # The machine must not outlive the tests, however they end.
+        with subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command(what, place, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        ) as machine:
+            try:
+                problem = watch(machine, (results, console), seconds)
+            finally:
+                machine.kill()
+        return understand(
+            results.read_text("utf-8", "replace"), problem, console.read_text("utf-8", "replace")
+        )
 
 
 def pack(archive: Path, images: Path) -> None:
@@ -78,10 +114,10 @@ def pack(archive: Path, images: Path) -> None:
             tar.add(images / name, f"{IMAGES}/{name}")
 
 
-def command(built: Path, place: Path, arguments: Sequence[str]) -> list[str]:
+def command(what: Machine, place: Path, arguments: Sequence[str]) -> list[str]:
     """Return the command that is the machine."""
     # The first disk is shared between runs: what is written to it is forgotten.
-    disks = (f"{built}/root.img,snapshot=on", f"{place}/checkout.tar,read-only=on")
+    disks = (f"{what.disk},snapshot=on", f"{place}/checkout.tar,read-only=on")
     # To turn itself off on a panic is to end qemu.
     # On a busy machine the kernel's look at the emulated timer fails, and it would stop there.
     # nsresourced (test_systemd_clients.py) guards its namespaces with a security module in BPF.
@@ -89,16 +125,16 @@ def command(built: Path, place: Path, arguments: Sequence[str]) -> list[str]:
     return [
         *("qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-cpu", "max", "-m", MEMORY, "-smp", "1"),
         *("-nodefaults", "-display", "none", "-no-reboot", "-device", "virtio-rng-pci"),
-        *("-kernel", f"{built}/vmlinuz", "-initrd", f"{built}/initrd.img"),
-        *("-append", f"{quiet} -- {' '.join(arguments)}"),
+        *("-kernel", f"{what.kernel}/vmlinuz", "-initrd", f"{what.kernel}/initrd.img"),
+        *("-append", f"{quiet} -- {' '.join((what.init, *arguments))}"),
         *("-serial", f"file:{place}/console", "-serial", f"file:{place}/results"),
         *(word for disk in disks for word in ("-drive", f"if=virtio,format=raw,file={disk}")),
     ]
 
 
-def watch(machine: subprocess.Popen[bytes], files: Sequence[Path]) -> str | None:
+def watch(machine: subprocess.Popen[bytes], files: Sequence[Path], seconds: float) -> str | None:
     """Wait until the machine has turned itself off; return what is wrong if it does not or dies."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     heard, length = time.monotonic(), -1
     while machine.poll() is None:
         now = time.monotonic()
@@ -106,7 +142,7 @@ def watch(machine: subprocess.Popen[bytes], files: Sequence[Path]) -> str | None
         if total != length:
             heard, length = now, total
         if now > deadline:
-            return f"the machine was still at work after {SECONDS:.0f} seconds"
+            return f"the machine was still at work after {seconds:.0f} seconds"
         if now - heard > SILENT_SECONDS:
             return f"the machine said nothing for {SILENT_SECONDS:.0f} seconds"
         time.sleep(0.1)

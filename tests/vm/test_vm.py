@@ -7,15 +7,9 @@ configuration.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from tests.vm.machine import ROOT, Run, run
+from tests.vm.machine import Run, debian_13, found, run
 
 # Of the kernel tests those whose subject is the kernel: the store and the programs are the same everywhere.
 ROOMS = ("caller", "child", "confined", "descriptor", "fs_verity", "mark", "mount_api", "namespaces")
@@ -30,24 +24,15 @@ LACKING = {
 }
 
 
-def found() -> list[str]:
-    """The ids of the tests, as pytest has them on both sides."""
-    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", *SUITES]
-    done = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [line for line in done.stdout.splitlines() if "::" in line]
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "inner" in metafunc.fixturenames:
-        metafunc.parametrize("inner", found())
+        metafunc.parametrize("inner", found(SUITES))
 
 
 @pytest.fixture(scope="session")
-def booted() -> Iterator[Run]:
+def booted() -> Run:
     """One boot for all of them."""
-    with tempfile.TemporaryDirectory(prefix="mountd-vm-", dir="/var/tmp") as place:
-        yield run(SUITES, Path(place))
+    return run(debian_13(), SUITES)
 
 
 def test_the_machine_ran_to_its_end(booted: Run) -> None:
@@ -66,4 +51,4 @@ def test_in_the_machine(booted: Run, inner: str) -> None:
 
 
 def test_nothing_ran_there_that_is_not_known_here(booted: Run) -> None:
-    assert set(booted.outcomes) <= set(found())
+    assert set(booted.outcomes) <= set(found(SUITES))
