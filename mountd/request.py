@@ -107,12 +107,12 @@ class Request:
         """Open what has to be opened.
 
         `source` is the path of an image or of a directory, "stored:sha256:…" for one of mountd's store,
-        "oci:HOST/REPOSITORY@sha256:…" for one that was pulled into it, or "tmpfs:SIZE"; "composefs:FILE" for
-        an image of metadata or its description, with `objects`, the directories of contents, the fs-verity
-        `digest` of the image in hexadecimal, and whether fs-verity has to check contents. `read_only` is
-        None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path of a user
-        namespace, "none" for none, None for that of this process if it is not the host's. `layers` are such
-        sources as well, which come over it, the topmost first. `top` is what takes what is written:
+        "oci:HOST/REPOSITORY:TAG" or "…@sha256:…" for one pulled into it, or "tmpfs:SIZE"; "composefs:FILE"
+        for an image of metadata or its description, with `objects`, the directories of contents, the
+        fs-verity `digest` of the image in hexadecimal, and whether fs-verity has to check contents.
+        `read_only` is None for what fits: images are mounted read-only, a tmpfs is not. `userns` is the path
+        of a user namespace, "none" for none, None for that of this process if it is not the host's. `layers`
+        are such sources as well, which come over it, the topmost first. `top` is what takes what is written:
         "tmpfs:SIZE", "tmpfs" for 64M of it, or the path of a directory in which it stays. `image_policy` is
         in the grammar of systemd.image-policy(7), `signature` the path of a detached signature of the image,
         `verity` the paths of hash data and of the signature of the root hash. With `interactive` an

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ def pulled(
     *,
     requirement: str = "signedBy",
     owner: Owner = OF_ROOT,
+    tag: str | None = None,
 ) -> Image:
     """Put an image of these layers, the lowest first, into the store, as if it had been pulled.
 
@@ -63,7 +65,7 @@ def pulled(
         manifest = digest("".join(in_registry).encode())
         made_from = Provenance(repository, manifest, in_registry, requirement, "team", 1_700_000_000)
         stored = tuple(put(store, file, made_from, owner) for file in files)
-    store.remember(PulledImage(made_from, stored))
+    store.remember(PulledImage(made_from, stored), tag, time.time_ns())
     return Image(f"oci:{repository}@{manifest}", stored)
 
 

@@ -292,7 +292,20 @@ def row_of(image: Mapping[str, Any]) -> list[str]:
     """Return the cells about one image."""
     file_system = image.get("fileSystem")
     type = file_system.get("type") if isinstance(file_system, dict) else "unknown"
-    return [str(image.get("digest")), size_of(image.get("size")), str(type), str(image.get("name") or "")]
+    return [str(image.get("digest")), size_of(image.get("size")), str(type), name_of(image)]
+
+
+def name_of(image: Mapping[str, Any]) -> str:
+    """Return by what an image is mounted that was pulled; what another one was called by who imported it.
+
+    The tag that it was pulled by may lead elsewhere by now.
+    """
+    tags, origin = strings(image.get("tags")), image.get("provenance")
+    if tags:
+        return ", ".join(tags)
+    if isinstance(origin, dict):
+        return f"oci:{origin.get('repository')}@{origin.get('manifest')}"
+    return str(image.get("name") or "")
 
 
 def details(image: Mapping[str, Any]) -> list[str]:

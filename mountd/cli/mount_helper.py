@@ -21,10 +21,10 @@ from mountd.cli.agent import with_consent
 from mountd.cli.attaching import attached, can_attach, left_out_of, regretting
 from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
-from mountd.cli.report import show_json, tell_left_out
+from mountd.cli.report import UsageError, show_json, tell_left_out
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
 from mountd.fds import OwnedFd
-from mountd.request import IDMAPS, Request
+from mountd.request import COMPOSEFS, IDMAPS, Request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ OWN: Mapping[str, tuple[str, ...] | None] = {
     "mountd.interactive": tuple(YES_OR_NO),
     "mountd.digest": None,
     "mountd.key-file": None,
+    "mountd.objects": None,
+    "mountd.verity": tuple(YES_OR_NO),
+    "mountd.fsverity": None,
 }
 FREE = {
     "mountd.userns": "the path of a user namespace, or none",
@@ -55,9 +58,22 @@ FREE = {
     "mountd.policy": "a policy as in systemd.image-policy(7)",
     "mountd.key-file": "the path of a file with the password",
     "mountd.digest": "sha256: and 64 hexadecimal digits",
+    "mountd.objects": "the paths of directories, with “:” between them",
+    "mountd.fsverity": "64 hexadecimal digits",
+}
+# What the values of the others, which are taken as they are, are kept as.
+TAKEN_AS = {
+    "mountd.userns": "userns",
+    "mountd.idmap": "idmap",
+    "mountd.signature": "signature",
+    "mountd.policy": "image_policy",
+    "mountd.digest": "digest",
+    "mountd.key-file": "key_file",
+    "mountd.fsverity": "fs_verity",
 }
 DIGEST = "sha256:"
 DIGEST_DIGITS = 64
+OF_COMPOSEFS = "composefs"  # the type that SPEC is the metadata of
 HASHED_AT_ONCE = 1 << 20  # bytes
 # For mount(8), for the init system, or the default anyway.
 IGNORED = {
@@ -100,6 +116,9 @@ class Wishes(CommandLine):
         self.interactive: bool | None = None
         self.digest: str | None = None
         self.key_file: str | None = None
+        self.objects: list[str] = []
+        self.check_contents: bool | None = None
+        self.fs_verity: str | None = None
 
     def read(self, argv: list[str]) -> None:
         """Read the command line. Raises UsageError, OptionNotPermitted."""
@@ -121,6 +140,23 @@ class Wishes(CommandLine):
                 for option in filter(None, value.split(",")):
                     self.read_option(option)
         self.directory = directory
+        self._read_composefs()
+
+    def _read_composefs(self) -> None:
+        """Have what is about a composefs come together. Raises UsageError."""
+        if self.type == OF_COMPOSEFS:
+            self.type = None
+            self.spec = self.spec if self.spec.startswith(COMPOSEFS) else f"{COMPOSEFS}{self.spec}"
+        if self.spec.startswith(COMPOSEFS):
+            if not self.objects:
+                raise UsageError(
+                    "a composefs needs directories with its contents", hint="give mountd.objects=DIR[:DIR]"
+                )
+        elif self.objects or self.fs_verity is not None or self.check_contents is not None:
+            raise UsageError(
+                "mountd.objects=, mountd.verity= and mountd.fsverity= are about a composefs",
+                hint="give the type mountd.composefs",
+            )
 
     def read_option(self, option: str) -> None:
         """Take one entry of -o. Raises OptionNotPermitted."""
@@ -148,26 +184,20 @@ class Wishes(CommandLine):
                 raise OptionNotPermitted(option, "there is no such option", hint=f"there are {known}=")
             return
         allowed = OWN[name]
-        wrong = name == "mountd.digest" and not is_digest(value)
+        wrong = name in MADE_OF and not MADE_OF[name](value)
         if not value or wrong or (allowed is not None and value not in allowed):
             words = ", ".join(allowed) if allowed is not None else FREE[name]
             raise OptionNotPermitted(option, "it does not have such a value", hint=f"give {words}")
-        if name == "mountd.userns":
-            self.userns = value
-        elif name == "mountd.idmap":
-            self.idmap = value
-        elif name == "mountd.signature":
-            self.signature = value
-        elif name == "mountd.policy":
-            self.image_policy = value
+        if name == "mountd.access":
+            self.read_only = ACCESS[value]
         elif name == "mountd.interactive":
             self.interactive = YES_OR_NO[value]
-        elif name == "mountd.digest":
-            self.digest = value
-        elif name == "mountd.key-file":
-            self.key_file = value
+        elif name == "mountd.verity":
+            self.check_contents = YES_OR_NO[value]
+        elif name == "mountd.objects":
+            self.objects = value.split(":")
         else:
-            self.read_only = ACCESS[value]
+            setattr(self, TAKEN_AS[name], value)
 
 
 class OtherImage(MountdError):
@@ -184,9 +214,20 @@ class OtherImage(MountdError):
 def is_digest(text: str) -> bool:
     """Tell whether `text` is a digest as mountd writes them."""
     digits = text.removeprefix(DIGEST)
-    return (
-        len(digits) == DIGEST_DIGITS and text == DIGEST + digits and set(digits) <= set("0123456789abcdef")
-    )
+    return text == DIGEST + digits and is_hexadecimal(digits)
+
+
+def is_hexadecimal(text: str) -> bool:
+    """Tell whether `text` is the digits of a digest."""
+    return len(text) == DIGEST_DIGITS and set(text) <= set("0123456789abcdef")
+
+
+# What the values of some options have to be like.
+MADE_OF: Mapping[str, Callable[[str], bool]] = {
+    "mountd.digest": is_digest,
+    "mountd.fsverity": is_hexadecimal,
+    "mountd.objects": lambda paths: all(paths.split(":")),
+}
 
 
 def read_type(text: str) -> str | None:
@@ -223,6 +264,9 @@ def mount(wishes: Wishes) -> int:
             image_policy=wishes.image_policy,
             interactive=wishes.interactive,
             key_file=wishes.key_file,
+            objects=wishes.objects,
+            digest=wishes.fs_verity,
+            check_contents=wishes.check_contents,
         ) as request,
         Client() as client,
     ):
@@ -301,8 +345,23 @@ def have_attached(client: Client, request: Request, target: OwnedFd, wishes: Wis
         check_digest(wishes.digest, explained if isinstance(explained, dict) else {}, request)
     request.add_target(OwnedFd(os.dup(target.fileno())))
     reply = regretting(client, lambda: ask(client.attach, request, wishes.sloppy))
+    if wishes.digest is not None and "reference" in request.source:
+        check_attached(wishes.digest, client, reply, request)
     tell_left_out(PROGRAM, left_out_of(reply))
     return {"attachedBy": "mountd", **reply}
+
+
+def check_attached(wanted: str, client: Client, reply: Mapping[str, object], request: Request) -> None:
+    """Detach what was attached for a name, if that has come to lead elsewhere since it was asked about.
+
+    Raises OtherImage, and what Detach raises.
+    """
+    decision = reply.get("decision")
+    try:
+        check_digest(wanted, decision if isinstance(decision, dict) else {}, request)
+    except OtherImage:
+        client.detach(int(str(reply["id"])), lazy=True)
+        raise
 
 
 def check_digest(wanted: str, decision: Mapping[str, object], request: Request) -> None:

@@ -104,7 +104,7 @@ MOUNT_EXAMPLES = (
 RUN_EXAMPLES = (
     "mountctl run /var/lib/machines/base.raw -- ls -l /",
     "mountctl run --idmap namespace stored:sha256:… /bin/sh",
-    "mountctl run --top ~/changes oci:registry.example.com/base@sha256:… /bin/sh",
+    "mountctl run --top ~/changes oci:registry.example.com/base:1.0 /bin/sh",
 )
 EXPLAIN_EXAMPLES = (
     "mountctl explain /home/me/base.raw",
@@ -157,7 +157,7 @@ def add_request(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "source",
         metavar="SOURCE",
-        help="an image, a directory, stored:sha256:…, oci:HOST/REPO@sha256:…, composefs:FILE, tmpfs:64M",
+        help="an image, a directory, stored:sha256:…, oci:HOST/REPO:TAG, composefs:FILE, tmpfs:64M",
     )
 
 

@@ -37,4 +37,4 @@ def create(operation: MakeComposefs, layers: Sequence[int], naming: Naming | Non
         raise ValueError("there are not as many object directories as were planned")
     options = (*OPTIONS, VERIFIED) if operation.verify else OPTIONS
     names = [LAYER] + [DATA] * operation.objects
-    return create_of(options, names, layers, naming, "a composefs")
+    return create_of(options, names, layers, naming, "a composefs", source=operation.name)

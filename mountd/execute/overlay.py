@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from mountd.errors import InvalidParameter, NotSupported, SyscallError
+from mountd.execute.naming import is_name
 from mountd.kernel import capabilities
 from mountd.kernel.acting import acting_as
 from mountd.kernel.fs_context import FsContext
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     Option = tuple[str, str]
 
 TYPE = "overlay"
-SOURCE = "mountd"  # which an overlay shows and does nothing with
+SOURCE = "mountd"  # which an overlay shows and does nothing with, where there is no name for it
 LAYER, DATA = "lowerdir+", "datadir+"
 UPPER, WORK = "upperdir", "workdir"
 # By what kernels refuse mounts that are attached nowhere: when they are named, or when it is made.
@@ -41,7 +42,7 @@ def create(
         raise ValueError("there are not as many layers as were planned, or not that top")
     names = [LAYER] * len(layers)
     try:
-        return create_of(operation.options, names, layers, naming, "a stack", top)
+        return create_of(operation.options, names, layers, naming, "a stack", top, source=operation.name)
     except SyscallError as error:
         if top is None or error.errno != errno.ELOOP:
             raise
@@ -56,17 +57,20 @@ def create_of(
     naming: Naming | None,
     what: str,
     top: Top | None = None,
+    *,
+    source: str | None = None,
 ) -> FsContext:
     """Return the context of a new overlay with these options; `names` say what each of `layers` is to it.
 
     It has clones of the layers and of the `top`, which are borrowed, so that they can be closed. Before
     Linux 6.15, overlay takes none that is attached nowhere; then they are where `naming` puts them
-    meanwhile. `what` is it for, for people. Raises SyscallError, and NotSupported for a kernel without
+    meanwhile. `what` is it for, for people; `source` is what it shows as such, if
+    it can be a name. Raises SyscallError, and NotSupported for a kernel without
     overlay, or whose overlay cannot have its layers one by one.
     """
     options = tuple(options)
     try:
-        return made_of(options, names, layers, top)
+        return made_of(options, names, layers, top, source=source)
     except SyscallError as error:
         if error.errno == errno.ENODEV:
             raise NotSupported(f"overlay, which {what} needs", hint="have root load the module") from None
@@ -76,7 +80,7 @@ def create_of(
             raise NotSupported(f"making {what} by the overlay of this kernel", hint=HINT) from None
     try:
         with naming.attached([*layers, *(() if top is None else (top.mount.fileno(),))]) as paths:
-            return made_of(options, names, paths[: len(layers)], top, by_name=True)
+            return made_of(options, names, paths[: len(layers)], top, source=source, by_name=True)
     except SyscallError as error:
         if not any(UNKNOWN in line for line in error.log):
             raise
@@ -89,6 +93,7 @@ def made_of(
     layers: Iterable[int | str],
     top: Top | None = None,
     *,
+    source: str | None = None,
     by_name: bool = False,
 ) -> FsContext:
     """Return the context of one of these layers, which are descriptors or paths. Raises SyscallError.
@@ -98,7 +103,7 @@ def made_of(
     """
     context = FsContext.open(TYPE)
     try:
-        context.set_string("source", SOURCE)
+        context.set_string("source", source if source is not None and is_name(source) else SOURCE)
         if top is None:
             context.set_flag("ro")
         for name, value in options:

@@ -68,15 +68,15 @@ def ids_of_metadata(
     return IdMapKind.RANGES, *same
 
 
-def plan_composefs(decision: Decision, caller: Caller, objects: int) -> Plan:
+def plan_composefs(decision: Decision, caller: Caller, objects: int, name: str | None = None) -> Plan:
     """Return the operations for the composefs itself, over so many object directories.
 
-    Raises ValueError if it is to be writable.
+    `name` is what the mount table is to call it. Raises ValueError if it is to be writable.
     """
     if not decision.read_only:
         raise ValueError("a composefs to write to was allowed")
     operations: list[Operation] = [
-        MakeComposefs(objects, decision.verify),
+        MakeComposefs(objects, decision.verify, name),
         MakeMount(attributes_of(decision.attributes, decision.read_only)),
     ]
     if not caller.is_host_root:

@@ -148,13 +148,14 @@ class MakeOverlay:
     """Make an overlay of mounts, the topmost first. Without a top it is read-only.
 
     `options` are names with their value. `owner` is there if there is a top: the host's uid and gid by which
-    the kernel makes what it needs in it. Raises ValueError for fewer than two layers, or than one with a
-    top.
+    the kernel makes what it needs in it. `name` is what the mount table is to call the source. Raises
+    ValueError for fewer than two layers, or than one with a top.
     """
 
     layers: int
     options: tuple[tuple[str, str], ...]
     owner: tuple[int, int] | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if self.layers < (2 if self.owner is None else 1):
@@ -174,11 +175,13 @@ class MakeComposefs:
     """Make a composefs: an overlay of one mount of metadata over the mounts of object directories.
 
     The contents of files are looked up in these, and nothing else in them is shown. With `verify`, each is
-    read only if fs-verity has for it the digest that the metadata names. Raises ValueError without objects.
+    read only if fs-verity has for it the digest that the metadata names. `name` is what the mount table is
+    to call the source. Raises ValueError without objects.
     """
 
     objects: int
     verify: bool
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if self.objects < 1:

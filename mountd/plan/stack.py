@@ -38,17 +38,22 @@ FORCED = (
 
 
 def plan_stack(
-    decision: Decision, caller: Caller, layers: int, owner: tuple[int, int] | None = None
+    decision: Decision,
+    caller: Caller,
+    layers: int,
+    owner: tuple[int, int] | None = None,
+    name: str | None = None,
 ) -> Plan:
     """Return the operations for a stack of so many layers that were all allowed.
 
-    `owner` is there for one with a top, by whose ids it is made. Raises ValueError if it is to be writable
-    without one. It is never shared: another request has a top of its own.
+    `owner` is there for one with a top, by whose ids it is made; `name` is what the mount table is to call
+    it. Raises ValueError if it is to be writable without a top. It is never shared: another request has a
+    top of its own.
     """
     if decision.read_only is not (owner is None):
         raise ValueError("a stack to write to was allowed without a top, or one with a top to be read only")
     attributes = attributes_of(decision.attributes, decision.read_only)
-    operations: list[Operation] = [MakeOverlay(layers, FORCED, owner), MakeMount(attributes)]
+    operations: list[Operation] = [MakeOverlay(layers, FORCED, owner, name), MakeMount(attributes)]
     if not caller.is_host_root:
         operations.append(Seal())
     return Plan(tuple(operations))

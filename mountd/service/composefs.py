@@ -298,7 +298,11 @@ def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None
             note=note,
             layers=[mount.fileno() for mount in mounts],
         )
-        return run(plan_composefs(judged.decision, judged.caller, len(source.composefs.objects)), inputs)
+        # As of any other image. One that was made of a description lies where nobody else looks.
+        name = judged.inspected.evidence.root_owned_path if judged.caller.on_host else None
+        return run(
+            plan_composefs(judged.decision, judged.caller, len(source.composefs.objects), name), inputs
+        )
     finally:
         # The overlay has clones of them.
         close_all(mounts)

@@ -121,11 +121,14 @@ def list_images(parameters: dict[str, Any], fds: list[OwnedFd], context: Request
     """io.mountd.Images.List: return what of the caller's images fits into one reply."""
     owner, store = begin(fds, context)
     images: list[dict[str, object]] = []
+    tags: dict[str, list[str]] | None = None
     length = 0
     for record in store.records(parameters.get("after")):
         if not may_see(owner, record):
             continue
-        image = image_reply(record, owner)
+        if tags is None:
+            tags = tags_for(owner, store)
+        image = image_reply(record, owner, tags)
         length += len(json.dumps(image))
         if images and length > PAGE:
             return {"images": images, "next": images[-1]["digest"]}, []
@@ -138,7 +141,7 @@ def inspect_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reque
     owner, store = begin(fds, context)
     record = store.record(parameters["digest"])
     check_seen(owner, record)
-    return {"image": image_reply(record, owner)}, []
+    return {"image": image_reply(record, owner, tags_for(owner, store))}, []
 
 
 def verify_image(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Stream:
@@ -255,8 +258,19 @@ def transferred(
                 yield {"progress": {"done": step.done, "total": step.total}}
 
 
-def image_reply(record: Record, owner: Owner) -> dict[str, object]:
-    """Return a record as the wire has it, for `owner`, who does not learn who else has the image."""
+def tags_for(owner: Owner, store: Store) -> dict[str, list[str]]:
+    """Return the tags that `owner` may be told of, by digest. Raises NotFound, SyscallError.
+
+    What was pulled is root's: who has the bytes of a layer does not learn of which images it is one.
+    """
+    return store.tags() if owner.uid == ROOT else {}
+
+
+def image_reply(record: Record, owner: Owner, tags: dict[str, list[str]] | None = None) -> dict[str, object]:
+    """Return a record as the wire has it, for `owner`, who does not learn who else has the image.
+
+    `tags` are by which names images are mounted, by their digests.
+    """
     # What was pulled for somebody is root's.
     owners = [each.uid for each in record.owners if owner.uid in (ROOT, each.uid)]
     # What another has called it is that one's own affair.
@@ -292,6 +306,7 @@ def image_reply(record: Record, owner: Owner) -> dict[str, object]:
             given(key=each.key, subject=each.subject, covers=each.covers, digest=each.digest)
             for each in record.signers
         ],
+        tags=(tags or {}).get(record.digest),
     )
 
 

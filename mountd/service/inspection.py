@@ -461,10 +461,10 @@ def inspect_layer(
     try:
         fd, record = context.store.lookup(layer.digest)
     except NotFound:
-        raise missing(layer.name) from None
+        raise missing(layer.name, layer.wanted) from None
     fds.append(fd)
     if not record.belongs_to(ROOT):
-        raise missing(layer.name)
+        raise missing(layer.name, layer.wanted)
     return of_store(fd, record, layer.provenance, context)
 
 

@@ -328,11 +328,12 @@ def source_name(judged: Judged) -> str | None:
     """Return what the mount table calls the source of a mount, None where no name for it is true.
 
     The path of an image is true where it has proven to lead to it, and is root's alone; whoever is in a
-    container has no business with the host's paths. An image of the store is called as it was asked for.
+    container has no business with the host's paths. An image of the store is called as it was asked for, by
+    its tag as well: what that led to is in the list of mounts.
     """
     named = judged.request.stored
     if isinstance(named, StoredLayer):
-        return named.name
+        return named.wanted
     if named is not None:
         return f"{STORED_PREFIX}{named}"
     return judged.inspected.evidence.root_owned_path if judged.caller.on_host else None

@@ -2,8 +2,9 @@
 
 An image of several layers is a stack of these: each is judged as an image of the store that was pulled from
 where the whole is from, and all have to be allowed. Which layers there are, and in which order, was written
-down when the manifest was verified, and is not the caller's to say. A layer that is named by itself was not
-pulled: its owner has vouched for the whole.
+down when the manifest was verified, and is not the caller's to say; so was to which manifest a tag led, and
+no registry is asked again. What is judged, and told to the journal, has the digest in its name. A layer that
+is named by itself was not pulled: its owner has vouched for the whole.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mountd.service.context import RequestContext
     from mountd.service.requests import MountRequest
     from mountd.store.record import Record
+    from mountd.store.store import Store
 
 # The kernel has room for 500 in an overlay; runtimes make no image of more than 127.
 MAXIMUM_STACKED = 160
@@ -64,26 +66,39 @@ def layers_of(wanted: Reference, context: RequestContext) -> list[StoredLayer]:
     store = context.store
     if store is None:
         raise NotFound("the store", hint="the journal of mountd says why it has none")
-    found = store.pulled(wanted.repository, wanted.digest or "")
+    # The caller's word for a tag of the digest is not worth repeating.
+    wanted = wanted if wanted.digest is None else replace(wanted, tag=None)
+    at = leads_to(wanted, store)
+    found = store.pulled(at.repository, at.digest or "")
     if found is None:
-        return [single(wanted, context)]
-    return [StoredLayer(digest, str(wanted), found.provenance) for digest in found.stored]
+        return [single(at, str(wanted), store)]
+    return [StoredLayer(digest, str(at), str(wanted), found.provenance) for digest in found.stored]
 
 
-def single(wanted: Reference, context: RequestContext) -> StoredLayer:
+def leads_to(wanted: Reference, store: Store) -> Reference:
+    """Return the reference with the digest that its tag led to at the last pull. Raises NotFound."""
+    if wanted.digest is not None:
+        return wanted
+    digest = store.tagged(wanted.repository, wanted.tag or "")
+    if digest is None:
+        raise missing(str(wanted), str(wanted))
+    return replace(wanted, digest=digest)
+
+
+def single(at: Reference, wanted: str, store: Store) -> StoredLayer:
     """Return an image of one layer that is known by its record only. Raises NotFound."""
-    for record in context.store.records() if context.store is not None else ():
+    for record in store.records():
         provenance = provenance_of(record)
-        if provenance is None or provenance.manifest != wanted.digest:
+        if provenance is None or provenance.manifest != at.digest:
             continue
-        if provenance.repository == wanted.repository and record.belongs_to(ROOT):
-            return StoredLayer(record.digest, str(wanted), provenance)
-    raise missing(str(wanted))
+        if provenance.repository == at.repository and record.belongs_to(ROOT):
+            return StoredLayer(record.digest, str(at), wanted, provenance)
+    raise missing(str(at), wanted)
 
 
-def missing(wanted: str) -> NotFound:
+def missing(name: str, wanted: str) -> NotFound:
     """Return the error for an image that was not pulled, or of which a layer was removed."""
-    return NotFound(f"{wanted} in the store", hint=f"“mountctl image pull {wanted}” puts it there")
+    return NotFound(f"{name} in the store", hint=f"“mountctl image pull {wanted}” puts it there")
 
 
 def provenance_of(record: Record) -> Provenance | None:

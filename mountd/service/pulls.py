@@ -6,7 +6,8 @@ there, and what is told on the way is passed on. Nothing of the outcome is belie
 records are in the same store. Where there is no such instance, the worker pulls by itself.
 
 What was pulled is root's, and on root's account: the next who asks for it finds it, and nobody but root
-removes it. For whom it may be mounted is up to the policy, each time.
+removes it. For whom it may be mounted is up to the policy, each time. The tag that it was pulled by leads to
+it from then on, for everybody.
 """
 
 from __future__ import annotations
@@ -163,7 +164,9 @@ def pulled_here(wanted: Reference, store: Store, context: RequestContext) -> Ste
             for layer in pulled.layers:
                 stages.reached(STORE)
                 records.append((yield from stored(wanted, pulled, layer, store, context)))
-            store.remember(PulledImage(pulled.provenance, tuple(record.digest for record in records)))
+            image = PulledImage(pulled.provenance, tuple(record.digest for record in records))
+            # The last of all: by now everything is verified and there. By its digest alone, no tag moves.
+            store.remember(image, wanted.tag, pulled.resolved)
             return records
 
 

@@ -425,7 +425,7 @@ def read_signature(text: str | None, field: str) -> bytes | None:
 
 
 def read_reference(reference: str) -> str | Reference:
-    """Return what names a stored image: its digest, or that of its manifest with where it was pulled from.
+    """Return what names a stored image: its digest, or its name where it was pulled from.
 
     Raises InvalidParameter, NotSupported for another kind of reference.
     """
@@ -434,7 +434,7 @@ def read_reference(reference: str) -> str | Reference:
     if not reference.startswith(STORED_PREFIX):
         raise NotSupported(
             REFERENCE_FIELD,
-            hint="name an image of the store, as “stored:sha256:…” or “oci:HOST/REPOSITORY@sha256:…”",
+            hint="name an image of the store, as “stored:sha256:…” or “oci:HOST/REPOSITORY:TAG”",
         )
     digest = reference.removeprefix(STORED_PREFIX)
     try:
@@ -445,17 +445,11 @@ def read_reference(reference: str) -> str | Reference:
 
 
 def read_registry_reference(text: str) -> Reference:
-    """Return the name of an image that was pulled, by its digest. Raises InvalidParameter, NotSupported."""
+    """Return the name of an image that was pulled. Raises InvalidParameter."""
     try:
-        found = registry_reference.parse(text)
+        return registry_reference.parse(text)
     except InvalidParameter as error:
         raise InvalidParameter(REFERENCE_FIELD, str(error.parameters["reason"])) from None
-    if found.tag is not None or found.digest is None:
-        raise NotSupported(
-            "mounting by a tag, which proves nothing",
-            hint=f"“mountctl image pull {found}”, and mount the digest that it prints, as “stored:sha256:…”",
-        )
-    return found
 
 
 def read_tmpfs(tmpfs: Mapping[str, Any]) -> Tmpfs:

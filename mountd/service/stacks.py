@@ -20,6 +20,7 @@ from mountd.service import tops
 from mountd.service.inspection import Inspected
 from mountd.service.layers import TOP, about_part, at_part, name_of
 from mountd.source.model import Source, SourceKind
+from mountd.store.layering import StoredLayer
 from mountd.trust.decide import Decision
 from mountd.trust.encrypted import JUDGED_LATER, is_locked
 from mountd.trust.policy import Verdict
@@ -174,12 +175,22 @@ def make(
                 top=top,
             )
             owner = None if top is None else top.owner
-            return writable(run(plan_stack(judged.decision, judged.caller, len(mounts), owner), inputs), top)
+            plan = plan_stack(judged.decision, judged.caller, len(mounts), owner, pulled_as(judged))
+            return writable(run(plan, inputs), top)
     finally:
         if source is not None:
             context.notes["source"] = source
         # An overlay has clones of its layers.
         close_all(mounts)
+
+
+def pulled_as(judged: Judged) -> str | None:
+    """Return what a stack was asked for as that is one image that was pulled, None for any other."""
+    named = {
+        each.wanted if isinstance(each := layer.request.stored, StoredLayer) else None
+        for layer in judged.layers
+    }
+    return named.pop() if len(named) == 1 else None
 
 
 def writable(mount: OwnedFd, top: Top | None) -> OwnedFd:

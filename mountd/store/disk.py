@@ -3,6 +3,7 @@
     images/sha256/HEX         an image, root's, 0400: whole and on disk from the moment it has this name
     records/sha256/HEX.json   what is known about it; an image counts from the moment its record is there
     pulled/sha256/HEX.json    which images of the store are the layers of one in a registry, by its name
+    tags/sha256/HEX.json      which of those a tag led to when it was pulled last
     incoming/                 what is not finished: SIZE.UID.RANDOM while an image is copied, record.RANDOM,
                               and the directory pull.RANDOM while one is pulled
     slots/N                   held by a transfer that is running, with the uid that it is charged to
@@ -32,7 +33,7 @@ from mountd.errors import InvalidImage, NotFound, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel.flags import Resolve
 from mountd.kernel.paths import openat2
-from mountd.store import layering
+from mountd.store import layering, tags
 from mountd.store import record as records
 from mountd.store.record import NoRecord, Record
 
@@ -42,14 +43,16 @@ if TYPE_CHECKING:
 
     from mountd.evidence.model import Provenance
     from mountd.store.layering import PulledImage
+    from mountd.store.tags import Tag
 
 IMAGES = "images/sha256"
 RECORDS = "records/sha256"
 PULLED = "pulled/sha256"
+TAGS = "tags/sha256"
 INCOMING = "incoming"
 SLOTS = "slots"
 LOCK = "lock"
-DIRECTORIES = ("images", IMAGES, "records", RECORDS, "pulled", PULLED, INCOMING, SLOTS)
+DIRECTORIES = ("images", IMAGES, "records", RECORDS, "pulled", PULLED, "tags", TAGS, INCOMING, SLOTS)
 HEX = re.compile(r"[0-9a-f]{64}")
 RESERVED = re.compile(r"([0-9]{1,19})\.([0-9]{1,10})\.[0-9a-f]{32}")
 IMAGE_MODE = 0o400
@@ -236,18 +239,41 @@ class State:
 
     def read_pulled(self, path: str) -> PulledImage:
         """Return which layers an image has. Raises NoRecord for what is missing or damaged, SyscallError."""
+        pulled = layering.parse(self._read(path, layering.MAXIMUM))
+        if pulled_path(pulled.provenance) != path:
+            raise NoRecord("it is that of another image")
+        return pulled
+
+    def write_tag(self, tag: Tag) -> None:
+        """Write what a tag leads to, in the place of what was known. The lock has to be held.
+
+        Raises OSError, and InvalidImage if it could not be read again.
+        """
+        self._write(tags.serialise(tag), tag_path(tag.repository, tag.tag))
+
+    def read_tag(self, path: str) -> Tag:
+        """Return what a tag leads to. Raises NoRecord for what is missing or damaged, SyscallError."""
+        tag = tags.parse(self._read(path, tags.MAXIMUM))
+        if tag_path(tag.repository, tag.tag) != path:
+            raise NoRecord("it is that of another tag")
+        return tag
+
+    def _read(self, path: str, maximum: int) -> bytes:
+        """Return what one of mountd's files has, one byte past `maximum` at most.
+
+        Raises NoRecord for one that is missing or not root's alone, SyscallError.
+        """
         try:
             fd = self.open(path)
         except SyscallError as error:
             if error.errno == errno.ENOENT:
                 raise NoRecord("it was not pulled") from None
+            if error.errno == errno.ELOOP:
+                raise NoRecord("its record is a symbolic link") from None
             raise
         with fd:
             check_file(os.fstat(fd.fileno()), "its record")
-            pulled = layering.parse(os.read(fd.fileno(), layering.MAXIMUM + 1))
-        if pulled_path(pulled.provenance) != path:
-            raise NoRecord("it is that of another image")
-        return pulled
+            return os.read(fd.fileno(), maximum + 1)
 
     def open_image(self, record: Record) -> OwnedFd:
         """Open the stored bytes for reading. Raises NotFound, InvalidImage, SyscallError."""
@@ -315,3 +341,8 @@ def record_path(digest: str) -> str:
 def pulled_path(provenance: Provenance) -> str:
     """Return where it is written which layers an image has that was pulled."""
     return f"{PULLED}/{layering.key_of(provenance.repository, provenance.manifest)}.json"
+
+
+def tag_path(repository: str, tag: str) -> str:
+    """Return where it is written what a tag leads to."""
+    return f"{TAGS}/{tags.key_of(repository, tag)}.json"

@@ -16,7 +16,8 @@ for those who have it open.
 
 A record goes before its image, so that at each moment whoever finds a record finds the image. What a
 killed process has left is swept: what is in incoming/ and nobody holds, an image without a record, a record
-without an image or one that cannot be read, and what is known of a pulled image of which a layer is gone.
+without an image or one that cannot be read, what is known of a pulled image of which a layer is gone, and
+tags that lead to no such image.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from mountd.store.disk import (
     INCOMING,
     PULLED,
     RECORDS,
+    TAGS,
     image_path,
     record_path,
 )
+from mountd.store.layering import key_of
 from mountd.store.record import NoRecord, hex_of
 
 if TYPE_CHECKING:
@@ -76,7 +79,10 @@ def sweep(state: State, *, read_records: bool = True) -> None:
 
 
 def sweep_pulled(state: State) -> None:
-    """Remove what is known of images of which a layer is gone. The lock has to be held. Raises OSError."""
+    """Remove what is known of images of which a layer is gone, and their tags.
+
+    The lock has to be held. Raises OSError.
+    """
     known = set(state.names(RECORDS))
     for name in state.names(PULLED):
         path = f"{PULLED}/{name}"
@@ -85,6 +91,21 @@ def sweep_pulled(state: State) -> None:
         except NoRecord:
             whole = False
         if not whole:
+            state.unlink(path)
+    sweep_tags(state)
+
+
+def sweep_tags(state: State) -> None:
+    """Remove tags that lead to nothing. The lock has to be held. Raises OSError."""
+    known = set(state.names(PULLED))
+    for name in state.names(TAGS):
+        path = f"{TAGS}/{name}"
+        try:
+            tag = state.read_tag(path)
+            leads = f"{key_of(tag.repository, tag.manifest)}.json" in known
+        except NoRecord:
+            leads = False
+        if not leads:
             state.unlink(path)
 
 
@@ -122,6 +143,8 @@ def collect(state: State, candidates: list[Record]) -> Collected:
             freed += record.size
         else:
             in_use.append(record.digest)
+    if removed:
+        sweep_pulled(state)
     return Collected(tuple(removed), freed, tuple(in_use))
 
 

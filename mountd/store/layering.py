@@ -35,10 +35,14 @@ class PulledImage:
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """An image of the store as a layer of one that was pulled: `name` is that one's."""
+    """An image of the store as a layer of one that was pulled: `name` is that one's, with its digest.
+
+    `wanted` is what was asked for, by which it is pulled again.
+    """
 
     digest: str
     name: str
+    wanted: str
     provenance: Provenance
 
 

@@ -74,11 +74,13 @@ class Layer:
 class Pulled:
     """An image that was pulled: where it is from, and its layers, the lowest first.
 
-    The one who gets it owns the descriptors of the layers; `close` closes them.
+    `resolved` is when the registry was asked what the name leads to, in nanoseconds since the epoch. The one
+    who gets it owns the descriptors of the layers; `close` closes them.
     """
 
     provenance: Provenance
     layers: tuple[Layer, ...]
+    resolved: int
 
     def close(self) -> None:
         """Close the descriptors; the files stay in the work directory."""
@@ -111,6 +113,7 @@ def pull(
     with Quarantine(work_directory, RESOLVE) as directory:
         # Before much is fetched that nothing can be made of.
         version = erofs_build.version(directory.fileno())
+        resolved = time.time_ns()
         wanted = resolve(reference, directory.fileno(), limits, progress)
     with Quarantine(work_directory, FETCH) as directory:
         found = fetch(reference, wanted, policy, directory.fileno(), limits, progress)
@@ -123,7 +126,7 @@ def pull(
     finally:
         for blob in blobs:
             blob.close()
-    return Pulled(record(reference, found, requirement), made)
+    return Pulled(record(reference, found, requirement), made, resolved)
 
 
 def resolve(

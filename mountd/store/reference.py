@@ -34,7 +34,8 @@ ALIASES = ("index.docker.io", "registry-1.docker.io")
 class Reference:
     """An image in a registry: `host` with its port if any, `path` of the repository there, and which one.
 
-    At least one of `tag` and `digest` is there; with both, the tag has to lead to the digest.
+    At least one of `tag` and `digest` is there; with both, the tag has to lead to the digest when the image
+    is pulled, and the digest is what counts when it is mounted.
     """
 
     host: str

@@ -27,8 +27,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from mountd.errors import InUse, InvalidImage, LimitExceeded, SyscallError
-from mountd.store import garbage, quota, transfer
-from mountd.store.disk import IMAGE_MODE, PULLED, State, all_records, at, image_path, missing, pulled_path
+from mountd.store import garbage, quota, tags, transfer
+from mountd.store.disk import (
+    IMAGE_MODE,
+    PULLED,
+    TAGS,
+    State,
+    all_records,
+    at,
+    image_path,
+    missing,
+    pulled_path,
+    tag_path,
+)
 from mountd.store.layering import key_of
 from mountd.store.quota import Limits
 from mountd.store.record import (
@@ -51,6 +62,7 @@ if TYPE_CHECKING:
     from mountd.store.garbage import Collected
     from mountd.store.layering import PulledImage
     from mountd.store.record import Owner
+    from mountd.store.tags import Tag
 
     Report = Callable[[int, int], None]
 
@@ -202,19 +214,60 @@ class Store:
         with self._named("reading the store"), State(self._path) as state:
             yield from all_records(state, past)
 
-    def remember(self, pulled: PulledImage) -> None:
+    def remember(self, pulled: PulledImage, tag: str | None = None, resolved: int = 0) -> None:
         """Write down which layers an image has, all of which are there, and where it is from.
 
-        Raises LimitExceeded, InvalidImage, NotFound, SyscallError.
+        With `tag`, also that this tag led to it at the time `resolved`, in nanoseconds since the epoch;
+        unless another pull has written by now what it led to later. Raises LimitExceeded, InvalidImage,
+        NotFound, SyscallError; then nothing is written, or the tag is not.
         """
+        origin = pulled.provenance
         with self._named("writing to the store"), State(self._path) as state, state.locked():
-            known = state.names(PULLED)
-            if (
-                len(known) >= self.limits.images
-                and os.path.basename(pulled_path(pulled.provenance)) not in known
-            ):
-                raise LimitExceeded("pulled images of the store", self.limits.images)
+            self._check_room(state, pulled_path(origin), "pulled images of the store")
+            if tag is None:
+                state.write_pulled(pulled)
+                return
+            self._check_room(state, tag_path(origin.repository, tag), "tags of pulled images of the store")
+            # In this order, so that no tag ever leads to what is not there yet.
             state.write_pulled(pulled)
+            new = tags.Tag(origin.repository, tag, origin.manifest, resolved)
+            known = read_tag(state, origin.repository, tag)
+            if known is None or not tags.is_outdated(new, known, time.time_ns()):
+                state.write_tag(new)
+
+    def _check_room(self, state: State, path: str, what: str) -> None:
+        """Raise LimitExceeded if there is no room for one file more of its kind. The lock is held."""
+        directory, name = os.path.split(path)
+        known = state.names(directory)
+        if len(known) >= self.limits.images and name not in known:
+            # What leads to nothing any more takes no room from others.
+            garbage.sweep_pulled(state)
+            if len(state.names(directory)) >= self.limits.images:
+                raise LimitExceeded(what, self.limits.images, hint="“mountctl image remove” makes room")
+
+    def tagged(self, repository: str, tag: str) -> str | None:
+        """Return the digest of the manifest that a tag led to when it was pulled last, None for no pull.
+
+        Whether that image is still there is not looked at. Raises NotFound, SyscallError.
+        """
+        with self._named("reading the store"), State(self._path) as state:
+            known = read_tag(state, repository, tag)
+            return None if known is None else known.manifest
+
+    def tags(self) -> dict[str, list[str]]:
+        """Return by which tags images of the store are mounted now: by digest, the names of all.
+
+        A layer has those of all images that it is one of. Raises NotFound, SyscallError.
+        """
+        found: dict[str, list[str]] = {}
+        with self._named("reading the store"), State(self._path) as state:
+            for name in state.names(TAGS):
+                with contextlib.suppress(NoRecord):
+                    tag = state.read_tag(f"{TAGS}/{name}")
+                    image = state.read_pulled(f"{PULLED}/{key_of(tag.repository, tag.manifest)}.json")
+                    for digest in set(image.stored):
+                        found.setdefault(digest, []).append(tag.name)
+        return {digest: sorted(names) for digest, names in found.items()}
 
     def pulled(self, repository: str, manifest: str) -> PulledImage | None:
         """Return which layers an image has, None for one that is not known. Raises NotFound, SyscallError.
@@ -263,6 +316,9 @@ class Store:
                     f"the stored image {digest} is mounted or being read",
                     hint="unmount it everywhere first, also where a descriptor holds the mount",
                 )
+            else:
+                # Or a tag would lead there again as soon as somebody has pulled it by its digest.
+                garbage.sweep_pulled(state)
 
     def collect_garbage(self, by_uid: int = ROOT, maximum_age: int | None = None) -> Collected:
         """Sweep, and remove images that nobody has used for `maximum_age` seconds, None for no image.
@@ -345,6 +401,14 @@ class Store:
             if isinstance(error, SyscallError):
                 raise
             raise SyscallError(error.errno or 0, doing) from None
+
+
+def read_tag(state: State, repository: str, tag: str) -> Tag | None:
+    """Return what a tag leads to, None for nothing that is known. Raises SyscallError."""
+    try:
+        return state.read_tag(tag_path(repository, tag))
+    except NoRecord:
+        return None
 
 
 def merge(known: Record, new: Record) -> Record:

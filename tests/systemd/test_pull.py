@@ -102,6 +102,25 @@ def test_a_user_pulls_and_mounts(ruled: Registry, user: str) -> None:
     }
 
 
+def test_a_tag_leads_to_what_was_pulled_last(ruled: Registry, user: str) -> None:
+    """For everybody, and without the registry or the one who pulls."""
+    machine = ruled.machine
+    tagged = f"oci:{HOST}/gpg/moving:1.0"
+    for said in (HELLO, b"moved"):
+        ruled.image(
+            "gpg/moving:1.0", *ruled.sign_gpg, archives=(archive(Member("hello", said, mode=0o644)),)
+        )
+        if said != HELLO:
+            # That it was moved there is nothing to what was pulled.
+            assert read(machine, tagged, user) == HELLO.decode()
+        manifest = pull(machine, tagged, user)["image"]["provenance"]["manifest"]
+        machine.run(["systemctl", "stop", PULLS])
+        assert read(machine, tagged, user) == said.decode()
+        assert machine.state(PULLS) == "inactive"
+        assert f"{HOST}/gpg/moving@{manifest}" in machine.sh(f"mountctl explain {tagged}", user=user)
+    assert machine.sh("stat -c %u:%a /var/lib/mountd/tags/sha256/*.json | sort -u").strip() == "0:400"
+
+
 def test_programs_run_as_a_user_of_their_own(ruled: Registry, user: str) -> None:
     assert ruled.machine.sh("id -u mountd-pull").strip() not in ("0", "65534")
 
@@ -177,7 +196,7 @@ def test_labels_and_names_prove_nothing(ruled: Registry, user: str) -> None:
     done = machine.run(["mountctl", "image", "import", "--name", name, file], user=user)
     for source in (file, f"stored:{done.stdout.strip()}"):
         assert machine.explain(source, user=user)["verdict"] == "deny"
-    refused(machine, ["explain", f"oci:{HOST}/gpg/joined:1.0"], "NotSupported", user)
+    refused(machine, ["explain", f"oci:{HOST}/gpg/joined:never"], "NotFound", user)
     absent = f"oci:{HOST}/gpg/joined@{done.stdout.strip()}"
     refused(machine, ["explain", absent], "NotFound", user)
 

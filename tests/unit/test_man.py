@@ -126,7 +126,7 @@ def test_every_option_of_the_daemon() -> None:
 def test_every_option_of_the_mount_helper() -> None:
     page = words("mount.mountd.8")
     assert {name for name in page if re.fullmatch(r"mountd\.[a-z-]+", name)} - {
-        *("mountd.access", "mountd.squashfs", "mountd.policy")
+        *("mountd.access", "mountd.squashfs", "mountd.composefs", "mountd.policy")
     } == set(mount_helper.OWN) - {"mountd.access", "mountd.policy"}
     for name in mount_helper.OWN:
         assert f" {name}=" in text("mount.mountd.8")

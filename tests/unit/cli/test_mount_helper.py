@@ -16,6 +16,7 @@ USUAL = {
     "image_policy": None,
     "interactive": None,
     "digest": None, "key_file": None, "namespace": None,
+    "objects": [], "check_contents": None, "fs_verity": None,
 }  # fmt: skip
 
 
@@ -63,6 +64,20 @@ def parse(argv: list[str]) -> Wishes:
         ("img dir -o noatime,atime,nodiratime,diratime,nosymfollow", {"options": ["nosymfollow"]}),
         ("img dir -o mountd.key-file=/etc/key", {"key_file": "/etc/key"}),
         ("img dir -o mountd.digest=sha256:" + 64 * "a", {"digest": "sha256:" + 64 * "a"}),
+        ("img dir -t mountd.composefs -o mountd.objects=/a:b", {
+            "spec": "composefs:img", "objects": ["/a", "b"],
+        }),
+        ("img dir -o mountd.verity=yes,mountd.objects=a,mountd.fsverity=" + 64 * "b" + " -t composefs", {
+            "spec": "composefs:img", "objects": ["a"], "check_contents": True, "fs_verity": 64 * "b",
+        }),
+        ("composefs:a dir -t mountd.composefs -o mountd.objects=a,mountd.verity=no", {
+            "spec": "composefs:a", "objects": ["a"], "check_contents": False,
+        }),
+        ("composefs:a dir -t mountd -o mountd.objects=b", {"spec": "composefs:a", "objects": ["b"]}),
+        # What is so called is a file.
+        ("oci:a.example/b dir -t mountd.composefs -o mountd.objects=b", {
+            "spec": "composefs:oci:a.example/b", "objects": ["b"],
+        }),
     ],
 )  # fmt: skip
 def test_parse(line: str, changed: dict[str, object]) -> None:
@@ -84,6 +99,11 @@ def test_parse(line: str, changed: dict[str, object]) -> None:
         ("img dir --js", "option --js not recognized"),
         ("img dir --json=1", "option --json=1 not recognized"),
         ("img -- dir --json", "nothing else"),
+        ("img dir -t mountd.composefs", "directories with its contents"),
+        ("composefs:img dir -o mountd.verity=yes", "directories with its contents"),
+        ("img dir -o mountd.objects=a", "about a composefs"),
+        ("img dir -o mountd.verity=no", "about a composefs"),
+        ("img dir -t mountd.erofs -o mountd.fsverity=" + 64 * "a", "about a composefs"),
     ],
 )
 def test_wrong_usage(line: str, text: str) -> None:
@@ -112,6 +132,17 @@ def test_names_may_look_like_options_or_be_a_dash() -> None:
         ("mountd.digest=sha256:" + 64 * "A", "64 hexadecimal digits"),
         ("mountd.digest=" + 64 * "a", "64 hexadecimal digits"),
         ("mountd.digest=sha512:" + 64 * "a", "64 hexadecimal digits"),
+        ("mountd.objects", "paths of directories"),
+        ("mountd.objects=", "paths of directories"),
+        ("mountd.objects=a:", "paths of directories"),
+        ("mountd.objects=:a", "paths of directories"),
+        ("mountd.objects=a::b", "paths of directories"),
+        ("mountd.verity", "yes, no"),
+        ("mountd.verity=true", "yes, no"),
+        ("mountd.fsverity", "64 hexadecimal digits"),
+        ("mountd.fsverity=sha256:" + 64 * "a", "64 hexadecimal digits"),
+        ("mountd.fsverity=" + 63 * "a", "64 hexadecimal digits"),
+        ("mountd.fsverity=" + 64 * "A", "64 hexadecimal digits"),
         ("mountd.userns", "path of a user namespace"),
         ("mountd.userns=", "path of a user namespace"),
         ("mountd.idmap=ranges", "none, namespace, caller"),

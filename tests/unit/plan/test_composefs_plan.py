@@ -28,6 +28,7 @@ def test_it_is_made_locked() -> None:
     plan = plan_composefs(ALLOWED, USER, 2)
     assert plan.operations == (MakeComposefs(2, True), MakeMount(READ_ONLY), Seal())
     assert plan.shared is None
+    assert plan_composefs(ALLOWED, USER, 2, "/a").operations[0] == MakeComposefs(2, True, "/a")
     assert "has to have" in plan.describe()[0]
     unlocked = plan_composefs(replace(ALLOWED, attributes=frozenset(), verify=False), ROOT, 1)
     assert unlocked.operations == (MakeComposefs(1, False), MakeMount(MountAttr.RDONLY))

@@ -25,6 +25,12 @@ def test_an_overlay_is_made_locked_and_not_mapped() -> None:
     assert plan.shared is None
 
 
+def test_it_is_called_as_it_was_asked_for() -> None:
+    assert plan_stack(ALLOWED, USER, 3, name="oci:a.example/b:1").operations[0] == MakeOverlay(
+        3, FORCED, None, "oci:a.example/b:1"
+    )
+
+
 def test_what_the_host_s_root_gets_is_not_locked() -> None:
     plan = plan_stack(replace(ALLOWED, attributes=frozenset()), ROOT, 2)
     assert plan.operations[1:] == (MakeMount(MountAttr.RDONLY),)

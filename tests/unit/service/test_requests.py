@@ -106,11 +106,11 @@ def test_a_pulled_image_is_named_by_the_digest_of_its_manifest() -> None:
     assert (found.stored.repository, found.stored.digest) == ("example.com/a", digest)
 
 
-@pytest.mark.parametrize("end", ["", ":1", ":1@sha256:" + "0a" * 32])
-def test_a_tag_proves_nothing(end: str) -> None:
-    with pytest.raises(NotSupported, match="proves nothing") as refused:
-        MountRequest.from_call({"source": {"reference": f"oci:example.com/a{end}"}}, [])
-    assert "mountctl image pull oci:example.com/a" in str(refused.value.hint)
+@pytest.mark.parametrize(("end", "tag"), [("", "latest"), (":1", "1"), (":1@sha256:" + "0a" * 32, "1")])
+def test_a_pulled_image_is_named_by_its_tag(end: str, tag: str) -> None:
+    found = MountRequest.from_call({"source": {"reference": f"oci:example.com/a{end}"}}, [])
+    assert isinstance(found.stored, Reference)
+    assert (found.stored.repository, found.stored.tag) == ("example.com/a", tag)
 
 
 @pytest.mark.parametrize("end", ["a@sha256:0a", "A:1", "a@sha512:" + "0a" * 64, "../a:1"])
