@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from mountd.errors import InvalidParameter
+from mountd.errors import DeniedByPolicy, InvalidParameter
 from mountd.trust.image_policy import (
     DESIGNATORS,
     EVERYTHING,
+    GROUPS,
     HOW_USED,
     TYPES,
     USES,
     ImagePolicy,
+    at_least,
     described,
     intersect,
     parse,
@@ -70,7 +72,7 @@ def test_groups_that_are_left_out_are_whole() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "“” is not DESIGNATOR=FLAGS"),
+        (" ", "“ ” is not DESIGNATOR=FLAGS"),
         ("root", "not DESIGNATOR=FLAGS"),
         ("**", "not DESIGNATOR=FLAGS"),
         ("root=verity:", "not DESIGNATOR=FLAGS"),
@@ -79,7 +81,7 @@ def test_groups_that_are_left_out_are_whole() -> None:
         ("root=verity:root=open", "“root=” is there twice"),
         ("=verity:=open", "“=” is there twice"),
         ("Root=verity", "“Root” is no kind of partition"),
-        (" root=verity", "no kind of partition"),
+        ("ro ot=verity", "no kind of partition"),
         ("boot=verity", "“boot” is no kind of partition"),
         ("root=Verity", "“Verity” is no flag"),
         ("root=verity+", "“” is no flag"),
@@ -87,7 +89,8 @@ def test_groups_that_are_left_out_are_whole() -> None:
         ("root=verity,signed", "is no flag"),
         ("root=verity=signed", "is no flag"),
         ("root=minix", "“minix” is no flag"),
-        ("root=\n", r"“\\n” is no flag"),
+        ("root=\n+verity", r"“” is no flag"),
+        ("root=ver\nity", r"“ver\\nity” is no flag"),
         ("root=*", "“*” is no flag"),
         ("=" + "open+" * 2000, "longer than"),
     ],
@@ -140,11 +143,25 @@ def test_what_programs_of_systemd_262_send_for_a_unit() -> None:
     assert described(intersect(parse("*"), parse(text))) == described(parse(text))
 
 
-def test_what_two_policies_do_not_share_nobody_may() -> None:
-    both = intersect(parse("root=unprotected"), parse("root=verity"))
-    assert not both.flags("root") & USES
-    why = refusal(both, file_system_type="ext4", read_only=True, verity=True, signed=True)
-    assert "no use" in (why or "")
+@pytest.mark.parametrize(
+    ("one", "other", "designator"),
+    [
+        ("root=unprotected", "root=verity", "root"),
+        ("root=verity+ignore:home=open", "home=absent:root=verity+absent:srv=ignore", ""),
+        ("root=open:home=encrypted", "root=open:home=absent", "home"),
+        ("root=read-only-on", "root=read-only-off", "root"),
+        ("usr=growfs-on", "=growfs-off", "usr"),
+        ("root=ext4", "root=erofs", "root"),
+        # By itself, it is one that nothing can be.
+        ("*", "srv=verity", "srv"),
+    ],
+)
+def test_what_two_policies_do_not_share_no_image_can_be(one: str, other: str, designator: str) -> None:
+    if not designator:
+        intersect(parse(one), parse(other))
+        return
+    with pytest.raises(DeniedByPolicy, match=f"no {designator} partition"):
+        intersect(parse(one), parse(other))
 
 
 flags = st.lists(st.sampled_from([*sorted(EVERYTHING), "open"]), max_size=5).map("+".join)
@@ -162,13 +179,19 @@ facts = st.fixed_dictionaries(
 )
 
 
+def both_of(one: str, other: str) -> ImagePolicy:
+    try:
+        return intersect(parse(one), parse(other))
+    except DeniedByPolicy:
+        reject()
+
+
 @given(policies, policies, facts)
 def test_an_intersection_only_narrows(one: str, other: str, fact: dict[str, object]) -> None:
-    first, second = parse(one), parse(other)
-    both = intersect(first, second)
+    first, second, both = parse(one), parse(other), both_of(one, other)
     for designator in DESIGNATORS:
         assert both.flags(designator) == first.flags(designator) & second.flags(designator)
-        assert both.flags(designator) == intersect(second, first).flags(designator)
+        assert both.flags(designator) == both_of(other, one).flags(designator)
         assert intersect(both, first).flags(designator) == both.flags(designator)
     if refusal(both, **fact) is None:  # type: ignore[arg-type]
         assert refusal(first, **fact) is None  # type: ignore[arg-type]
@@ -182,13 +205,49 @@ def test_anything_is_a_policy_or_refused(text: str) -> None:
         assert isinstance(parse(text), ImagePolicy)
 
 
-@given(policies)
-def test_a_policy_that_is_described_is_the_same(text: str) -> None:
-    policy = parse(text)
+def check_described(policy: ImagePolicy) -> None:
     again = parse(described(policy))
     assert again.default == policy.default
     assert [again.flags(each) for each in DESIGNATORS] == [policy.flags(each) for each in DESIGNATORS]
     assert described(again) == described(policy)
+
+
+@given(policies)
+def test_a_policy_that_is_described_is_the_same(text: str) -> None:
+    check_described(parse(text))
+
+
+@given(policies, policies)
+def test_what_two_allow_can_be_described(one: str, other: str) -> None:
+    check_described(both_of(one, other))
+
+
+@given(policies)
+def test_better_protection_than_is_wanted_is_wanted_as_well(text: str) -> None:
+    policy = parse(text)
+    better = at_least(policy)
+    for designator in DESIGNATORS:
+        assert better.flags(designator) - policy.flags(designator) <= {"verity", "signed"}
+        assert better.flags(designator) >= policy.flags(designator)
+        if designator not in ("root", "usr"):
+            assert better.flags(designator) == policy.flags(designator)
+    for found in ("unprotected", "verity", "signed"):
+        as_found = {"verity": found != "unprotected", "signed": found == "signed"}
+        why = refusal(policy, file_system_type=None, read_only=True, **as_found)
+        # What counts is what the image has at best.
+        allowed = {found} <= better.flags("root") & {"unprotected", "verity", "signed"}
+        assert (why is None) == (allowed and bool(policy.flags("root") & USES - {"unused", "absent"}))
+
+
+@pytest.mark.parametrize("missing", GROUPS)
+def test_what_cannot_be_said_is_not(missing: frozenset[str]) -> None:
+    """An empty group would read as a whole one."""
+    for impossible in (
+        ImagePolicy({"root": EVERYTHING - missing}, EVERYTHING),
+        ImagePolicy({}, EVERYTHING - missing),
+    ):
+        with pytest.raises(ValueError, match="cannot be said"):
+            described(impossible)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +257,8 @@ def test_a_policy_that_is_described_is_the_same(text: str) -> None:
         ("-", "*", "-"),
         ("*", "root=verity+erofs", "root=verity+erofs"),
         ("root=signed+absent:=unused+absent", "root=open:usr=open", "root=absent+signed"),
+        ("*", "root=open:home=open", "root=open:home=open"),
+        ("root=open:=ignore", "=open:home=absent", "root=open:home=absent"),
     ],
 )
 def test_described(one: str, other: str, expected: str) -> None:

@@ -10,12 +10,19 @@ from dataclasses import replace
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from mountd.caller.model import OVERFLOW_ID, Caller
 from mountd.caller.peer import Peer
-from mountd.errors import BadFileDescriptor, KeyUnknown, MountdError, OptionNotPermitted, SignatureInvalid
+from mountd.errors import (
+    BadFileDescriptor,
+    DeniedByPolicy,
+    KeyUnknown,
+    MountdError,
+    OptionNotPermitted,
+    SignatureInvalid,
+)
 from mountd.evidence.model import Evidence, Proof, Provenance, Signer
 from mountd.fds import OwnedFd, close_all
 from mountd.plan.idmap import IdMapKind, IdMapWish
@@ -306,7 +313,11 @@ def test_absence_is_refusal(
 def narrowed(wishes: MountWishes, more: str | ImagePolicy) -> MountWishes:
     """Return `wishes` with one demand more: a type of file system, a restricting option, an image policy."""
     if isinstance(more, ImagePolicy):
-        both = more if wishes.image_policy is None else intersect(wishes.image_policy, more)
+        try:
+            both = more if wishes.image_policy is None else intersect(wishes.image_policy, more)
+        except DeniedByPolicy:
+            # No disk image could be allowed by both.
+            reject()
         return replace(wishes, image_policy=both)
     if more in RESTRICTING:
         return replace(wishes, options=(*wishes.options, more))
