@@ -42,6 +42,7 @@ from mountd.service.requests import MountRequest
 from mountd.source.model import SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust import image_policy
+from mountd.trust.followed import followed
 from mountd.trust.wishes import MountWishes
 
 if TYPE_CHECKING:
@@ -63,8 +64,6 @@ HEX = re.compile("[0-9a-fA-F]*")
 SECTOR = 512  # bytes, as an image without a partition table has it
 DEFAULT_MODE, MODE_BITS = 0o700, 0o775
 MAXIMUM_NAME = 255  # bytes
-# What is used of an image that speaks for itself only.
-ONLY_SIGNED = "root=signed+absent:usr=signed+absent:=unused+absent"
 
 
 class Fields:
@@ -145,7 +144,8 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     if root_hash is not None and HEX.fullmatch(root_hash) is None:
         raise InvalidParameter("verityRootHash", "it is not hexadecimal")
     wished = parameters.get("imagePolicy")
-    policy = None if wished is None else image_policy.parse(wished)
+    if wished is not None:
+        image_policy.parse(wished)
     options = options_of(parameters.get("mountOptions") or {})
     fields = Fields(parameters, fds)
     if (parameters.get(VERITY) is None) is not (root_hash is None):
@@ -185,11 +185,12 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
             # Their clients may give one that they have for another image.
             judged = replace(judged, request=replace(judged.request, password=None))
         judged = allowed(judged, fields.given, context)
+        used_by = policy_of(judged)
         with encrypted.opened(judged, context) as judged:
             made = handed_out(judged, context, userns)
     finally:
         fields.give_back(count)
-    return image_reply(judged, policy), made
+    return image_reply(judged, used_by), made
 
 
 def options_of(by_designator: Mapping[str, str]) -> list[str]:
@@ -213,6 +214,12 @@ def judged_as_granted(request: dict[str, Any], fds: list[OwnedFd], context: Requ
     return judged
 
 
+def policy_of(judged: Judged) -> image_policy.ImagePolicy:
+    """Return the image policy by which what was allowed is used."""
+    inspected, wished = judged.inspected, judged.request.wishes.image_policy
+    return followed(inspected.source, inspected.evidence, judged.decision.trusted_by, wished)
+
+
 def handed_out(judged: Judged, context: RequestContext, userns: OwnedFd | None) -> list[OwnedFd]:
     """Make what was allowed; the mounts are the caller's, and known to who guards its user namespace."""
     context.peer.check()
@@ -231,13 +238,11 @@ def handed_out(judged: Judged, context: RequestContext, userns: OwnedFd | None) 
     return made
 
 
-def image_reply(judged: Judged, wished: image_policy.ImagePolicy | None) -> dict[str, object]:
-    """Return what the client is told about an image."""
+def image_reply(judged: Judged, policy: image_policy.ImagePolicy) -> dict[str, object]:
+    """Return what the client is told about an image, which was used by this image policy."""
     source = judged.inspected.source
     disk, backing = source.disk, source.backing
     size = backing.size if backing is not None else 0
-    trusted = image_policy.parse("*" if disk is None or not disk.only_verity else ONLY_SIGNED)
-    policy = trusted if wished is None else image_policy.intersect(trusted, wished)
     name = os.path.basename((backing.path_hint if backing is not None else None) or "").removesuffix(".raw")
     reply = {
         "partitions": partitions(judged.decision) if disk is not None else [bare(judged, size)],

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mountd.errors import DeniedByPolicy, InvalidParameter
+from mountd.errors import InvalidParameter
 from mountd.trust.options import shown
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ ALIASES = {"open": USES, "ignore": NOT_USED}
 OPEN = "open"
 NOTHING_SAID = ("", "-")
 BLANKS = " \t\n\r"
-WITH_VERITY = frozenset({"root", "usr"})
+WITH_VERITY = (ROOT, "usr")
 VERITY = frozenset({"verity", "signed"})
 PROTECTED = VERITY | {"encrypted", "encryptedwithintegrity"}
 
@@ -184,31 +184,6 @@ def described_flags(designator: str, flags: frozenset[str]) -> str:
     for group in GROUPS[1:]:
         words += [] if flags >= group else sorted(flags & group)
     return "+".join(words)
-
-
-def intersect(first: ImagePolicy, second: ImagePolicy) -> ImagePolicy:
-    """Return the policy that allows what both allow.
-
-    Raises DeniedByPolicy where that is nothing for a kind of partition: it could not even be absent then,
-    so that no image is left.
-    """
-    flags = {each: first.flags(each) & second.flags(each) for each in DESIGNATORS}
-    for designator, both in flags.items():
-        if not all(both & group for group in GROUPS):
-            raise DeniedByPolicy(f"no {designator} partition is as all image policies want it")
-    default = first.default & second.default
-    # What follows from a partition that one of them names would not follow from both, so all are named.
-    return ImagePolicy(flags, default if all(default & group for group in GROUPS) else IGNORE)
-
-
-def at_least(policy: ImagePolicy) -> ImagePolicy:
-    """Return a policy with every protection that is better than one that it allows, as it is meant."""
-    flags = {each: policy.flags(each) for each in DESIGNATORS}
-    for designator in WITH_VERITY:
-        for less, more in (("unprotected", "verity"), ("verity", "signed")):
-            if less in flags[designator]:
-                flags[designator] |= {more}
-    return ImagePolicy(flags, policy.default)
 
 
 def refusal(
