@@ -26,9 +26,9 @@ from mountd.errors import (
 from mountd.evidence.model import Evidence, Proof, Provenance, Signer
 from mountd.fds import OwnedFd, close_all
 from mountd.plan.idmap import IdMapKind, IdMapWish
-from mountd.service import encrypted
 from mountd.service import mount as methods
 from mountd.service.context import RequestContext
+from mountd.service.encrypted import is_encrypted
 from mountd.service.inspection import Inspected
 from mountd.service.requests import MountRequest
 from mountd.source.model import Luks, Source
@@ -430,7 +430,7 @@ def test_explain_and_mount_never_disagree(
         except KeyRequired:
             # What is allowed, and encrypted, takes a password as well.
             assert decision.verdict is Verdict.ALLOW
-            assert encrypted.is_encrypted(judged)
+            assert is_encrypted(judged)
             return
         except MountdError as error:
             raised = error
