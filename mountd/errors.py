@@ -125,6 +125,14 @@ class InvalidImage(MountdError):
         super().__init__(f"invalid image: {reason}{at}", reason=reason, offset=offset)
 
 
+class VerityMismatch(InvalidImage):
+    """The data or the hash tree of an image does not fit the root hash, which is its description."""
+
+    def __init__(self) -> None:
+        """It shows when the first block is read, or at none."""
+        super().__init__("its data or its hash tree does not fit the verity root hash", offset=0)
+
+
 class BadFileDescriptor(MountdError):
     """A descriptor is of the wrong kind or was opened the wrong way."""
 

@@ -4,10 +4,11 @@ A clone has the superblock of the first: one page cache, no second loop or dm-ve
 of the time. What is the same is said by a name (`plan.operations.Plan.shared`): the same unchangeable image,
 the same way to read it, the same attributes, trusted for the same reason, and for the same owner.
 
-Each worker has a few slots for them in the staging directory; any worker finds them by their names, which
-are symbolic links there. Who has put one there takes it away when nobody has asked for it for some seconds;
-whatever was cloned from it stays. A name may be stale at any moment: what it leads to is looked at after it
-was cloned, when it cannot change any more.
+A worker has a directory for its own below the staging directory, and there a place for each, which has the
+name: what is at a place is never anything else than what the name stands for, whoever has put it there and
+whatever became of him since. Any worker finds them all by symbolic links of the same names. Who has put one
+there takes it away when nobody has asked for it for some seconds; whatever was cloned from it stays. A link
+may be stale at any moment: then it leads to nothing, or to another of the same.
 """
 
 from __future__ import annotations
@@ -27,33 +28,46 @@ if TYPE_CHECKING:
 
     from mountd.fds import OwnedFd
 
-SLOTS = 96  # of one worker: what it keeps, and room for all that it serves in a row
+PLACES = 96  # of one worker: what it keeps, and room for all that it serves in a row
 KEPT = 32
 NAMES = "names"
 NOTHING_KNOWN = StatxMask(0)
 
 
 def prepare(directory: str, workers: int) -> None:
-    """Make the places for `workers` below `directory`, which is empty. Raises OSError."""
+    """Make the directories for `workers` below `directory`, which is empty. Raises OSError."""
     os.makedirs(f"{directory}/{NAMES}", 0o700)
     for number in range(workers):
-        for slot in range(SLOTS):
-            os.makedirs(f"{directory}/{number}/{slot}", 0o700)
+        os.mkdir(f"{directory}/{number}", 0o700)
 
 
 def clean(directory: str, number: int) -> None:
-    """Take away what a worker that was killed has kept; its names lead nowhere then. Raises SyscallError."""
-    for slot in range(SLOTS):
-        take_away(f"{directory}/{number}/{slot}")
+    """Take away what a worker that was killed has kept, and its links. Raises SyscallError, OSError."""
+    for name in os.listdir(f"{directory}/{NAMES}"):
+        link = f"{directory}/{NAMES}/{name}"
+        with suppress(FileNotFoundError):
+            if os.readlink(link).startswith(f"../{number}/"):
+                os.unlink(link)
+    for name in os.listdir(f"{directory}/{number}"):
+        give_up(f"{directory}/{number}/{name}")
 
 
-def take_away(place: str) -> None:
-    """Detach what is at `place`, if there is anything. Raises SyscallError."""
+def give_up(place: str) -> None:
+    """Remove `place`, with all that is there. Raises SyscallError, OSError."""
+    while take_away(place):
+        pass  # another, of a worker that could not be cleaned up after
+    os.rmdir(place)
+
+
+def take_away(place: str) -> bool:
+    """Detach what is at `place`; return whether there was anything. Raises SyscallError."""
     try:
         mount_api.umount(place)
     except SyscallError as error:
         if error.errno_name != "EINVAL":  # umount2(2): not a mount point
             raise
+        return False
+    return True
 
 
 class SharedMounts:
@@ -72,7 +86,7 @@ class SharedMounts:
         self._clone = clone
         device = os.stat(directory).st_dev
         self._device = os.major(device), os.minor(device)
-        self._kept: dict[int, str] = {}  # slot -> the path of the name
+        self._kept: set[str] = set()  # names
 
     def find(self, name: str, clone: Callable[[str], OwnedFd] | None = None) -> OwnedFd | None:
         """Return a clone of the mount with this name, None if there is none. Raises SyscallError.
@@ -81,7 +95,7 @@ class SharedMounts:
         """
         if self._seconds <= 0:
             return None  # nobody keeps any
-        path = f"{self._directory}/{NAMES}/{name}"
+        path = self._link(name)
         try:
             found = (clone or self._clone)(path)
         except SyscallError as error:
@@ -107,21 +121,21 @@ class SharedMounts:
 
         It is made by `clone`, if given. None if there is no room for it. Raises SyscallError, OSError.
         """
-        free = [slot for slot in range(SLOTS) if slot not in self._kept]
-        if not free or self._seconds <= 0:
+        # What it has kept before under this name is not found any more, and goes at the next occasion.
+        if name in self._kept or len(self._kept) == PLACES or self._seconds <= 0:
             return None
-        place = f"{self._directory}/{self._number}/{free[0]}"
+        place = f"{self._directory}/{self._number}/{name}"
+        os.makedirs(place, 0o700, exist_ok=True)
+        self._kept.add(name)
         mount_api.move_mount(mount.fileno(), place)
-        path = f"{self._directory}/{NAMES}/{name}"
-        self._kept[free[0]] = path
         made = (clone or self._clone)(place)
         try:
-            passing = f"{path}.{self._number}"
+            passing = f"{self._link(name)}.{self._number}"
             with suppress(FileNotFoundError):
                 os.unlink(passing)  # of a worker with this number that was killed before it had renamed it
-            os.symlink(f"../{self._number}/{free[0]}", passing)
+            os.symlink(self._target(name), passing)
             self._touch(passing)
-            os.rename(passing, path)
+            os.rename(passing, self._link(name))
         except BaseException:
             made.close()
             raise
@@ -131,8 +145,7 @@ class SharedMounts:
         """Return when `expire` has something to do, in seconds from now, None if there is nothing."""
         if not self._kept:
             return None
-        ages = [self._age(path, slot) for slot, path in self._kept.items()]
-        return max(0.0, self._seconds - max(ages))
+        return max(0.0, self._seconds - max(map(self._age, self._kept)))
 
     def expire(self, seconds: float | None = None) -> None:
         """Take away what was not used for `seconds`, or the usual, and all but the latest KEPT of the rest.
@@ -140,29 +153,35 @@ class SharedMounts:
         Raises SyscallError, OSError.
         """
         limit = self._seconds if seconds is None else seconds
-        ages = {slot: self._age(path, slot) for slot, path in self._kept.items()}
+        ages = {name: self._age(name) for name in self._kept}
         if len(ages) > KEPT:
             limit = min(limit, sorted(ages.values())[KEPT])
-        for slot, path in list(self._kept.items()):
-            if ages[slot] >= limit:
-                if self._is_own(path, slot):
+        for name, age in ages.items():
+            if age >= limit:
+                if self._is_own(name):
                     with suppress(FileNotFoundError):
-                        os.unlink(path)
-                del self._kept[slot]
-                take_away(f"{self._directory}/{self._number}/{slot}")
+                        os.unlink(self._link(name))
+                give_up(f"{self._directory}/{self._number}/{name}")
+                self._kept.remove(name)
 
-    def _age(self, path: str, slot: int) -> float:
-        """Return the seconds since the last use. What another worker has taken the name of is old."""
-        if not self._is_own(path, slot):
+    def _link(self, name: str) -> str:
+        return f"{self._directory}/{NAMES}/{name}"
+
+    def _target(self, name: str) -> str:
+        return f"../{self._number}/{name}"
+
+    def _age(self, name: str) -> float:
+        """Return the seconds since the last use. What another worker has taken the link of is old."""
+        if not self._is_own(name):
             return self._seconds
         try:
-            return time.monotonic() - os.lstat(path).st_mtime_ns / 1e9
+            return time.monotonic() - os.lstat(self._link(name)).st_mtime_ns / 1e9
         except FileNotFoundError:
             return self._seconds
 
-    def _is_own(self, path: str, slot: int) -> bool:
+    def _is_own(self, name: str) -> bool:
         try:
-            return os.readlink(path) == f"../{self._number}/{slot}"
+            return os.readlink(self._link(name)) == self._target(name)
         except FileNotFoundError:
             return False
 

@@ -11,7 +11,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from mountd.errors import InvalidImage, SyscallError
+from mountd.errors import SyscallError, VerityMismatch
 from mountd.kernel import dm_verity, loop_device
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def attach(data_fd: int, hash_fd: int, verity: Verity, window: Window | None = N
     `window` is where in its file the data is, as `verity.hash_window` is for the tree; they may be one file.
     Both were let through by `source.descriptor.inspect_descriptor`: a file with a server could stop the
     kernel. Its `path` is a source for a file system; whoever closes it before that is made loses it. Its
-    first block has been read and fits the root hash. Raises InvalidImage if it does not, NotSupported,
+    first block has been read and fits the root hash. Raises VerityMismatch if it does not, NotSupported,
     SyscallError, and LimitExceeded where no loop device is free.
     """
     data = attach_loop(data_fd, window, verity.data_block_size)
@@ -71,13 +71,11 @@ def attach_loop(fd: int, window: Window | None, block_size: int) -> LoopDevice:
 def check_first_block(device: Device, length: int) -> None:
     """Read the first block, which the file system needs anyway and whose driver would only say "I/O error".
 
-    Raises InvalidImage if it does not fit the root hash.
+    Raises VerityMismatch if it does not fit the root hash.
     """
     try:
         os.pread(device.fd.fileno(), length, 0)
     except OSError as error:
         if error.errno == errno.EIO and dm_verity.is_corrupt(device.name):
-            raise InvalidImage(
-                "its data or its hash tree does not fit the verity root hash", offset=0
-            ) from None
+            raise VerityMismatch from None
         raise SyscallError(error.errno or 0, f"pread({device.path}, {length}, 0)") from None

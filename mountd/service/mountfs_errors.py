@@ -40,6 +40,7 @@ NAMES: dict[type[MountdError], str] = {
     errors.OptionNotPermitted: PERMISSION_DENIED,
     errors.InteractiveAuthenticationRequired: INTERACTIVE,
     errors.SignatureInvalid: f"{PREFIX}VerityFailure",
+    errors.VerityMismatch: f"{PREFIX}VerityFailure",
     errors.KeyUnknown: f"{PREFIX}KeyNotFound",
     errors.KeyRequired: f"{PREFIX}KeyNotFound",
     errors.InvalidImage: INCOMPATIBLE,

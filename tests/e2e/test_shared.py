@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tests.e2e.calls import errno_of, mount, mounted, text_of
 from tests.e2e.conftest import TYPES, trusting
 from tests.e2e.test_sources import loops_over, wait_until_dropped
 from tests.images import build_image, build_tree
+from tests.rogue import eventually
 
 OTHER = 4001
 LONG = ("--shared-seconds", "60")
@@ -180,6 +182,38 @@ def test_a_worker_that_ends_takes_what_it_keeps_along(
                 assert names(one) == names(two)
     daemon.stop()
     wait_until_dropped(images["squashfs"])
+
+
+def test_what_a_killed_worker_kept_is_not_taken_for_what_the_next_one_keeps(
+    start: Callable[..., Daemon], place: Path
+) -> None:
+    """One user gets his own image again, and never that of another, which lies where his was."""
+    directory = place / "of-two-users"
+    directory.mkdir(mode=0o755)
+    images = {}
+    for label in ("PUBLIC", "SECRET"):
+        tree = build_tree(place / f"tree-{label}")
+        (tree / label).touch()
+        images[label] = build_image("squashfs", tree, directory / f"{label}.raw")
+    daemon = start(trusting(directory), *LONG)
+    mounts = daemon.held()["mounts"]
+    public, secret = images["PUBLIC"], [images["SECRET"]]
+    secret += [Path(shutil.copy(secret[0], directory / f"{number}.raw")) for number in range(8)]
+    found = []
+    for _ in range(4):
+        ask_as(daemon, public, USER).close()
+        for pid in daemon.workers:
+            os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: daemon.held()["mounts"] == mounts, 15)
+        # Whichever worker is the next, it keeps one of these where the other was.
+        for image in secret:
+            ask_as(daemon, image, OTHER).close()
+        with ask_as(daemon, public, USER) as one:
+            found.append({"PUBLIC", "SECRET"}.intersection(names(one)))
+        for pid in daemon.workers:
+            os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: daemon.held()["mounts"] == mounts, 15)
+    assert found == [{"PUBLIC"}] * len(found)
 
 
 def test_more_than_there_is_room_for(start: Callable[..., Daemon], place: Path) -> None:

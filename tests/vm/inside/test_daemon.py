@@ -29,8 +29,8 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.hazmat.primitives.serialization.pkcs7 import PKCS7Options, PKCS7SignatureBuilder
 from cryptography.x509.oid import NameOID
 
-from mountd.client import attach
-from mountd.errors import MountdError, SyscallError
+from mountd.client import Client, attach
+from mountd.errors import MountdError, RemoteError, SyscallError
 from mountd.evidence.content import formatted_digest
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
@@ -128,6 +128,7 @@ class Scene:
     stranger: Signatory
     files: Ed25519PrivateKey
     kept: Ed25519PrivateKey
+    mountfs: Path  # the socket of io.systemd.MountFileSystem
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +142,10 @@ def scene(scratch: Path, verified: dict[str, Verified]) -> Iterator[Scene]:
         pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         (keys / f"{name}.pem").write_bytes(pem)
     digest = hashlib.sha256(verified["squashfs"].image.read_bytes()).hexdigest()
-    daemon = Daemon(scratch / "daemon", POLICY.format(keys=keys, digest=f"sha256:{digest}"))
-    yield Scene(daemon, team, stranger, files, kept)
+    mountfs = scratch / "mountfs"
+    policy = POLICY.format(keys=keys, digest=f"sha256:{digest}")
+    daemon = Daemon(scratch / "daemon", policy, ["--mountfs-socket", str(mountfs)])
+    yield Scene(daemon, team, stranger, files, kept, mountfs)
     assert daemon.stop() == 0, daemon.log
     assert "internal error" not in daemon.log, daemon.log
     shutil.rmtree(scratch / "daemon")
@@ -294,6 +297,34 @@ class TestDmVerity:
             assert (name, "does not fit the verity root hash" in text) == ("InvalidImage", True)
             flip(path, at)
         assert both(scene, asked) == NONE
+
+    def test_in_the_words_of_mountfsd(self, scene: Scene, broken: Verified) -> None:
+        """Data or hashes that do not fit the root hash are the error that a bad signature is."""
+        signature = base64.b64encode(scene.team.sign(broken.root_hash)).decode()
+        verity = {"verityDataFileDescriptor": 1, "verityRootHash": broken.root_hash.hex()}
+        asked = Asked(broken.image, broken.tree, broken.root_hash)
+
+        def call(said: str) -> str:
+            parameters = {"imageFileDescriptor": 0, **verity, "verityRootHashSignature": said}
+            with asked.opened() as numbers, Client(str(scene.mountfs)) as client:
+                fds = [OwnedFd(os.dup(number)) for number in numbers]
+                try:
+                    _, mounts = client.call("io.systemd.MountFileSystem.MountImage", parameters, fds)
+                except RemoteError as error:
+                    return error.name.rpartition(".")[2]
+                finally:
+                    for fd in fds:
+                        fd.close()
+                mounts[0].close()
+                return ""
+
+        assert call(signature) == ""
+        assert call(base64.b64encode(b"nothing").decode()) == "VerityFailure"
+        for path, at in ((broken.image, 2000), (broken.tree, BLOCK + 5)):
+            flip(path, at)
+            assert call(signature) == "VerityFailure"
+            flip(path, at)
+        assert call(signature) == ""
 
     def test_a_lie_about_the_file_system(
         self, scene: Scene, verified: dict[str, Verified], tmp_path: Path
