@@ -23,25 +23,12 @@ from tests.container import RANGE, USER, in_container, user_namespace
 from tests.daemon import Daemon
 from tests.e2e.calls import Outcome, errno_of, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
+from tests.e2e.directories import BIND, peer, rule
 
 ROOT_OF_CONTAINER = RANGE[0][1]
 BASE = FOREIGN.start
-EVERY_MAP = '["none", "namespace", "caller", "ranges"]'
 READ_WRITE = {"readOnly": False}
-BIND = 4096  # MS_BIND
 SOURCE = {"directoryFileDescriptor": 0}
-
-
-def rule(name: str, ownership: str, grant: str = "", image: str = "") -> str:
-    return f"""
-[[rule]]
-name = "{name}"
-image = {{ kind = "directory"{image} }}
-caller = {{ any = true }}
-require = {{ ownership = [{ownership}] }}
-grant = {{ idmap = {EVERY_MAP}{grant} }}
-verdict = "allow"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +78,6 @@ def tree(place: Path) -> Iterator[Path]:
     (path / "secret").chmod(0o600)
     yield path
     shutil.rmtree(path.parent)
-
-
-@contextlib.contextmanager
-def peer(uid: int = USER) -> Iterator[None]:
-    """Be this user to whoever is connected to meanwhile."""
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
 
 
 def ask(

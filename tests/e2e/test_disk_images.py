@@ -21,8 +21,8 @@ from tests.disks import MIB, SECONDARY, Part, build_disk
 from tests.e2e.calls import errno_of, mount_fds, mounted, outcome, refused
 from tests.e2e.calls import mount as ask
 from tests.e2e.conftest import trusting
+from tests.e2e.loops import loops_over, wait_until_dropped
 from tests.e2e.stored import empty
-from tests.e2e.test_sources import loops_over, wait_until_dropped
 from tests.e2e.trust import memfd, users_file
 from tests.images import build_image
 from tests.programs import as_user, build_root, run

@@ -26,8 +26,8 @@ from tests.container import USER, as_user, forked, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mount, mounted, outcome
 from tests.e2e.conftest import trusting
+from tests.e2e.loops import wait_until_dropped
 from tests.e2e.test_shared import ask_as
-from tests.e2e.test_sources import wait_until_dropped
 
 OTHER = 4001
 HOARDED = 1024

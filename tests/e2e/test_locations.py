@@ -60,7 +60,7 @@ def ask_and_explain(daemon: Daemon, fd: int, **fields: object) -> tuple[Outcome,
     if decision["verdict"] == "allow":
         return asked, ("", "")
     if decision["verdict"] == "ask":
-        # Here nobody can be asked (test_consent).
+        # Here nobody can be asked (tests/e2e/consent).
         assert "an administrator has to consent" in asked[1], asked
         return asked, asked
     assert decision["verdict"] == "deny"

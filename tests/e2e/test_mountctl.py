@@ -18,7 +18,7 @@ import pytest
 from tests.container import RANGE, USER, in_container
 from tests.daemon import Daemon
 from tests.e2e.conftest import TMPFS_RULE, trusting
-from tests.e2e.test_directories import rule
+from tests.e2e.directories import rule
 from tests.images import build_image
 from tests.programs import Done, as_user, build_root, check_line, environment, etc_files, mounted, run
 from tests.signing import Signatory

@@ -21,7 +21,7 @@ from tests.container import USER, as_user, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import errno_of, mount, mounted, text_of
 from tests.e2e.conftest import TYPES, trusting
-from tests.e2e.test_sources import loops_over, wait_until_dropped
+from tests.e2e.loops import loops_over, wait_until_dropped
 from tests.images import build_image, build_tree
 from tests.rogue import eventually
 

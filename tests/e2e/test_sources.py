@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import shutil
@@ -17,14 +16,13 @@ import pytest
 from mountd.client import MountReply, attach
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
-from mountd.kernel.abi import loop_info64
-from mountd.kernel.flags import Clone, Ioctl, LoopFlags, MountAttr, Propagation
+from mountd.kernel.flags import Clone, LoopFlags, MountAttr, Propagation
 from mountd.kernel.fs_context import FsContext
-from mountd.kernel.libc import call
 from tests.container import as_user, forked, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import errno_of, explain, mount_fds, mounted, outcome, refused, text_of
 from tests.e2e.conftest import TYPES, trusting
+from tests.e2e.loops import loops_over, wait_until_dropped
 from tests.images import build_image
 
 MIB = 1 << 20
@@ -85,29 +83,6 @@ def ask(
         if own:
             fields["userNamespaceFileDescriptor"] = 1
         return mount_fds(daemon.socket, {"imageFileDescriptor": 0}, fds, **fields)
-
-
-def loops_over(image: Path | int) -> list[LoopFlags]:
-    """The flags of all loop devices over an image, from LOOP_GET_STATUS64."""
-    backing = os.stat(image)
-    found = []
-    for device in Path("/sys/block").glob("loop*/loop"):
-        with OwnedFd(os.open(f"/dev/{device.parent.name}", os.O_RDONLY)) as fd:
-            info = loop_info64()
-            try:
-                call("ioctl", fd.fileno(), Ioctl.LOOP_GET_STATUS64, ctypes.byref(info))
-            except OSError:
-                continue  # ENXIO: it was freed meanwhile
-        if (info.lo_device, info.lo_inode) == (backing.st_dev, backing.st_ino):
-            found.append(LoopFlags(info.lo_flags))
-    return found
-
-
-def wait_until_dropped(image: Path | int) -> None:
-    deadline = time.monotonic() + 5
-    while loops_over(image):
-        assert time.monotonic() < deadline, "the loop device is still there"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("type", ["ext4", "xfs", "btrfs"])

@@ -12,9 +12,9 @@ from mountd.evidence.sealed import SEALS
 from mountd.fds import OwnedFd
 from tests.container import USER, as_user, drop_capabilities, forked
 from tests.e2e.calls import explain, mount_fds, outcome, text_of
-from tests.e2e.test_trust_stored import STORED
 from tests.e2e.trust import (
     NONE,
+    STORED,
     Case,
     Makers,
     both,

@@ -27,10 +27,10 @@ from mountd.store.quota import Limits
 from mountd.store.record import Owner
 from tests.container import USER, as_user
 from tests.e2e.calls import explain, mount_fds, outcome
-from tests.e2e.test_trust_stored import STORED
 from tests.e2e.trust import (
     NONE,
     SEALED_RULE,
+    STORED,
     Case,
     Makers,
     as_the_user,
@@ -44,7 +44,7 @@ from tests.e2e.trust import (
     users_file,
 )
 from tests.rogue import eventually
-from tests.unit.source.test_verity_superblock import superblock
+from tests.superblock import superblock
 
 LEFT_OUT = re.compile(r"mountd: (\d+) lines about requests of uid (\d+) were left out")
 

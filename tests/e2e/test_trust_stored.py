@@ -18,12 +18,12 @@ from tests.daemon import Daemon
 from tests.e2e.calls import mount_fds, outcome, text_of
 from tests.e2e.trust import (
     NONE,
+    STORED,
     Case,
     Makers,
     as_the_user,
     digest_of,
     key_sections,
-    rule,
     signed_by,
     source,
     users_file,
@@ -31,7 +31,6 @@ from tests.e2e.trust import (
 from tests.signing import Signatory
 
 ROUNDS = 120
-STORED = rule("stored and signed", "any = true", '"stored"', ', signature = "ed25519"')
 
 
 class TestStoredByItself:

@@ -183,6 +183,7 @@ def as_the_user(case: Case, path: Path, signature: bytes | None, **fields: objec
 
 
 SEALED_RULE = rule("sealed", "any = true", '"sealed"')
+STORED = rule("stored and signed", "any = true", '"stored"', ', signature = "ed25519"')
 
 
 def signed_by(kind: str, *integrity: str) -> str:

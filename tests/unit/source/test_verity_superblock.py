@@ -11,43 +11,10 @@ from hypothesis import strategies as st
 from mountd.errors import InvalidImage
 from mountd.source.model import VeritySuperblock
 from mountd.source.verity_superblock import DIGESTS, LENGTH, read, tree_blocks
+from tests.superblock import FIELDS, superblock
 
-UUID = bytes(range(16))
-# By name: offset, format. The offsets are those of struct verity_sb.
-FIELDS = {
-    "signature": (0, "8s"),
-    "version": (8, "<I"),
-    "hash_type": (12, "<I"),
-    "uuid": (16, "16s"),
-    "algorithm": (32, "32s"),
-    "data_block_size": (64, "<I"),
-    "hash_block_size": (68, "<I"),
-    "data_blocks": (72, "<Q"),
-    "salt_size": (80, "<H"),
-    "salt": (88, "256s"),
-}
-GOOD: dict[str, object] = {
-    "signature": b"verity\0\0",
-    "version": 1,
-    "hash_type": 1,
-    "uuid": UUID,
-    "algorithm": b"sha256",
-    "data_block_size": 4096,
-    "hash_block_size": 4096,
-    "data_blocks": 300,
-    "salt_size": 3,
-    "salt": b"abc",
-}
 DATA_SIZE = 300 * 4096
 HASH_SIZE = (1 + 3 + 1) * 4096  # the superblock's block, three of leaves, one above them
-
-
-def superblock(**changes: object) -> bytes:
-    raw = bytearray(LENGTH)
-    for name, value in {**GOOD, **changes}.items():
-        offset, format = FIELDS[name]
-        struct.pack_into(format, raw, offset, value)
-    return bytes(raw)
 
 
 def judge(raw: bytes, hash_size: int = HASH_SIZE, data_size: int = DATA_SIZE) -> VeritySuperblock:

@@ -19,7 +19,7 @@ from mountd.fds import OwnedFd
 from tests.container import USER
 from tests.daemon import Daemon
 from tests.e2e.calls import errno_of, mount_fds, outcome
-from tests.e2e.test_directories import peer
+from tests.e2e.directories import peer
 from tests.vm.inside.test_fs_verity import bare, enable, make, unmake
 
 __all__ = ["bare"]

@@ -11,12 +11,12 @@ import pytest
 
 from mountd.fds import close_all
 from mountd.kernel.mount_info import listmount
-from tests.container import as_user
+from tests.container import USER, as_user
 from tests.daemon import Daemon
 from tests.e2e.calls import mount_fds
 from tests.e2e.conftest import TMPFS_RULE, trusting
-from tests.e2e.test_directories import rule
-from tests.e2e.test_stacks import USER, ask, directory, user
+from tests.e2e.directories import rule
+from tests.e2e.stacks.calls import ask, directory, user
 from tests.images import build_image
 
 

@@ -1,0 +1,126 @@
+"""composefs: images that are made of descriptions, and lines that are hostile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mountd.client import Client, Request
+from mountd.kernel import mount_api, namespaces
+from mountd.kernel.flags import Clone, Propagation
+from mountd.kernel.libc import call
+from mountd.store.store import Store
+from tests.daemon import Daemon
+from tests.e2e.calls import mount_fds, outcome
+from tests.e2e.composefs.calls import ask_as_user, refusal
+from tests.e2e.composefs.trees import BIG, DESCRIPTIONS, HEAD, Trees, described
+from tests.e2e.directories import peer
+
+BIND = 4096  # MS_BIND
+
+
+def test_of_a_description_the_image_is_made_anew(serving: Daemon, trees: Trees, own: Path) -> None:
+    with ask_as_user(serving, trees.description, own) as reply:
+        assert reply.decision["trustedBy"] == "regenerated"
+        assert "nothing checks the contents" in str(reply.decision["reason"])
+        assert os.fstatvfs(reply.mount.fileno()).f_flag & (os.ST_NOSUID | os.ST_NODEV | os.ST_RDONLY)
+        assert Path(f"/proc/self/fd/{reply.mount.fileno()}/big").read_bytes() == BIG
+        digest = str(reply.decision["digest"])
+    store = Store(serving.directory / "state")
+    (record,) = store.part("regenerated").records()
+    assert record.digest == digest
+    fd, _ = store.part("regenerated").lookup(digest)
+    with fd:
+        assert os.pread(fd.fileno(), record.size, 0) == trees.image.read_bytes()
+    # And not another time; nor is it an image that could be mounted by itself.
+    inode = os.stat(serving.directory / f"state/regenerated/images/sha256/{digest[7:]}").st_ino
+    with ask_as_user(serving, trees.description, own):
+        pass
+    assert os.stat(serving.directory / f"state/regenerated/images/sha256/{digest[7:]}").st_ino == inode
+    assert not list(store.records())
+    source = {"reference": f"stored:{digest}"}
+    assert outcome(lambda: mount_fds(serving.socket, source, []))[0] == "NotFound"
+
+
+def test_explain_makes_nothing(serving: Daemon, trees: Trees, own: Path, place: Path) -> None:
+    text = trees.description.read_bytes() + b"/one-more 1 100644 1 0 0 0 0.0 - x -\n"
+    path = described(place, text)
+    before = made_images(serving)
+    with (
+        peer(),
+        Client(str(serving.socket)) as client,
+        Request(f"composefs:{path}", objects=[str(own)]) as request,
+    ):
+        told = client.explain(request.source, request.fds)
+    assert told["decision"]["verdict"] == "allow"  # type: ignore[index]
+    assert told["facts"]["contents"] == "not checked"  # type: ignore[index]
+    assert told["facts"]["objects 0"].startswith("caller-owned")  # type: ignore[index]
+    assert made_images(serving) == before
+    path.write_bytes(text + b"nonsense\n")
+    with (
+        peer(),
+        Client(str(serving.socket)) as client,
+        Request(f"composefs:{path}", objects=[str(own)]) as request,
+    ):
+        name, said = outcome(lambda: client.explain(request.source, request.fds))
+    assert name == "InvalidImage"
+    assert "line 13 of the description" in said
+    path.unlink()
+
+
+def made_images(daemon: Daemon) -> set[str]:
+    path = daemon.directory / "state/regenerated/images/sha256"
+    return set(os.listdir(path)) if path.exists() else set()
+
+
+def of_one(place: Path, line: bytes) -> Path:
+    return described(place, HEAD + line + b"\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"/x 5 100644 1 0 0 0 0.0 ../x - -", "plain relative"),
+        (b"/x 5 100644 1 0 0 0 0.0 /etc/shadow - -", "plain relative"),
+        (b"/x 0 20666 1 0 0 259 0.0 - - -", "character device"),
+        (b"/x 0 60666 1 0 0 0 0.0 - - -", "block device"),
+        (b"/x 1 100644 1 0 0 0 0.0 - x - trusted.overlay.redirect=/etc/shadow", "user.*"),
+        (b"/x 1 100644 1 0 0 0 0.0 - x - security.capability=x", "user.*"),
+        (b"/../x 1 100644 1 0 0 0 0.0 - x -", "no directory before it"),
+    ],
+)
+def test_hostile_lines(serving: Daemon, own: Path, place: Path, line: bytes, said: str) -> None:
+    path = of_one(place, line)
+    name, text = refusal(serving, path, own)
+    path.unlink()
+    assert name == "InvalidImage"
+    assert said in text
+
+
+def test_a_rule_can_want_contents_to_be_checked(
+    start: Callable[..., Daemon], trees: Trees, own: Path
+) -> None:
+    daemon = start(DESCRIPTIONS.replace('"regenerated"', '"composefs-verity"'))
+    name, text = refusal(daemon, trees.description, own)
+    assert name == "NotImmutable"
+    assert "fs-verity" in text
+
+
+def test_without_the_program(start: Callable[..., Daemon], trees: Trees, own: Path) -> None:
+    program = shutil.which("mkcomposefs")
+    assert program
+
+    def hidden() -> None:
+        namespaces.unshare(Clone.NEWNS)
+        mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
+        call("mount", b"/dev/null", program.encode(), None, BIND, None)
+
+    daemon = start(DESCRIPTIONS, preexec_fn=hidden)
+    name, text = refusal(daemon, trees.description, own)
+    assert name == "NotSupported"
+    assert "without mkcomposefs" in text
+    assert not list((daemon.directory / "state/regenerated/incoming").iterdir())
