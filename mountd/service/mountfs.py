@@ -38,11 +38,12 @@ from mountd.service.inspection import Inspected
 from mountd.service.mount import Judged, allowed, judge, make
 from mountd.service.mountfs_errors import BAD_FLAGS, TheirError, of_image, system
 from mountd.service.phase import Phase
-from mountd.service.requests import MountRequest
+from mountd.service.requests import PARTITION_OPTIONS, MountRequest
 from mountd.source.model import SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust import image_policy
 from mountd.trust.followed import followed
+from mountd.trust.options import shown
 from mountd.trust.wishes import MountWishes
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     request: dict[str, Any] = {
         "source": source,
         "readOnly": mode == os.O_RDONLY or parameters.get("readOnly") is True,
-        "options": options,
+        PARTITION_OPTIONS: options,
         USERNS: fields.add(userns),
         "imagePolicy": wished,
         "interactive": parameters.get("allowInteractiveAuthentication") is True,
@@ -193,14 +194,17 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     return image_reply(judged, used_by), made
 
 
-def options_of(by_designator: Mapping[str, str]) -> list[str]:
-    """Return mount options as one list: the policy grants all of them or none. Raises InvalidParameter."""
-    found: dict[str, None] = {}
-    for designator, text in by_designator.items():
-        if designator.replace("_", "-") not in image_policy.DESIGNATORS:
-            raise InvalidParameter("mountOptions", f"“{designator[:32]}” is no kind of partition")
-        found |= dict.fromkeys(filter(None, text.split(",")))
-    return list(found)
+def options_of(by_designator: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the mount options of each partition, by its designator. Raises InvalidParameter."""
+    found: dict[str, list[str]] = {}
+    for name, text in by_designator.items():
+        designator = name.replace("_", "-")
+        if designator not in image_policy.DESIGNATORS or designator in found:
+            raise InvalidParameter(
+                "mountOptions", f"“{shown(name)}” is no kind of partition, or there twice"
+            )
+        found[designator] = list(filter(None, text.split(",")))
+    return found
 
 
 def judged_as_granted(request: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Judged:

@@ -36,11 +36,16 @@ NEVER_MOUNTED = frozenset({"swap"})
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A partition that is used: through dm-verity or as it is, and whether read-only."""
+    """A partition that is used: through dm-verity or as it is, and whether read-only.
+
+    `attributes` and `options` are those of a Decision, beyond what holds for all of its partitions.
+    """
 
     partition: Partition
     verity: bool
     read_only: bool
+    attributes: frozenset[str] = frozenset()
+    options: tuple[str, ...] = ()
 
     @property
     def type(self) -> str:
