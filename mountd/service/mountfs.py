@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from mountd.errors import (
 from mountd.evidence.model import Evidence, Ownership
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import making, namespaces
-from mountd.kernel.paths import fd_flags
+from mountd.kernel.paths import fd_flags, statx
 from mountd.plan.idmap import IdMapKind, IdMapWish
 from mountd.service import directories, encrypted, nsresourced
 from mountd.service.handing_out import handing_out
@@ -39,6 +40,7 @@ from mountd.service.mount import Judged, allowed, judge, make
 from mountd.service.mountfs_errors import BAD_FLAGS, TheirError, of_image, system
 from mountd.service.phase import Phase
 from mountd.service.requests import PARTITION_OPTIONS, MountRequest
+from mountd.source.descriptor import KINDS, WANTED
 from mountd.source.model import SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust import image_policy
@@ -62,6 +64,12 @@ FLAGS = os.O_ACCMODE | os.O_NOFOLLOW
 OF_IMAGES = os.O_NONBLOCK
 OF_DIRECTORIES = os.O_DIRECTORY | os.O_PATH
 HEX = re.compile("[0-9a-fA-F]*")
+# Of what is to be a regular file or a directory: the errno for some of what else there is.
+WRONG_KINDS = {
+    stat.S_IFREG: {stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP},
+    stat.S_IFDIR: {stat.S_IFLNK: errno.ELOOP},
+}
+HAND_OVER = "hand over a descriptor of the image file or of the directory itself"
 SECTOR = 512  # bytes, as an image without a partition table has it
 DEFAULT_MODE, MODE_BITS = 0o700, 0o775
 MAXIMUM_NAME = 255  # bytes
@@ -77,10 +85,11 @@ class Fields:
         self._named: set[int] = set()
         self.given: list[OwnedFd] = []
 
-    def owned(self, field: str, more: int = 0) -> OwnedFd | None:
+    def owned(self, field: str, more: int = 0, kind: int | None = None) -> OwnedFd | None:
         """Return the descriptor that a field names, None for none; `more` are flags that it may have.
 
-        Raises InvalidParameter, BadFileDescriptorFlags, SyscallError.
+        `kind` is what it has to be of (S_IFREG, S_IFDIR). Raises InvalidParameter, an errno for another
+        kind, BadFileDescriptorFlags, SyscallError.
         """
         index: int | None = self._parameters.get(field)
         if index is None:
@@ -88,6 +97,8 @@ class Fields:
         if not 0 <= index < len(self._fds) or index in self._named:
             raise InvalidParameter(field, f"there is no descriptor {index} for it")
         self._named.add(index)
+        if kind is not None:
+            check_kind(self._fds[index].fileno(), field, kind)
         flags = fd_flags(self._fds[index].fileno()) & ~(FLAGS | more | always_there())
         if flags:
             raise TheirError(
@@ -125,6 +136,16 @@ class Fields:
         self._fds += self.given[count:]
 
 
+def check_kind(fd: int, field: str, wanted: int) -> None:
+    """Raise the errno that systemd has for it if a descriptor is of another kind; nobody is waited for."""
+    kind = stat.S_IFMT(statx(fd, "", WANTED, sync=False).stx_mode)
+    if kind == wanted:
+        return
+    number = WRONG_KINDS[wanted].get(kind, errno.ENOTDIR if wanted == stat.S_IFDIR else errno.EBADFD)
+    found, name = KINDS.get(kind, "no file" if kind != stat.S_IFREG else "a regular file"), KINDS.get(wanted)
+    raise system(number, f"{field}: it is {found}, not {name or 'a regular file'}", hint=HAND_OVER)
+
+
 @lru_cache(maxsize=1)
 def always_there() -> int:
     """Return the flags that the kernel itself gives to every descriptor, O_LARGEFILE on most machines."""
@@ -154,7 +175,7 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     signature = parameters.get("verityRootHashSignature")
     if signature is not None and root_hash is None:
         raise InvalidParameter("verityRootHashSignature", "it goes with verityRootHash")
-    image = fields.owned(IMAGE, OF_IMAGES)
+    image = fields.owned(IMAGE, OF_IMAGES, stat.S_IFREG)
     mode = 0 if image is None else fd_flags(image.fileno()) & os.O_ACCMODE
     if mode == os.O_WRONLY:
         raise system(errno.EBADF, "the image is open for writing only", hint="open it for reading as well")
@@ -301,7 +322,7 @@ def partitions(decision: Decision) -> list[dict[str, object]]:
 def mount_directory(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
     """io.systemd.MountFileSystem.MountDirectory: return a mount of a directory."""
     fields = Fields(parameters, fds)
-    directory = fields.owned(DIRECTORY, OF_DIRECTORIES)
+    directory = fields.owned(DIRECTORY, OF_DIRECTORIES, stat.S_IFDIR)
     userns = fields.user_namespace()
     fields.check_all_named()
     request: dict[str, Any] = {
@@ -342,7 +363,7 @@ def make_directory(parameters: dict[str, Any], fds: list[OwnedFd], context: Requ
     if not 0 <= mode <= 0o7777:
         raise InvalidParameter("mode", "it is not of 0 to 07777")
     fields = Fields(parameters, fds)
-    parent = fields.owned(PARENT, OF_DIRECTORIES)
+    parent = fields.owned(PARENT, OF_DIRECTORIES, stat.S_IFDIR)
     fields.check_all_named()
     if parent is None:
         raise InvalidParameter(PARENT, "it is missing")
@@ -369,7 +390,7 @@ def judged_new(parent: OwnedFd, context: RequestContext, *, interactive: bool) -
     caller = context.caller_to_judge()
     if OVERFLOW_ID in (caller.uid, caller.gid):
         raise UserNamespaceNotPermitted("the caller's ids are not mapped on the host")
-    source, evidence = directories.look_at(parent.fileno(), caller, context)
+    source, evidence = directories.look_at(parent.fileno(), caller, context, PARENT)
     directory = source.directory
     wishes = MountWishes(
         read_only=False,
