@@ -68,7 +68,7 @@ def cost(work: Callable[[], object]) -> Cost:
 
 
 def check_in_proportion(make: Callable[[int], Callable[[], object]], size: int) -> None:
-    """Have `make(size)` return work on so much; four times that may cost four times as much, and not more."""
+    """Have `make(size)` return work on so much; four times that must not cost more than four times it."""
     small, large = cost(make(size)), cost(make(FOUR * size))
     assert large.lines <= FOUR * small.lines + MORE_LINES, (size, small, large)
     assert large.memory <= FOUR * small.memory + MORE_MEMORY, (size, small, large)
