@@ -128,7 +128,7 @@ def test_hash_data_that_comes_along(scene: Scene, verified: dict[str, Verified])
         "verityRootHashSignature": base64.b64encode(scene.team.sign(source.root_hash)).decode(),
     }
     paths = [source.image, source.tree]
-    assert call(scene, paths, **fields) == (ONLY_SIGNED, ["root"])
+    assert call(scene, paths, **fields) == ("root=absent+signed+unused", ["root"])
     assert call(scene, paths, imagePolicy="root=verity:usr=open", **fields) == (
         "root=signed:usr=open",
         ["root"],
