@@ -133,6 +133,14 @@ class VerityMismatch(InvalidImage):
         super().__init__("its data or its hash tree does not fit the verity root hash", offset=0)
 
 
+class AmbiguousRoot(InvalidImage):
+    """Several partitions of an image could be the root, and none has the type for it."""
+
+    def __init__(self) -> None:
+        """It shows in the table of partitions."""
+        super().__init__("GPT: several partitions could be the root: none has the type for it")
+
+
 class BadFileDescriptor(MountdError):
     """A descriptor is of the wrong kind or was opened the wrong way."""
 

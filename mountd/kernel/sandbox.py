@@ -94,8 +94,9 @@ def tell(
 ) -> bool:
     """Be the child: do `work` confined, write to `writer` what came of it, and return whether that is good.
 
-    What is written is {"found": what it returned}; {"error": the name of the MountdError it raised, and its
-    parameters}; or {"failed": text, "kind": the name of whatever else it raised}. Nothing is written where
+    What is written is {"found": what it returned}; {"error": the name of the MountdError it raised, "kind":
+    that of its class, and its parameters}; or {"failed": text, "kind": the name of whatever else it raised}.
+    Nothing is written where
     the process is ended for what it does.
     """
     answer: dict[str, object]
@@ -106,7 +107,7 @@ def tell(
         confine(cpu_seconds, memory)
         answer = {"found": work()}
     except MountdError as error:
-        answer = {"error": error.wire_name, **error.parameters}
+        answer = {"error": error.wire_name, "kind": type(error).__name__, **error.parameters}
     except BaseException as error:  # noqa: BLE001 - a child of a fork has nobody to raise to
         kind = type(error).__name__
         answer = {"failed": f"{kind}: {error}"[:MAXIMUM_FAILURE], "kind": kind}

@@ -71,9 +71,17 @@ def plan_mounts(
     if not decision.uses:
         raise ValueError("a disk image of which nothing is used was allowed")
     return tuple(
-        plan_mount(source, decision, caller, idmap, uids, gids, use=use, as_layer=as_layer)
+        plan_mount(source, of_use(decision, use), caller, idmap, uids, gids, use=use, as_layer=as_layer)
         for use in decision.uses
     )
+
+
+def of_use(decision: Decision, use: Use) -> Decision:
+    """Return a decision as it is for one partition."""
+    if not use.attributes and not use.options:
+        return decision
+    attributes, options = decision.attributes | use.attributes, (*decision.options, *use.options)
+    return replace(decision, attributes=attributes, options=options)
 
 
 def plan_mount(

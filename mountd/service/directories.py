@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 MAXIMUM_SHOWN = 1024  # characters of a path in the journal
 
 
-def look_at(fd: int, caller: Caller, context: RequestContext) -> tuple[Source, Evidence]:
-    """Return what the directory `fd`, borrowed, is, and whose.
+def look_at(
+    fd: int, caller: Caller, context: RequestContext, parameter: str = DIRECTORY_FIELD
+) -> tuple[Source, Evidence]:
+    """Return what the directory `fd`, borrowed, is, and whose; `parameter` is the field that named it.
 
     Raises BadFileDescriptor, UnsupportedFileSystem, SyscallError.
     """
-    directory = inspect_directory(fd, DIRECTORY_FIELD)
+    directory = inspect_directory(fd, parameter)
     context.notes["source"] = shown(directory.path_hint or "a directory without a path", MAXIMUM_SHOWN)
     evidence = collect_ownership(fd, directory, caller, context.walker)
     return Source(SourceKind.DIRECTORY, None, None, None, directory=directory), evidence

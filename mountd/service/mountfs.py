@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from mountd.errors import (
 from mountd.evidence.model import Evidence, Ownership
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import making, namespaces
-from mountd.kernel.paths import fd_flags
+from mountd.kernel.paths import fd_flags, statx
 from mountd.plan.idmap import IdMapKind, IdMapWish
 from mountd.service import directories, encrypted, nsresourced
 from mountd.service.handing_out import handing_out
@@ -38,10 +39,13 @@ from mountd.service.inspection import Inspected
 from mountd.service.mount import Judged, allowed, judge, make
 from mountd.service.mountfs_errors import BAD_FLAGS, TheirError, of_image, system
 from mountd.service.phase import Phase
-from mountd.service.requests import MountRequest
+from mountd.service.requests import PARTITION_OPTIONS, MountRequest
+from mountd.source.descriptor import KINDS, WANTED
 from mountd.source.model import SourceKind
 from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust import image_policy
+from mountd.trust.followed import followed
+from mountd.trust.options import shown
 from mountd.trust.wishes import MountWishes
 
 if TYPE_CHECKING:
@@ -60,11 +64,15 @@ FLAGS = os.O_ACCMODE | os.O_NOFOLLOW
 OF_IMAGES = os.O_NONBLOCK
 OF_DIRECTORIES = os.O_DIRECTORY | os.O_PATH
 HEX = re.compile("[0-9a-fA-F]*")
+# Of what is to be a regular file or a directory: the errno for some of what else there is.
+WRONG_KINDS = {
+    stat.S_IFREG: {stat.S_IFDIR: errno.EISDIR, stat.S_IFLNK: errno.ELOOP},
+    stat.S_IFDIR: {stat.S_IFLNK: errno.ELOOP},
+}
+HAND_OVER = "hand over a descriptor of the image file or of the directory itself"
 SECTOR = 512  # bytes, as an image without a partition table has it
 DEFAULT_MODE, MODE_BITS = 0o700, 0o775
 MAXIMUM_NAME = 255  # bytes
-# What is used of an image that speaks for itself only.
-ONLY_SIGNED = "root=signed+absent:usr=signed+absent:=unused+absent"
 
 
 class Fields:
@@ -77,10 +85,11 @@ class Fields:
         self._named: set[int] = set()
         self.given: list[OwnedFd] = []
 
-    def owned(self, field: str, more: int = 0) -> OwnedFd | None:
+    def owned(self, field: str, more: int = 0, kind: int | None = None) -> OwnedFd | None:
         """Return the descriptor that a field names, None for none; `more` are flags that it may have.
 
-        Raises InvalidParameter, BadFileDescriptorFlags, SyscallError.
+        `kind` is what it has to be of (S_IFREG, S_IFDIR). Raises InvalidParameter, an errno for another
+        kind, BadFileDescriptorFlags, SyscallError.
         """
         index: int | None = self._parameters.get(field)
         if index is None:
@@ -88,6 +97,8 @@ class Fields:
         if not 0 <= index < len(self._fds) or index in self._named:
             raise InvalidParameter(field, f"there is no descriptor {index} for it")
         self._named.add(index)
+        if kind is not None:
+            check_kind(self._fds[index].fileno(), field, kind)
         flags = fd_flags(self._fds[index].fileno()) & ~(FLAGS | more | always_there())
         if flags:
             raise TheirError(
@@ -125,6 +136,16 @@ class Fields:
         self._fds += self.given[count:]
 
 
+def check_kind(fd: int, field: str, wanted: int) -> None:
+    """Raise the errno that systemd has for it if a descriptor is of another kind; nobody is waited for."""
+    kind = stat.S_IFMT(statx(fd, "", WANTED, sync=False).stx_mode)
+    if kind == wanted:
+        return
+    number = WRONG_KINDS[wanted].get(kind, errno.ENOTDIR if wanted == stat.S_IFDIR else errno.EBADFD)
+    found, name = KINDS.get(kind, "no file" if kind != stat.S_IFREG else "a regular file"), KINDS.get(wanted)
+    raise system(number, f"{field}: it is {found}, not {name or 'a regular file'}", hint=HAND_OVER)
+
+
 @lru_cache(maxsize=1)
 def always_there() -> int:
     """Return the flags that the kernel itself gives to every descriptor, O_LARGEFILE on most machines."""
@@ -145,7 +166,8 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     if root_hash is not None and HEX.fullmatch(root_hash) is None:
         raise InvalidParameter("verityRootHash", "it is not hexadecimal")
     wished = parameters.get("imagePolicy")
-    policy = None if wished is None else image_policy.parse(wished)
+    if wished is not None:
+        image_policy.parse(wished)
     options = options_of(parameters.get("mountOptions") or {})
     fields = Fields(parameters, fds)
     if (parameters.get(VERITY) is None) is not (root_hash is None):
@@ -153,7 +175,7 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     signature = parameters.get("verityRootHashSignature")
     if signature is not None and root_hash is None:
         raise InvalidParameter("verityRootHashSignature", "it goes with verityRootHash")
-    image = fields.owned(IMAGE, OF_IMAGES)
+    image = fields.owned(IMAGE, OF_IMAGES, stat.S_IFREG)
     mode = 0 if image is None else fd_flags(image.fileno()) & os.O_ACCMODE
     if mode == os.O_WRONLY:
         raise system(errno.EBADF, "the image is open for writing only", hint="open it for reading as well")
@@ -168,7 +190,7 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
     request: dict[str, Any] = {
         "source": source,
         "readOnly": mode == os.O_RDONLY or parameters.get("readOnly") is True,
-        "options": options,
+        PARTITION_OPTIONS: options,
         USERNS: fields.add(userns),
         "imagePolicy": wished,
         "interactive": parameters.get("allowInteractiveAuthentication") is True,
@@ -185,21 +207,25 @@ def _mount_image(parameters: dict[str, Any], fds: list[OwnedFd], context: Reques
             # Their clients may give one that they have for another image.
             judged = replace(judged, request=replace(judged.request, password=None))
         judged = allowed(judged, fields.given, context)
+        used_by = policy_of(judged)
         with encrypted.opened(judged, context) as judged:
             made = handed_out(judged, context, userns)
     finally:
         fields.give_back(count)
-    return image_reply(judged, policy), made
+    return image_reply(judged, used_by), made
 
 
-def options_of(by_designator: Mapping[str, str]) -> list[str]:
-    """Return mount options as one list: the policy grants all of them or none. Raises InvalidParameter."""
-    found: dict[str, None] = {}
-    for designator, text in by_designator.items():
-        if designator.replace("_", "-") not in image_policy.DESIGNATORS:
-            raise InvalidParameter("mountOptions", f"“{designator[:32]}” is no kind of partition")
-        found |= dict.fromkeys(filter(None, text.split(",")))
-    return list(found)
+def options_of(by_designator: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the mount options of each partition, by its designator. Raises InvalidParameter."""
+    found: dict[str, list[str]] = {}
+    for name, text in by_designator.items():
+        designator = name.replace("_", "-")
+        if designator not in image_policy.DESIGNATORS or designator in found:
+            raise InvalidParameter(
+                "mountOptions", f"“{shown(name)}” is no kind of partition, or there twice"
+            )
+        found[designator] = list(filter(None, text.split(",")))
+    return found
 
 
 def judged_as_granted(request: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Judged:
@@ -211,6 +237,12 @@ def judged_as_granted(request: dict[str, Any], fds: list[OwnedFd], context: Requ
     if isinstance(error, OptionNotPermitted) and error.parameters["option"] == "rw":
         return judge({**request, "readOnly": True, "password": password}, fds, context, may_change=True)
     return judged
+
+
+def policy_of(judged: Judged) -> image_policy.ImagePolicy:
+    """Return the image policy by which what was allowed is used."""
+    inspected, wished = judged.inspected, judged.request.wishes.image_policy
+    return followed(inspected.source, inspected.evidence, judged.decision.trusted_by, wished)
 
 
 def handed_out(judged: Judged, context: RequestContext, userns: OwnedFd | None) -> list[OwnedFd]:
@@ -231,13 +263,11 @@ def handed_out(judged: Judged, context: RequestContext, userns: OwnedFd | None) 
     return made
 
 
-def image_reply(judged: Judged, wished: image_policy.ImagePolicy | None) -> dict[str, object]:
-    """Return what the client is told about an image."""
+def image_reply(judged: Judged, policy: image_policy.ImagePolicy) -> dict[str, object]:
+    """Return what the client is told about an image, which was used by this image policy."""
     source = judged.inspected.source
     disk, backing = source.disk, source.backing
     size = backing.size if backing is not None else 0
-    trusted = image_policy.parse("*" if disk is None or not disk.only_verity else ONLY_SIGNED)
-    policy = trusted if wished is None else image_policy.intersect(trusted, wished)
     name = os.path.basename((backing.path_hint if backing is not None else None) or "").removesuffix(".raw")
     reply = {
         "partitions": partitions(judged.decision) if disk is not None else [bare(judged, size)],
@@ -292,7 +322,7 @@ def partitions(decision: Decision) -> list[dict[str, object]]:
 def mount_directory(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
     """io.systemd.MountFileSystem.MountDirectory: return a mount of a directory."""
     fields = Fields(parameters, fds)
-    directory = fields.owned(DIRECTORY, OF_DIRECTORIES)
+    directory = fields.owned(DIRECTORY, OF_DIRECTORIES, stat.S_IFDIR)
     userns = fields.user_namespace()
     fields.check_all_named()
     request: dict[str, Any] = {
@@ -333,7 +363,7 @@ def make_directory(parameters: dict[str, Any], fds: list[OwnedFd], context: Requ
     if not 0 <= mode <= 0o7777:
         raise InvalidParameter("mode", "it is not of 0 to 07777")
     fields = Fields(parameters, fds)
-    parent = fields.owned(PARENT, OF_DIRECTORIES)
+    parent = fields.owned(PARENT, OF_DIRECTORIES, stat.S_IFDIR)
     fields.check_all_named()
     if parent is None:
         raise InvalidParameter(PARENT, "it is missing")
@@ -360,7 +390,7 @@ def judged_new(parent: OwnedFd, context: RequestContext, *, interactive: bool) -
     caller = context.caller_to_judge()
     if OVERFLOW_ID in (caller.uid, caller.gid):
         raise UserNamespaceNotPermitted("the caller's ids are not mapped on the host")
-    source, evidence = directories.look_at(parent.fileno(), caller, context)
+    source, evidence = directories.look_at(parent.fileno(), caller, context, PARENT)
     directory = source.directory
     wishes = MountWishes(
         read_only=False,

@@ -44,6 +44,7 @@ NAMES: dict[type[MountdError], str] = {
     errors.KeyUnknown: f"{PREFIX}KeyNotFound",
     errors.KeyRequired: f"{PREFIX}KeyNotFound",
     errors.InvalidImage: INCOMPATIBLE,
+    errors.AmbiguousRoot: f"{PREFIX}MultipleRootPartitionsFound",
 }
 # Of an image; of anything else, they are errnos.
 OF_IMAGES: dict[type[MountdError], str] = {

@@ -41,6 +41,7 @@ PASSWORD_FIELD = "password"
 MAXIMUM_PASSWORD = 4096  # bytes; a pipe takes them at once
 NAMESPACE_FIELD = "userNamespaceFileDescriptor"
 TARGET_FIELD = "targetFileDescriptor"
+PARTITION_OPTIONS = "partitionOptions"
 SOURCES = (
     "imageFileDescriptor",
     "directoryFileDescriptor",
@@ -130,6 +131,10 @@ class MountRequest:
             image_policy=None if demanded is None else image_policy.parse(demanded),
             disk_uids=tuple((each.first, each.count) for each in idmap.uid_ranges),
             disk_gids=tuple((each.first, each.count) for each in idmap.gid_ranges),
+            # A field of the other interface only (service.mountfs).
+            partition_options=tuple(
+                (name, tuple(each)) for name, each in (parameters.get(PARTITION_OPTIONS) or {}).items()
+            ),
         )
         made = cls(
             what.kind,

@@ -10,7 +10,7 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mountd.errors import InvalidImage, UnsupportedFileSystem
+from mountd.errors import AmbiguousRoot, InvalidImage, UnsupportedFileSystem
 from mountd.kernel import sandbox
 from mountd.source import disk, luks, verity_superblock
 from mountd.source.model import Disk, FileSystem, Luks, VeritySuperblock
@@ -117,6 +117,8 @@ def _in_child(fd: int, parse: Parse, what: str) -> dict[str, Any]:
         return dict(told["found"])
     if told.get("error") == UnsupportedFileSystem.wire_name:
         raise UnsupportedFileSystem(told["reason"], file_system_type=told.get("fileSystemType"))
+    if told.get("kind") == AmbiguousRoot.__name__:
+        raise AmbiguousRoot
     if told.get("error") == InvalidImage.wire_name:
         raise InvalidImage(told["reason"], offset=told.get("offset"))
     raise InvalidImage(f"{what} could not be read: {told.get('failed')}")

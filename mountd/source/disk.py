@@ -9,7 +9,7 @@ Which partition counts is decided as the specification of types says (UAPI.2), a
 * Hash data and signature belong to what they protect by their type. The root hash is made of the UUIDs of
   the two partitions, or stands beside its signature and fits those UUIDs: its first 128 bits are that of the
   data, its last 128 bits that of the hash data.
-* Without a root or /usr partition, a single one of the generic type is the root.
+* Without a root or /usr partition, a single one of the generic type is the root; several are an error.
 
 What is in a partition is judged as an image of its own would be (`superblock.recognise`), with one
 difference: what is not mounted may be there, and is left for the policy to judge. A table within a partition
@@ -24,7 +24,7 @@ import re
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from mountd.errors import InvalidImage, UnsupportedFileSystem
+from mountd.errors import AmbiguousRoot, InvalidImage, UnsupportedFileSystem
 from mountd.source import gpt, luks, verity_superblock, version_order
 from mountd.source.model import Disk, FileSystem, Partition, PartitionVerity, VeritySuperblock, Window
 from mountd.source.partition_types import GENERIC, MACHINES, MOUNT_POINTS, PROTECTED, TYPES, VERSIONED
@@ -82,7 +82,7 @@ def choose(entries: Iterable[Entry], machine: str) -> tuple[Partition, ...]:
     generic = chosen.pop("", None)
     if generic is not None and not any(name in chosen for name in PROTECTED):
         if sum(partition.designator == "" for partition in known) > 1:
-            raise InvalidImage("GPT: several partitions could be the root: none has the type for it")
+            raise AmbiguousRoot
         chosen["root"] = replace(generic, designator="root")
     return tuple(chosen[name] for name in ORDER if name in chosen)
 

@@ -15,7 +15,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import (
@@ -113,8 +113,10 @@ def decide(
     policy: Policy, caller: Caller, source: Source, evidence: Evidence, wishes: MountWishes
 ) -> Decision:
     """Judge one request. A refusal is a Decision too, with its error; nothing is raised."""
+    # What has no partitions is the root partition.
+    whole = () if source.disk is not None else wishes.options_of(image_policy.ROOT)
     try:
-        asked = options.parse(wishes.options, read_only=wishes.read_only)
+        asked = options.parse((*wishes.options, *whole), read_only=wishes.read_only)
     except MountdError as error:
         return refusal(error, None, not_reached(policy.rules, "the request itself is refused"))
     case = Case(caller, source, evidence, wishes, asked)
@@ -225,6 +227,7 @@ def judge_image(rule: Rule, grant: Grant, case: Case) -> Trust:
             case.evidence.signed_partitions,
             read_only=case.asked.read_only,
         )
+        uses = tuple(with_options(use, rule, grant, case) for use in uses)
     locked = encrypted.check(rule, grant, case, uses)
     types = [use.type for use in uses if not use.is_locked]
     types = [file_system.type] if file_system is not None else types
@@ -246,6 +249,17 @@ def judge_image(rule: Rule, grant: Grant, case: Case) -> Trust:
         verify, more = contents.check(rule, case, case.source.composefs, kind)
         reason = f"{reason}; {more}"
     return Trust(reason, kind, signer, uses, verify)
+
+
+def with_options(use: Use, rule: Rule, grant: Grant, case: Case) -> Use:
+    """Return a use with the options that are for its partition only. Raises OptionNotPermitted."""
+    asked = options.parse(case.wishes.options_of(use.partition.designator), read_only=case.asked.read_only)
+    # Of which type they are is known once it was opened.
+    for option in () if use.is_locked else asked.file_system:
+        options.permit(option, type=use.type, rule=rule.name, grants=grant.options, caller=case.caller)
+    locked_attributes(grant, case, asked.attributes)
+    read_only = use.read_only or asked.read_only
+    return replace(use, read_only=read_only, attributes=asked.attributes, options=asked.file_system)
 
 
 def check_types(rule: Rule, grant: Grant, case: Case, types: list[str], parts: int) -> None:
@@ -408,12 +422,17 @@ def check_common(rule: Rule, grant: Grant, case: Case, type: str | None) -> None
         options.permit(option, type=str(type), rule=rule.name, grants=grant.options, caller=case.caller)
 
 
-def locked_attributes(grant: Grant, case: Case) -> frozenset[str]:
-    """Return the flags that the mount gets and that whoever receives it cannot clear."""
+def locked_attributes(grant: Grant, case: Case, more: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Return the flags that a mount gets and that whoever receives it cannot clear.
+
+    `more` are asked for one partition. Raises OptionNotPermitted for flags that contradict each other.
+    """
     always = frozenset() if case.caller.is_host_root else ALWAYS_LOCKED
-    if "strictatime" in case.asked.attributes and "noatime" in grant.flags:
-        raise OptionNotPermitted("strictatime", "the rule sets noatime", hint="leave the option out")
-    return always | frozenset(grant.flags) | case.asked.attributes
+    asked = case.asked.attributes | more
+    if "strictatime" in asked and "noatime" in asked | frozenset(grant.flags):
+        why = "the rule sets noatime" if "noatime" in grant.flags else "it contradicts noatime"
+        raise OptionNotPermitted("strictatime", why, hint="leave the option out")
+    return always | frozenset(grant.flags) | asked
 
 
 def no_rule(policy: Policy, case: Case) -> DeniedByPolicy:

@@ -1,16 +1,19 @@
 """A client's own policy for its image, in the grammar of systemd.image-policy(7).
 
-    policy := "*" | "-" | "~" | rule (":" rule)…
-    rule   := [designator] "=" [flag ("+" flag)…]
+    policy := "" | "*" | "-" | "~" | rule (":" rule)…
+    rule   := [designator] "=" ["-" | flag ("+" flag)…]
 
-Without a designator, a rule is for all partitions that no other names. The flags of use say what is allowed
-of a partition, and are alternatives: that it is used without protection, with dm-verity, with dm-verity and
-a signature, encrypted, encrypted with integrity; that it is there but not used; that it is absent. The flags
-about read-only mounts, about growing and about types of file systems narrow how it is used. Where a group of
-flags is left out, all of the group is allowed, except that what nothing is said about may only be unused or
-absent.
+Blanks may be around designators and flags, and nowhere else. Without a designator, a rule is for all
+partitions that no other names. The flags of use say what is allowed of a partition, and are alternatives:
+that it is used without protection, with dm-verity, with dm-verity and a signature, encrypted, encrypted with
+integrity; that it is there but not used; that it is absent. “open” is all of these, “ignore” the last two.
+What cannot be so of a partition is not allowed either: only root and /usr can have dm-verity, and what
+protects them has no protection of its own. The flags about read-only mounts, about growing and about types
+of file systems narrow how it is used. Where a group of flags is left out, or “-” is in its place, all of the
+group is allowed, except that what nothing is said about may only be unused or absent.
 
 Such a policy comes from the caller and is no reason to allow anything. It is read strictly, and can refuse.
+A backslash, which systemd drops from between other characters, is refused.
 """
 
 from __future__ import annotations
@@ -51,27 +54,36 @@ TYPES = frozenset({"ext4", "erofs", "squashfs", "btrfs", "xfs", "f2fs", "vfat"})
 GROUPS = (USES, READ_ONLY, GROWING, TYPES)
 HOW_USED = READ_ONLY | GROWING | TYPES
 EVERYTHING = USES | HOW_USED
+ALIASES = {"open": USES, "ignore": NOT_USED}
 OPEN = "open"
+NOTHING_SAID = ("", "-")
+BLANKS = " \t\n\r"
+WITH_VERITY = (ROOT, "usr")
+VERITY = frozenset({"verity", "signed"})
+PROTECTED = VERITY | {"encrypted", "encryptedwithintegrity"}
 
 ALLOW, IGNORE, DENY = EVERYTHING, NOT_USED | HOW_USED, frozenset({"absent"}) | HOW_USED
-WHOLE = {"*": ALLOW, "-": IGNORE, "~": DENY}
+WHOLE = {"*": ALLOW, "-": IGNORE, "~": DENY, "": IGNORE}
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePolicy:
     """For each partition that is named, all flags that are allowed; `default` is for all others.
 
-    No group of flags is left out here any more: a group without a member allows nothing.
+    No group of flags is left out here any more, and each has a member: there is no way to say “none”.
     """
 
     partitions: Mapping[str, frozenset[str]]
     default: frozenset[str]
 
     def flags(self, designator: str) -> frozenset[str]:
-        """Return the flags allowed for a partition.
+        """Return the flags allowed for a partition, without those that cannot be so of it.
 
         The data of dm-verity and its signature follow from the partition that they protect.
         """
+        return possible(designator, self._said(designator))
+
+    def _said(self, designator: str) -> frozenset[str]:
         if designator in self.partitions:
             return self.partitions[designator]
         for suffix, needed in (("-verity-sig", {"signed"}), ("-verity", {"verity", "signed"})):
@@ -84,6 +96,13 @@ class ImagePolicy:
         return self.default
 
 
+def possible(designator: str, flags: frozenset[str]) -> frozenset[str]:
+    """Return `flags` without the protections that a partition cannot have."""
+    if "-verity" in designator:
+        return flags - PROTECTED
+    return flags if designator in WITH_VERITY else flags - VERITY
+
+
 def parse(text: str) -> ImagePolicy:
     """Read a policy. Raises InvalidParameter for what is not understood or said twice."""
     if len(text) > MAXIMUM_LENGTH:
@@ -93,6 +112,7 @@ def parse(text: str) -> ImagePolicy:
     partitions: dict[str, frozenset[str]] = {}
     for rule in text.split(":"):
         designator, equals, flags = rule.partition("=")
+        designator = designator.strip(BLANKS)
         if not equals:
             raise InvalidParameter(PARAMETER, f"“{shown(rule)}” is not DESIGNATOR=FLAGS")
         if designator and designator not in DESIGNATORS:
@@ -106,9 +126,11 @@ def parse(text: str) -> ImagePolicy:
 def parse_flags(text: str) -> frozenset[str]:
     """Return the flags of one rule, with all of each group that it says nothing about."""
     flags: set[str] = set()
-    for flag in text.split("+") if text else ():
-        if flag == OPEN:
-            flags |= USES
+    text = text.strip(BLANKS)
+    for word in () if text in NOTHING_SAID else text.split("+"):
+        flag = word.strip(BLANKS)
+        if flag in ALIASES:
+            flags |= ALIASES[flag]
         elif flag in EVERYTHING:
             flags.add(flag)
         else:
@@ -120,10 +142,10 @@ def parse_flags(text: str) -> frozenset[str]:
 
 
 def described(policy: ImagePolicy) -> str:
-    """Return a policy as text, as short as it can be."""
+    """Return a policy as text, as short as it can be; to read it again gives the same policy."""
     wanted = all_flags(policy)
     for text, flags in WHOLE.items():
-        if policy.default == flags and set(wanted) == {flags}:
+        if policy.default == flags and all_flags(ImagePolicy({}, flags)) == wanted:
             return text
     named = dict(policy.partitions)
     for designator in policy.partitions:
@@ -132,10 +154,11 @@ def described(policy: ImagePolicy) -> str:
         if all_flags(ImagePolicy(others, policy.default)) == wanted:
             named = others
     rules = [
-        f"{designator}={described_flags(flags)}" for designator, flags in sorted(named.items(), key=in_order)
+        f"{designator}={described_flags(designator, flags)}"
+        for designator, flags in sorted(named.items(), key=in_order)
     ]
     if policy.default != IGNORE:
-        rules.append(f"={described_flags(policy.default)}")
+        rules.append(f"={described_flags('', policy.default)}")
     return ":".join(rules)
 
 
@@ -149,23 +172,18 @@ def in_order(rule: tuple[str, frozenset[str]]) -> int:
     return DESIGNATORS.index(rule[0])
 
 
-def described_flags(flags: frozenset[str]) -> str:
-    """Return the flags of one rule as text, without the groups of which all are allowed."""
-    words = [OPEN] if flags >= USES else sorted(flags & USES)
+def described_flags(designator: str, flags: frozenset[str]) -> str:
+    """Return the flags of one rule as text, without the groups of which all are allowed.
+
+    Raises ValueError for a group of which nothing is: left out, it would be allowed as a whole.
+    """
+    if not all(flags & group for group in GROUPS):
+        raise ValueError("an image policy that cannot be said")
+    every = USES if not designator else possible(designator, USES)
+    words = [OPEN] if flags >= every else sorted(flags & USES)
     for group in GROUPS[1:]:
         words += [] if flags >= group else sorted(flags & group)
     return "+".join(words)
-
-
-def intersect(first: ImagePolicy, second: ImagePolicy) -> ImagePolicy:
-    """Return the policy that allows what both allow."""
-    named = {*first.partitions, *second.partitions}
-    # What follows from a partition that one of them names would not follow from both.
-    named |= {f"{name}{suffix}" for name in ("root", "usr") for suffix in ("-verity", "-verity-sig")}
-    return ImagePolicy(
-        {designator: first.flags(designator) & second.flags(designator) for designator in sorted(named)},
-        first.default & second.default,
-    )
 
 
 def refusal(

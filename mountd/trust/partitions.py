@@ -36,11 +36,16 @@ NEVER_MOUNTED = frozenset({"swap"})
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A partition that is used: through dm-verity or as it is, and whether read-only."""
+    """A partition that is used: through dm-verity or as it is, and whether read-only.
+
+    `attributes` and `options` are those of a Decision, beyond what holds for all of its partitions.
+    """
 
     partition: Partition
     verity: bool
     read_only: bool
+    attributes: frozenset[str] = frozenset()
+    options: tuple[str, ...] = ()
 
     @property
     def type(self) -> str:
@@ -88,7 +93,11 @@ def use_of(
     """Return how a partition is used, None for not at all. Raises what `uses` raises."""
     name = partition.designator
     wanted = flags & USES - NOT_USED
-    if name in NEVER_MOUNTED or "-verity" in name or not wanted:
+    if name in NEVER_MOUNTED or "-verity" in name:
+        return None
+    if not wanted:
+        if not flags & USES:
+            raise refused(f"it wants what a {name} partition cannot be, such as protected by dm-verity")
         return None
     locked = partition.luks is not None and partition.file_system is None
     if partition.file_system is None and not locked:
@@ -162,7 +171,7 @@ def check_protecting(policy: ImagePolicy, designator: str, used: set[str]) -> No
     More protection than it wants is not refused, unless it says so of them by name.
     """
     flags = policy.flags(designator)
-    if flags & USES == {"absent"}:
+    if flags & USES <= {"absent"}:
         raise refused(f"it wants no {designator} partition, and there is one")
     if designator in used and designator in policy.partitions and not flags & USES - NOT_USED:
         raise refused(f"it allows no use of the {designator} partition")

@@ -35,7 +35,11 @@ require = {{ integrity = ["root-owned"] }}
 grant = {{ file-systems = ["erofs", "xfs"] }}
 verdict = "allow"
 """
+ASKED, ALONE = "asked and answered", "the mount alone"
 RATIOS = {"erofs": 0.5, "xfs": 0.02}  # at most, of the medians
+# What decides whether the measurement is good. To ask and to be answered takes more than a fiftieth of what
+# the kernel takes for a first mount of an xfs, whatever is done about the mount.
+HELD = {("erofs", ASKED), ("erofs", ALONE), ("xfs", ALONE)}
 COPIES = {"erofs": 30, "xfs": 5}
 
 
@@ -59,15 +63,32 @@ def report(directory: Path, tree: Path, line: Callable[[str, list[float]], str])
         for type, paths in images.items():
             asked = as_user(lambda paths=paths: measure(daemon.socket, paths), USER)  # type: ignore[misc]
             made = forked(lambda paths=paths, type=type: steps(directory / f"staging-{type}", paths, type))  # type: ignore[misc]
-            for name, (first, second) in (("asked and answered", asked), ("the mount alone", made)):
-                ratio = statistics.median(second) / statistics.median(first)
+            ratios = {}
+            for name, (first, second) in ((ASKED, asked), (ALONE, made)):
+                ratios[name] = statistics.median(second) / statistics.median(first)
                 print(line(f"{type}, {name}: the first", first))
                 print(line(f"{type}, {name}: the same again", second))
-                print(f"ratio of the medians: {ratio:.3f} (at most {RATIOS[type]})")
-            good = good and ratio <= RATIOS[type]
+            lines, held = judged(type, ratios)
+            print(*lines, sep="\n")
+            good = good and held
     finally:
         daemon.stop()
     return good
+
+
+def judged(type: str, ratios: dict[str, float]) -> tuple[list[str], bool]:
+    """Return what is said about the ratios of a file system, and whether those that are held are good."""
+    bound = RATIOS[type]
+    lines, good = [], True
+    for name, ratio in ratios.items():
+        text = f"{type}, {name}: the second of the first, medians: {ratio:.3f}"
+        if (type, name) in HELD:
+            text += f"; held to at most {bound}: {'good' if ratio <= bound else 'FAILED'}"
+            good = good and ratio <= bound
+        elif ratio > bound:
+            text += f"; misses {bound}, and is not held to it; {ALONE}: {ratios[ALONE]:.3f}"
+        lines.append(text)
+    return lines, good
 
 
 def steps(directory: Path, paths: list[Path], type: str) -> tuple[list[float], list[float]]:

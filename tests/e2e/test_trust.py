@@ -157,7 +157,7 @@ IMAGE_POLICIES = {
     "-": "DeniedByPolicy",
     "root": "InvalidParameter",
     "root=nonsense": "InvalidParameter",
-    "": "InvalidParameter",
+    "": "DeniedByPolicy",
 }
 
 

@@ -58,7 +58,7 @@ DIRECTORIES: list[tuple[str, dict[str, Any], str, str]] = [
     ("home", {"mode": "foreign", "userNamespaceFileDescriptor": 1}, PARAMETER, "mode"),
     ("home", {"mode": "all"}, PARAMETER, "mode"),
     ("nonblock", {}, f"{INTERFACE}.BadFileDescriptorFlags", "directoryFileDescriptor"),
-    ("file", {}, PARAMETER, "directoryFileDescriptor"),
+    ("file", {}, "io.systemd.System", "a regular file, not a directory"),
     ("theirs", {}, PERMISSION, "the caller is"),
     ("roots", {}, PERMISSION, ""),
     ("proc", {}, "io.systemd.System", "file system"),

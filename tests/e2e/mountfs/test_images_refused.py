@@ -29,8 +29,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("path+path", {"verityRootHash": HASH}, PARAMETER, "verityDataFileDescriptor"),
     ("path+pipe", {"userNamespaceFileDescriptor": 1}, f"{INTERFACE}.BadFileDescriptorFlags", "imageFileDe"),
     ("write", {}, "io.systemd.System", "writing only"),
-    ("directory", {}, f"{INTERFACE}.BadFileDescriptorFlags", "imageFileDescriptor"),
-    ("pipe", {}, PARAMETER, "imageFileDescriptor"),
     ("erofs+pipe", {"userNamespaceFileDescriptor": 1}, PARAMETER, "userNamespaceFileDescriptor"),
     (
         "erofs+path",

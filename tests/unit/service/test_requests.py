@@ -163,7 +163,7 @@ def test_what_does_not_go_together(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "root", "root=everything", "root=signed:root=verity", "*:*", "x" * 10_000]
+    "text", [" ", "root", "root=everything", "root=signed:root=verity", "*:*", "x" * 10_000]
 )
 def test_an_image_policy_that_is_not_understood_is_refused(fds: list[OwnedFd], text: str) -> None:
     with pytest.raises(InvalidParameter, match="imagePolicy"):

@@ -93,7 +93,9 @@ def test_what_a_policy_has_used(policy: str | None, expected: str) -> None:
         ("root=signed:root-verity=absent", "wants no root-verity partition"),
         ("root=signed:root-verity=unused", "no use of the root-verity partition"),
         ("root=signed:root-verity-sig=absent", "wants no root-verity-sig partition"),
-        ("root=open:home=verity", "wants the home partition to be verity, and it is unprotected"),
+        ("root=open:home=verity", "wants what a home partition cannot be"),
+        ("root=open:srv=verity", "wants a srv partition, and there is none"),
+        ("root=signed:root-verity=verity", "wants no root-verity partition"),
     ],
 )
 def test_what_a_policy_refuses(policy: str, text: str) -> None:

@@ -45,6 +45,10 @@ POLICIES = (
     "root=unprotected:root-verity=unused",
     "root=absent:home=open",
     "=open",
+    "root=-:home=ignore",
+    " root = unprotected + verity := ignore ",
+    "root=open:home=verity",
+    "root=signed:root-verity=verity",
 )
 
 
