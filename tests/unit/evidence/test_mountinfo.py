@@ -1,4 +1,4 @@
-"""The device that mountinfo names for a file system, where directories have names that could be its lines."""
+"""The device that mountinfo names for a file system, where directories have names like its lines."""
 
 from __future__ import annotations
 
