@@ -143,7 +143,7 @@ def belonging(
 
 
 def is_known(record: Record, proven: set[int]) -> bool:
-    """Tell whether what has the number of its superblock belongs to it; `proven` are mounts that are there."""
+    """Tell whether the number of its superblock is its own; `proven` are ids of mounts that are there."""
     return has_device(record) or (record.superblock and record.id in proven)
 
 
