@@ -67,7 +67,7 @@ _mountctl() {
     explain/) options="$request --userns --as" ;;
     run/) options="$request --key-file" ;;
     umount/) options='--lazy --json --help' ;;
-    list/) options='--all --json --help' ;;
+    list/) options='--all --long --json --help' ;;
     revoke/) options='--digest --uid --json --help' ;;
     metrics/) options='--output --json --help' ;;
     status/ | doctor/) options='--json --help' ;;
