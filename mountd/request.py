@@ -28,16 +28,21 @@ MAXIMUM_SIGNATURE = 256 << 10  # bytes
 MAXIMUM_KEY = 4096  # bytes
 STANDARD_INPUT = 0
 MAXIMUM_INTEGER = (1 << 63) - 1
+NO_FILE = "there is no such file; see that the path is right"
+SOURCES = (
+    "there is no such file; or write stored:sha256:… for an image of the store, "
+    "oci:HOST/REPOSITORY:TAG for one that was pulled, tmpfs:64M for memory"
+)
 
 
-def open_image(path: str, *, writable: bool = False) -> OwnedFd:
-    """Open an image to hand it over. Raises NotFound, OSError."""
+def open_image(path: str, *, writable: bool = False, hint: str = NO_FILE) -> OwnedFd:
+    """Open an image to hand it over; `hint` is what NotFound says. Raises NotFound, OSError."""
     access = os.O_RDWR if writable else os.O_RDONLY
     try:
         # Not to be held up by a pipe, or by a lease on the file.
         return OwnedFd(os.open(path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK))
     except FileNotFoundError:
-        raise NotFound(path) from None
+        raise NotFound(path or "“”", hint=hint) from None
 
 
 def sealed_copy(file: OwnedFd, path: str) -> OwnedFd:
@@ -172,7 +177,8 @@ class Request:
         try:
             if os.path.isdir(source):
                 return {"directoryFileDescriptor": self._add(open_directory(source))}
-            return {"imageFileDescriptor": self._add(open_image(source, writable=not read_only))}
+            image = open_image(source, writable=not read_only, hint=SOURCES)
+            return {"imageFileDescriptor": self._add(image)}
         except OSError as error:
             if read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
                 raise

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CAP_SYS_ADMIN = 21  # linux/capability.h
 # How long one who has interrupted a call waits to hear whether it was carried out all the same.
 SECONDS_OF_REGRET = 1.0
+MOUNTED = "“findmnt” shows what is mounted"
 
 
 def can_attach() -> bool:
@@ -130,11 +131,11 @@ def mount_at(path: str) -> int:
     try:
         root = open_target(path)
     except NotFound:
-        raise NotFound(path) from None  # without the hint to make it
+        raise NotFound(path or "“”", hint=MOUNTED) from None  # without the hint to make it
     with root:
         id = moving.mount_at(root.fileno())
     if id is None:
-        raise NotFound(f"a mount at {path}", hint="“findmnt” shows what is mounted")
+        raise NotFound(f"a mount at {path}", hint=MOUNTED)
     return id
 
 

@@ -18,6 +18,7 @@ from mountd.asking import Client
 from mountd.cli.attaching import can_attach, mount_at
 from mountd.cli.helper import Place, carry_out, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
+from mountd.cli.report import IN_USE
 from mountd.errors import InUse, NotFound, SyscallError
 from mountd.kernel import moving
 
@@ -95,7 +96,7 @@ def take_away(wishes: Wishes, directory: str) -> None:
 
 def busy(directory: str) -> InUse:
     """Return the error for what somebody uses."""
-    return InUse(f"{directory}: it is in use", hint="“fuser -vm DIR” says by whom; or “umount --lazy DIR”")
+    return InUse(f"{directory}: it is in use", hint=IN_USE)
 
 
 def main() -> NoReturn:

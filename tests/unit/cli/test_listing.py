@@ -169,5 +169,5 @@ class TestWidth:
         rows = [["aaaaaaaa", "bbbbbbbb", "cccccccc"]]
         text = table.table(rows, ["A", "B", "C"], width=15, colour=False)
         assert text.splitlines()[1] == "aaaaa…  bbbbbb…"
-        text = table.table(rows, ["A", "B", "C"], width=15, colour=False, whole="C", spare="AB")
-        assert text.splitlines() == ["B      C", "bbbb…  cccccccc"]
+        text = table.table(rows, ["A", "B", "C"], width=16, colour=False, whole="C", spare="AB")
+        assert text.splitlines() == ["B       C", "bbbbb…  cccccccc"]
