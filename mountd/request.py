@@ -320,6 +320,27 @@ def check_text(options: Sequence[str], file_system_type: str | None, image_polic
         raise InvalidParameter("imagePolicy", "it is no text")
 
 
+def split_options(text: str) -> list[str]:
+    """Return the entries of mount options as libmount reads them, but without the quotes.
+
+    A comma between quotes belongs to an entry. Raises OptionNotPermitted for a quote that is not closed: of
+    that, libmount and all behind it would ignore the rest without a word.
+    """
+    # Every other piece was between quotes.
+    first, *pieces = text.split('"')
+    entries = first.split(",")
+    for number, piece in enumerate(pieces):
+        if number % 2 == 0:
+            entries[-1] += piece
+            continue
+        rest, *others = piece.split(",")
+        entries[-1] += rest
+        entries += others
+    if len(pieces) % 2:
+        raise OptionNotPermitted(entries[-1], "a quote in it is not closed", hint="close it, or take it out")
+    return [each for each in entries if each]
+
+
 def parse_size(text: str) -> int:
     """Return a number of bytes; K, M, G and T are powers of 1024. Raises InvalidParameter."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

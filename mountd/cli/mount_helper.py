@@ -24,7 +24,7 @@ from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import UsageError, show_json, tell_left_out
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
 from mountd.fds import OwnedFd
-from mountd.request import COMPOSEFS, IDMAPS, Request
+from mountd.request import COMPOSEFS, IDMAPS, Request, split_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Wishes(CommandLine):
             elif flag == "-t":
                 self.type = read_type(value)
             elif flag == "-o":
-                for option in filter(None, value.split(",")):
+                for option in split_options(value):
                     self.read_option(option)
         self.directory = directory
         self._read_composefs()

@@ -12,7 +12,7 @@ import pytest
 
 from tests.daemon import Daemon
 from tests.e2e.conftest import trusting
-from tests.programs import Done, as_user, check_line, etc_files
+from tests.programs import Done, as_user, check_line, etc_files, in_private, run
 
 HUGO, INA = 4560, 4561
 MOUNTCTL, HELPER, UMOUNT = "bin/mountctl", "sbin/mount.mountd", "sbin/umount.mountd"
@@ -175,3 +175,19 @@ def test_a_loop_device(scene: Scene) -> None:
         subprocess.run(["losetup", "--detach", device], check=True)
     assert done.returncode == 1
     check_line(done, "it is a block device, not a regular file .hint: .*leave the option “loop” out")
+
+
+@pytest.mark.parametrize("where", ["command line", "fstab"])
+def test_a_name_with_a_comma(scene: Scene, place: Path, where: str) -> None:
+    """Through mount(8), whose library takes options apart as well."""
+    target = scene.directory("quoted")
+    options = f'ro,mountd.signature="{place}/a,b.sig",nodev'
+    fstab = f"{scene.image} {target} mountd {options} 0 0\n"
+    by_hand = ["-t", "mountd", "-o", options, scene.image]
+
+    def work() -> Done:
+        return run(["mount", *(by_hand if where == "command line" else []), target], scene.daemon.socket)
+
+    done = in_private(scene.installed, work, {"fstab": fstab}, place)
+    assert done.returncode == 1
+    check_line(done, f"not found: {place}/a,b.sig .hint: ")
