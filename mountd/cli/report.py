@@ -216,6 +216,20 @@ def show_json(value: object) -> None:
     say(text)
 
 
+def tell_done(line: str, hint: str, print_it: Callable[[], None], *, needed: bool) -> int:
+    """Print the outcome of what was done, which stays done if it cannot be printed; return the exit status.
+
+    `line` says so on standard error then, `hint` how it is undone; `needed` is whether whoever called cannot
+    do without what is printed, as programs that read JSON.
+    """
+    try:
+        print_it()
+    except OSError as error:
+        complain(f"{line}, though this cannot be told: {explain_error(error)[0]} (hint: {hint})")
+        return EXIT_SYSTEM if needed else 0
+    return 0
+
+
 def printable(text: str) -> str:
     """Return `text` with whatever could upset a terminal replaced."""
     return "".join(c if c.isprintable() else "?" for c in text)
