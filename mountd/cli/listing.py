@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
-from mountd.cli.report import EXIT_USAGE, printable, say, show_json
+from mountd.cli.report import EXIT_USAGE, UsageError, printable, say, show_json
 from mountd.cli.table import table, terminal_width, wants_colour
 from mountd.client import Client
 from mountd.errors import ADMIN_INTERFACE, ProtocolError
 from mountd.fds import close_all
+from mountd.request import MAXIMUM_INTEGER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ LIST_EXAMPLES = (
 REVOKE_EXAMPLES = (
     "mountctl revoke 4711",
     "mountctl revoke --digest sha256:…",
-    "mountctl revoke --uid 1000",
+    "mountctl revoke --uid gus",
     "",
     "exit status: 1 if something still holds a mount",
 )
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
 NOWHERE = "(held by a descriptor)"
+DIGITS = 20  # more than any id has
+MAXIMUM_UID = (1 << 32) - 2
 NO_LIST = "the reply is not what List returns"
 STEPS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -51,9 +54,30 @@ def add_verbs(verbs: Any) -> None:
     add = add_verb(verbs, "revoke", "detach mounts wherever they are attached, for root", REVOKE_EXAMPLES)
     add.add_argument("--json", action="store_true", help="print JSON, for errors as well")
     which = add.add_mutually_exclusive_group(required=True)
-    which.add_argument("id", metavar="ID", nargs="?", type=int, help="the mount with this id")
+    which.add_argument("id", metavar="ID", nargs="?", type=id_of, help="the mount with this id")
     which.add_argument("--digest", metavar="DIGEST", help="all mounts of the image with this digest")
-    which.add_argument("--uid", metavar="UID", type=int, help="all mounts of this user")
+    which.add_argument("--uid", metavar="USER", type=uid_of, help="all mounts of this user, a name or a uid")
+
+
+def id_of(text: str) -> int:
+    """Return the id that the command line names. Raises UsageError."""
+    if text.isascii() and text.isdecimal() and len(text) < DIGITS and int(text) <= MAXIMUM_INTEGER:
+        return int(text)
+    raise UsageError(f"“{text}” is no id of a mount", hint="“mountctl list --all” shows them")
+
+
+def uid_of(text: str) -> int:
+    """Return the uid of a user who is named, or the number itself. Raises UsageError."""
+    import pwd
+
+    if text.isascii() and text.isdecimal() and len(text) < DIGITS and int(text) <= MAXIMUM_UID:
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except (KeyError, ValueError):
+        raise UsageError(
+            f"there is no user “{text}”", hint="“getent passwd” lists them, or give a uid"
+        ) from None
 
 
 def call(method: str, parameters: Mapping[str, object]) -> dict[str, Any]:
