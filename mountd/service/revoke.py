@@ -42,6 +42,7 @@ OWN_USERNS = "/proc/self/ns/user"
 IN_THE_WAY = (
     "something is in the way or did not answer: end the processes there, or unmount what is above it"
 )
+LATE = "there was no more time: revoke it once more"
 ROUNDS = 3  # in which what was copied meanwhile is detached as well
 
 
@@ -68,7 +69,8 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         chosen = [each for each in everybody if each.record.id in ids]
         if not done or not any(each.attached for each in chosen):
             break
-    held = holders(chosen) or unseen(chosen, context)
+    why = IN_THE_WAY if time.monotonic() < deadline else LATE
+    held = holders(chosen, why) or unseen(chosen, context)
     told, unlisted = places(detached)
     reply = {"detached": told, "held": held[:MAXIMUM_HELD], "unlisted": unlisted or None}
     return {name: value for name, value in reply.items() if value is not None}, []
@@ -132,8 +134,8 @@ def is_hosts(namespace: OwnedFd) -> bool:
     return True
 
 
-def holders(left: list[Live]) -> list[dict[str, object]]:
-    """Return what still holds the mounts: processes, and where they are attached all the same."""
+def holders(left: list[Live], why: str) -> list[dict[str, object]]:
+    """Return what still holds the mounts: processes, and where they are attached all the same, and `why`."""
     sure = {each.record.device for each in left if each.record.superblock and each.record.watch}
     ids = {each.record.id for each in left}
     devices = {each.record.device for each in left}
@@ -147,7 +149,7 @@ def holders(left: list[Live]) -> list[dict[str, object]]:
         found.append({"pid": 0, "command": "", "what": NOT_ALL})
     attached = [place for each in left for place in each.attached]
     for place in attached[:MAXIMUM_HELD]:
-        what = f"attached at {place.mount_point} in mount namespace {place.namespace}, and {IN_THE_WAY}"
+        what = f"attached at {place.mount_point} in mount namespace {place.namespace}, and {why}"
         found.append({"pid": 0, "command": "", "what": what})
     if len(attached) > MAXIMUM_HELD:
         what = f"attached in {len(attached) - MAXIMUM_HELD} more places: revoke it once more"
