@@ -171,6 +171,15 @@ def test_an_image_is_what_the_interface_says(name: str) -> None:
     )
 
 
+def test_a_live_mount_is_what_the_interface_says() -> None:
+    """What is printed is all of them, however many replies it takes."""
+    interface = scanner.Interface((interface_directory() / "io.mountd.Mount.varlink").read_text())
+    schema = load("list")
+    compare(interface, interface.members["LiveMount"].type, schema["$defs"]["LiveMount"], schema)
+    assert schema["properties"]["mounts"]["items"] == {"$ref": "#/$defs/LiveMount"}
+    assert schema["required"] == list(schema["properties"]) == ["mounts"]
+
+
 def compare(interface: Any, declared: Any, schema: dict[str, Any], whole: dict[str, Any]) -> None:
     if isinstance(declared, scanner._CustomType):
         compare(interface, interface.members[declared.name].type, whole["$defs"][declared.name], whole)
