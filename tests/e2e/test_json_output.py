@@ -151,14 +151,6 @@ def test_the_schema_says_what_the_interface_says(name: str, method: str) -> None
     compare(interface, interface.members[member].out_type, schema, schema)
 
 
-def test_a_live_mount_is_what_the_interface_says() -> None:
-    """Of as many replies as it takes: which of them is the next is no part of the output."""
-    interface = scanner.Interface((interface_directory() / "io.mountd.Mount.varlink").read_text())
-    schema = load("list")
-    compare(interface, interface.members["LiveMount"].type, schema["$defs"]["LiveMount"], schema)
-    assert schema["properties"] == {"mounts": {"type": "array", "items": {"$ref": "#/$defs/LiveMount"}}}
-
-
 @pytest.mark.parametrize("name", ["image-import", "image-list", "image-pull", "image-verify"])
 def test_an_image_is_what_the_interface_says(name: str) -> None:
     """Also of what only a registry can bring about."""
