@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
 GAP = "  "
-NARROWEST = 6  # columns that a cell is not cut below
+NARROWEST = 10  # columns that a cell is not cut below
 COLUMNS = "COLUMNS"
 MAXIMUM_DIGITS = 6  # of a number of columns that anybody means
 BOLD, RED, YELLOW, GREEN, END = "\x1b[1m", "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[0m"

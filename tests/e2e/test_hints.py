@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,21 @@ def test_the_way_out_works(scene: Scene) -> None:
     said = hinted()
     assert f"something is mounted at {target} already (hint: “umount {target}” first" in said
     assert scene.call(MOUNTCTL, "umount", target).returncode == 0
+
+
+def test_all_about_a_mount(scene: Scene) -> None:
+    target = scene.directory("told")
+    assert scene.call(MOUNTCTL, "mount", scene.image, target).returncode == 0
+    shown = scene.call(MOUNTCTL, "list", "--long").stdout
+    assert scene.call(MOUNTCTL, "umount", target).returncode == 0
+    fields = dict(line.split(": ", 1) for line in shown.splitlines())
+    assert list(fields) == [
+        *("id", "user", "owner", "source", "type", "access", "rule", "trusted by", "signer", "digest"),
+        *("id map", "since", "attached at"),
+    ]
+    assert (fields["owner"], fields["source"]) == (str(HUGO), str(scene.image))
+    place = rf"{target} \(mount namespace [0-9]+, mount {fields['id']}\)"
+    assert re.fullmatch(place, fields["attached at"])
 
 
 def test_a_loop_device(scene: Scene) -> None:

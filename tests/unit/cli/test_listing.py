@@ -135,7 +135,7 @@ def test_a_table_that_fits(
     assert max(len(line) for line in (head, *rows)) <= columns
     assert head.startswith("ID")
     assert [row.split()[0] for row in rows] == ["2147500000", "7"]
-    assert ("ATT" in head) == (columns >= 18)
+    assert ("ATT" in head) == (columns >= 22)
     assert ("RULE" in head) == (columns >= 80)
 
 
@@ -166,8 +166,8 @@ class TestWidth:
         assert not table.wants_colour()
 
     def test_columns_are_left_out_from_the_end(self) -> None:
-        rows = [["aaaaaaaa", "bbbbbbbb", "cccccccc"]]
-        text = table.table(rows, ["A", "B", "C"], width=15, colour=False)
-        assert text.splitlines()[1] == "aaaaa…  bbbbbb…"
-        text = table.table(rows, ["A", "B", "C"], width=16, colour=False, whole="C", spare="AB")
-        assert text.splitlines() == ["B       C", "bbbbb…  cccccccc"]
+        rows = [[12 * "a", 12 * "b", 8 * "c"]]
+        text = table.table(rows, ["A", "B", "C"], width=23, colour=False)
+        assert text.splitlines()[1] == "aaaaaaaaa…  bbbbbbbbbb…"
+        text = table.table(rows, ["A", "B", "C"], width=20, colour=False, whole="C", spare="AB")
+        assert text.splitlines() == ["B           C", "bbbbbbbbb…  cccccccc"]
