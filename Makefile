@@ -52,34 +52,34 @@ $(BENCH_STAMP): $(STAMP) tests/bench/packages.txt
 
 # For the system's own Python: the modules lie where nothing else is, and the programs ignore the environment.
 install:
-	install -D -m 0644 -t $(SHARE)/polkit-1/actions units/polkit-1/actions/io.mountd.policy
-	install -d $(LIB)/mountd $(LIB)/mountd/policy.d $(LIB)/systemd/system $(LIB)/tmpfiles.d $(LIB)/sysusers.d \
-	  $(BIN) $(SBIN)
-	cd mountd && find . -name '*.py' -exec install -D -m 0644 {} $(abspath $(LIB))/mountd/python/mountd/{} \;
-	install -D -m 0644 -t $(LIB)/mountd/python/mountd/protocol protocol/*.varlink
-	install -D -m 0644 -t $(LIB)/mountd/json protocol/json/*.schema.json
-	install -m 0644 -t $(LIB)/mountd/policy.d units/policy.d/*.toml
-	install -m 0644 -t $(LIB)/tmpfiles.d units/tmpfiles.d/mountd.conf
-	install -m 0644 -t $(LIB)/sysusers.d units/sysusers.d/mountd.conf
-	install -m 0644 -t $(LIB)/systemd/system units/systemd/mountd.socket units/systemd/mountd-pull.socket \
+	install -D -m 0644 -t "$(SHARE)/polkit-1/actions" units/polkit-1/actions/io.mountd.policy
+	install -d "$(LIB)/mountd" "$(LIB)/mountd/policy.d" "$(LIB)/systemd/system" "$(LIB)/tmpfiles.d" \
+	  "$(LIB)/sysusers.d" "$(BIN)" "$(SBIN)"
+	find mountd -name '*.py' -exec install -D -m 0644 {} "$(LIB)/mountd/python/{}" \;
+	install -D -m 0644 -t "$(LIB)/mountd/python/mountd/protocol" protocol/*.varlink
+	install -D -m 0644 -t "$(LIB)/mountd/json" protocol/json/*.schema.json
+	install -m 0644 -t "$(LIB)/mountd/policy.d" units/policy.d/*.toml
+	install -m 0644 -t "$(LIB)/tmpfiles.d" units/tmpfiles.d/mountd.conf
+	install -m 0644 -t "$(LIB)/sysusers.d" units/sysusers.d/mountd.conf
+	install -m 0644 -t "$(LIB)/systemd/system" units/systemd/mountd.socket units/systemd/mountd-pull.socket \
 	  units/systemd/mountd-mountfsd.socket
 	for unit in mountd mountd-pull; do \
-	  sed 's|@SBINDIR@|$(PREFIX)/sbin|' units/systemd/$$unit.service > $(LIB)/systemd/system/$$unit.service && \
-	  chmod 0644 $(LIB)/systemd/system/$$unit.service || exit; \
+	  sed 's|@SBINDIR@|$(PREFIX)/sbin|' units/systemd/$$unit.service > "$(LIB)/systemd/system/$$unit.service" && \
+	  chmod 0644 "$(LIB)/systemd/system/$$unit.service" || exit; \
 	done
 	for section in 1 5 7 8; do \
-	  install -D -m 0644 -t $(SHARE)/man/man$$section units/man/*.$$section || exit; \
+	  install -D -m 0644 -t "$(SHARE)/man/man$$section" units/man/*.$$section || exit; \
 	done
-	install -D -m 0644 units/completion/mountctl.bash $(SHARE)/bash-completion/completions/mountctl
-	install -D -m 0644 units/completion/mountctl.zsh $(SHARE)/zsh/vendor-completions/_mountctl
-	install -D -m 0644 units/completion/mountctl.fish $(SHARE)/fish/vendor_completions.d/mountctl.fish
-	units/program mountd.daemon.main $(PREFIX)/lib/mountd/python > $(SBIN)/mountd
-	units/program mountd.cli.mount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/mount.mountd
-	units/program mountd.cli.umount_helper $(PREFIX)/lib/mountd/python > $(SBIN)/umount.mountd
-	units/program mountd.cli.mountctl $(PREFIX)/lib/mountd/python > $(BIN)/mountctl
-	chmod 0755 $(SBIN)/mountd $(SBIN)/mount.mountd $(SBIN)/umount.mountd $(BIN)/mountctl
+	install -D -m 0644 units/completion/mountctl.bash "$(SHARE)/bash-completion/completions/mountctl"
+	install -D -m 0644 units/completion/mountctl.zsh "$(SHARE)/zsh/vendor-completions/_mountctl"
+	install -D -m 0644 units/completion/mountctl.fish "$(SHARE)/fish/vendor_completions.d/mountctl.fish"
+	units/program mountd.daemon.main "$(PREFIX)/lib/mountd/python" > "$(SBIN)/mountd"
+	units/program mountd.cli.mount_helper "$(PREFIX)/lib/mountd/python" > "$(SBIN)/mount.mountd"
+	units/program mountd.cli.umount_helper "$(PREFIX)/lib/mountd/python" > "$(SBIN)/umount.mountd"
+	units/program mountd.cli.mountctl "$(PREFIX)/lib/mountd/python" > "$(BIN)/mountctl"
+	chmod 0755 "$(SBIN)/mountd" "$(SBIN)/mount.mountd" "$(SBIN)/umount.mountd" "$(BIN)/mountctl"
 # Who runs the programs may not write here, so that it is now or at every start; a package does it when it is installed.
-	[ -n "$(DESTDIR)" ] || /usr/bin/python3 -I -m compileall -q $(LIB)/mountd/python
+	[ -n "$(DESTDIR)" ] || /usr/bin/python3 -I -m compileall -q "$(LIB)/mountd/python"
 
 # A package for Debian 13 and later, into dist/.
 deb:

@@ -44,6 +44,7 @@ SOCKETS = ("/run/mountd/io.mountd.Mount", "/run/host/mountd/io.mountd.Mount")
 TIMEOUT = 90.0  # seconds; the daemon's own deadlines are shorter
 CONSENT = 150.0  # in addition, for who may be asked by then
 TRY_AGAIN = "try again; the journal of mountd says what it was doing"
+EMPTY = "give the path of a directory"
 ENDED = "it closed the connection without an answer"
 
 
@@ -63,7 +64,7 @@ def open_target(path: str) -> OwnedFd:
     try:
         return OwnedFd(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
     except FileNotFoundError:
-        raise NotFound(path, hint="make the directory first") from None
+        raise NotFound(path or "“”", hint="make the directory first" if path else EMPTY) from None
 
 
 def attach_at(mount_fd: int, directory_fd: int, path: str) -> None:

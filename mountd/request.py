@@ -28,16 +28,21 @@ MAXIMUM_SIGNATURE = 256 << 10  # bytes
 MAXIMUM_KEY = 4096  # bytes
 STANDARD_INPUT = 0
 MAXIMUM_INTEGER = (1 << 63) - 1
+NO_FILE = "there is no such file; see that the path is right"
+SOURCES = (
+    "there is no such file; or write stored:sha256:… for an image of the store, "
+    "oci:HOST/REPOSITORY:TAG for one that was pulled, tmpfs:64M for memory"
+)
 
 
-def open_image(path: str, *, writable: bool = False) -> OwnedFd:
-    """Open an image to hand it over. Raises NotFound, OSError."""
+def open_image(path: str, *, writable: bool = False, hint: str = NO_FILE) -> OwnedFd:
+    """Open an image to hand it over; `hint` is what NotFound says. Raises NotFound, OSError."""
     access = os.O_RDWR if writable else os.O_RDONLY
     try:
         # Not to be held up by a pipe, or by a lease on the file.
         return OwnedFd(os.open(path, access | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK))
     except FileNotFoundError:
-        raise NotFound(path) from None
+        raise NotFound(path or "“”", hint=hint) from None
 
 
 def sealed_copy(file: OwnedFd, path: str) -> OwnedFd:
@@ -172,7 +177,8 @@ class Request:
         try:
             if os.path.isdir(source):
                 return {"directoryFileDescriptor": self._add(open_directory(source))}
-            return {"imageFileDescriptor": self._add(open_image(source, writable=not read_only))}
+            image = open_image(source, writable=not read_only, hint=SOURCES)
+            return {"imageFileDescriptor": self._add(image)}
         except OSError as error:
             if read_only or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ETXTBSY):
                 raise
@@ -312,6 +318,27 @@ def check_text(options: Sequence[str], file_system_type: str | None, image_polic
         raise InvalidParameter("fileSystemType", "it is no text")
     if image_policy is not None and not is_text(image_policy):
         raise InvalidParameter("imagePolicy", "it is no text")
+
+
+def split_options(text: str) -> list[str]:
+    """Return the entries of mount options as libmount reads them, but without the quotes.
+
+    A comma between quotes belongs to an entry. Raises OptionNotPermitted for a quote that is not closed: of
+    that, libmount and all behind it would ignore the rest without a word.
+    """
+    # Every other piece was between quotes.
+    first, *pieces = text.split('"')
+    entries = first.split(",")
+    for number, piece in enumerate(pieces):
+        if number % 2 == 0:
+            entries[-1] += piece
+            continue
+        rest, *others = piece.split(",")
+        entries[-1] += rest
+        entries += others
+    if len(pieces) % 2:
+        raise OptionNotPermitted(entries[-1], "a quote in it is not closed", hint="close it, or take it out")
+    return [each for each in entries if each]
 
 
 def parse_size(text: str) -> int:

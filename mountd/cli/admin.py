@@ -15,7 +15,7 @@ from mountd.fds import close_all
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from typing import Any
 
 COLLECTOR = "/var/lib/prometheus/node-exporter/mountd.prom"
@@ -108,7 +108,8 @@ def describe(reply: Mapping[str, Any], *, width: int | None, colour: bool, now: 
         lines.append(coloured(printable(f"  fault: {fault_line(fault)}"), RED, wanted=colour))
     if policy["faults"] and not policy["broken"]:
         lines.append("  The files have faults; the policy from before them is in force.")
-    files = [[each["path"], role(each)] for each in policy["files"]]
+    faulty = {each["file"] for each in policy["faults"]}
+    files = [[each["path"], role(each, faulty)] for each in policy["files"]]
     parts = ["\n".join(lines)]
     if files:
         parts.append(table(files, ["POLICY FILE", "STATE"], width=width, colour=colour))
@@ -136,10 +137,12 @@ def store_line(store: Mapping[str, Any]) -> str:
     return f"{store['path']}: {store.get('images')} images, {size_of(store.get('bytes'))} of {most}"
 
 
-def role(file: Mapping[str, Any]) -> str:
-    """Return what a policy file is good for."""
+def role(file: Mapping[str, Any], faulty: Collection[str]) -> str:
+    """Return what a policy file is good for; `faulty` are those that were found to have faults."""
     if file.get("maskedBy") is not None:
         return f"masked by {file['maskedBy']}"
+    if file["path"] in faulty:
+        return "broken"
     return "only masks others" if file["mask"] else "counts"
 
 

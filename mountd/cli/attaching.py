@@ -7,7 +7,7 @@ import os
 
 from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
-from mountd.cli.report import printable, say, show_json, tell_left_out
+from mountd.cli.report import printable, say, show_json, tell_done, tell_left_out
 from mountd.errors import NotFound, SyscallError, Unreachable
 from mountd.fds import OwnedFd
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CAP_SYS_ADMIN = 21  # linux/capability.h
 # How long one who has interrupted a call waits to hear whether it was carried out all the same.
 SECONDS_OF_REGRET = 1.0
+NO_MORE = "nothing more is to be done"
+MOUNTED = "“findmnt” shows what is mounted"
 
 
 def can_attach() -> bool:
@@ -49,11 +51,16 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
             reply = regretting(client, lambda: with_consent(client.attach, request))
             tell_left_out("mountctl", left_out_of(reply))
             by = "mountd"
-    if options.json:
-        show_json({"target": options.target, "attachedBy": by, **reply})
-    else:
-        say(printable(f"{options.source}: attached at {options.target}{judged(reply)}"))
-    return 0
+
+    def print_it() -> None:
+        if options.json:
+            show_json({"target": options.target, "attachedBy": by, **reply})
+        else:
+            say(printable(f"{options.source}: attached at {options.target}{judged(reply)}"))
+
+    line = f"mountctl: {options.target}: it is mounted and stays so"
+    hint = f"“mountctl umount {options.target}” unmounts it"
+    return tell_done(line, hint, print_it, needed=options.json)
 
 
 def attached(made: MountReply, left_out: list[str]) -> dict[str, object]:
@@ -116,11 +123,14 @@ def umount(options: argparse.Namespace) -> int:
             raise NotFound(
                 f"a mount at {options.target} that is attached for you", hint=error.hint
             ) from None
-    if options.json:
-        show_json({"target": options.target, "detachedBy": by, "id": id})
-    else:
-        say(printable(f"{options.target}: detached"))
-    return 0
+
+    def print_it() -> None:
+        if options.json:
+            show_json({"target": options.target, "detachedBy": by, "id": id})
+        else:
+            say(printable(f"{options.target}: detached"))
+
+    return tell_done(f"mountctl: {options.target}: it is detached", NO_MORE, print_it, needed=options.json)
 
 
 def mount_at(path: str) -> int:
@@ -130,11 +140,11 @@ def mount_at(path: str) -> int:
     try:
         root = open_target(path)
     except NotFound:
-        raise NotFound(path) from None  # without the hint to make it
+        raise NotFound(path or "“”", hint=MOUNTED) from None  # without the hint to make it
     with root:
         id = moving.mount_at(root.fileno())
     if id is None:
-        raise NotFound(f"a mount at {path}", hint="“findmnt” shows what is mounted")
+        raise NotFound(f"a mount at {path}", hint=MOUNTED)
     return id
 
 

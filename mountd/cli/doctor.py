@@ -6,15 +6,19 @@ a user may not see is a warning that says so.
 
 from __future__ import annotations
 
+from functools import partial
+
 from mountd.cli.checks import FAIL, OK, WARN, Finding
 from mountd.cli.doctor_policy import check_policy
 from mountd.cli.doctor_system import (
+    Places,
     check_daemon,
     check_kernel,
     check_permissions,
     check_polkit,
     check_programs,
     check_units,
+    places,
 )
 from mountd.cli.report import printable, say, show_json
 from mountd.cli.table import GREEN, RED, YELLOW, coloured, wants_colour
@@ -26,20 +30,21 @@ if TYPE_CHECKING:
 
 EXIT = {OK: 0, WARN: 1, FAIL: 2}
 COLOURS = {OK: GREEN, WARN: YELLOW, FAIL: RED}
-CHECKS: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
-    ("kernel", check_kernel),
-    ("units", check_units),
-    ("daemon", check_daemon),
+CHECKS: tuple[tuple[str, Callable[[Places], list[Finding]]], ...] = (
+    ("kernel", lambda _: check_kernel()),
+    ("units", lambda _: check_units()),
+    ("daemon", lambda _: check_daemon()),
     ("permissions", check_permissions),
-    ("policy", check_policy),
-    ("programs", check_programs),
-    ("polkit", check_polkit),
+    ("policy", lambda where: check_policy(where.policy)),
+    ("programs", lambda _: check_programs()),
+    ("polkit", lambda _: check_polkit()),
 )
 
 
 def doctor(options: argparse.Namespace) -> int:
     """Print one line for each check; the exit status is that of the worst of them."""
-    findings = [finding for area, check in CHECKS for finding in examine(area, check)]
+    where = places()
+    findings = [finding for area, check in CHECKS for finding in examine(area, partial(check, where))]
     worst = max((finding.state for finding in findings), key=lambda state: EXIT[state], default=OK)
     if options.json:
         show_json({"state": worst, "checks": [each.as_json() for each in findings]})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # As in mountd.trust.directories, which this side does not import; a test compares them.
 DIRECTORIES = tuple(f"{each}/mountd/policy.d" for each in ("/etc", "/run", "/usr/local/lib", "/usr/lib"))
 KINDS = ("x509", "ed25519", "ecdsa", "sigstore", "gpg")
+NO_RULES = "there are none: everything is denied"
 SOON = 30 * 86400  # seconds before the end of a certificate
 DAY = "%Y-%m-%d"
 # Prints the end of each certificate of each file: it needs a package that this side does without.
@@ -49,6 +50,11 @@ print(json.dumps(found))
 def check_policy(directories: tuple[str, ...] = ()) -> list[Finding]:
     """Look at the system's policy, or at that in `directories`."""
     found = [check_directory(each) for each in directories or DIRECTORIES]
+    # What is not there is a fault of a command line that names it, but none of a policy.
+    named = () if directories == DIRECTORIES else directories
+    directories = tuple(each for each in named if os.path.isdir(each))
+    if named and not directories:
+        return [*found, Finding("rules", WARN, NO_RULES, f"add a file to {named[0]}: mountd.policy(5)")]
     code, said, complaint = output(policy.command(["check", "--json", *directories]))
     try:
         told = json.loads(said)
@@ -66,8 +72,8 @@ def check_policy(directories: tuple[str, ...] = ()) -> list[Finding]:
         entries = []
     rules = sum("rule" in each for each in entries)
     if not rules and not told:
-        fix = "add a file to /etc/mountd/policy.d: mountd.policy(5)"
-        found.append(Finding("rules", WARN, "there are none: everything is denied", fix))
+        fix = f"add a file to {(directories or DIRECTORIES)[0]}: mountd.policy(5)"
+        found.append(Finding("rules", WARN, NO_RULES, fix))
     elif rules:
         found.append(Finding("rules", OK, f"{rules} rules without fault"))
     return [*found, *check_keys(entries)]

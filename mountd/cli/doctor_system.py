@@ -121,6 +121,35 @@ def unit_finding(unit: str, properties: dict[str, str]) -> Finding:
     return Finding(unit, OK, f"{enabled}, {active}")
 
 
+class Places:
+    """Where things are: as the daemon says it, to root; else where they usually are."""
+
+    __slots__ = ("policy", "runtime", "sockets", "state")
+
+    def __init__(self, status: dict[str, Any] | None) -> None:
+        """`status` is a reply of Status, None where there is none."""
+        told = status or {}
+        self.sockets: list[str] = told.get("sockets") or list(socket_paths())
+        directories = {os.path.dirname(each) for each in told.get("sockets") or ()}
+        self.runtime: list[str] = sorted(directories) or [RUNTIME_DIR]
+        self.state: str = (told.get("store") or {}).get("path") or STATE_DIR
+        # Empty for the system's own, also where the daemon knows none as its policy was never read.
+        self.policy: tuple[str, ...] = tuple((told.get("policy") or {}).get("directories") or ())
+
+
+def places() -> Places:
+    """Return where things are; whatever the daemon does not say is told by the other checks."""
+    for path in socket_paths():
+        try:
+            with Client(path, timeout=SECONDS) as client:
+                reply, fds = client.call(f"{ADMIN_INTERFACE}.Status", {}, [])
+            close_all(fds)
+        except (MountdError, OSError):
+            continue
+        return Places(reply)
+    return Places(None)
+
+
 def check_daemon() -> list[Finding]:
     """Whether a socket is there, somebody answers at it, and how that one does."""
     failures = []
@@ -192,11 +221,11 @@ def status_findings(reply: dict[str, Any]) -> list[Finding]:
     return found
 
 
-def check_permissions() -> list[Finding]:
+def check_permissions(where: Places) -> list[Finding]:
     """Whether nobody else can change what mountd relies on, and everybody can reach its socket."""
-    found = [check_place(RUNTIME_DIR, "the socket's directory", None)]
-    found.append(check_place(STATE_DIR, "the store's directory", 0o700))
-    for path in socket_paths():
+    found = [check_place(each, "the socket's directory", None) for each in where.runtime]
+    found.append(check_place(where.state, "the store's directory", 0o700))
+    for path in where.sockets:
         try:
             mode = os.stat(path).st_mode
         except OSError:

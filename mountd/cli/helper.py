@@ -22,6 +22,7 @@ JOURNAL = "/run/systemd/journal/socket"
 JOURNAL_STREAM = "JOURNAL_STREAM"
 ERROR, INFO = 3, 6  # syslog(3)
 OWN_NAMESPACE = "/proc/self/ns/mnt"
+NAMESPACE = "give the path of a mount namespace, such as /proc/PID/ns/mnt"
 
 
 def become_caller() -> None:
@@ -126,9 +127,11 @@ class Place:
     __slots__ = ("_other", "_own", "path")
 
     def __init__(self, path: str | None) -> None:
-        """Open the namespace at `path`, None for one's own. Raises OSError."""
+        """Open the namespace at `path`, None for one's own. Raises UsageError, OSError."""
         self.path = path
         self._own = self._other = None
+        if path == "":
+            raise UsageError("-N has no value", hint=NAMESPACE)
         if path is not None:
             self._own = OwnedFd(os.open(OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC))
             self._other = OwnedFd(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
@@ -167,7 +170,7 @@ class Inside:
             enter(self._other)
         except SyscallError as error:
             if error.errno == errno.EINVAL:
-                raise UsageError(f"{self._path} is not a mount namespace") from None
+                raise UsageError(f"{self._path} is not a mount namespace", hint=NAMESPACE) from None
             if error.errno == errno.EPERM:
                 raise UsageError(f"{self._path} may not be entered", hint="-N is for root") from None
             raise

@@ -8,7 +8,7 @@ import time
 
 from mountd.cli.agent import asking
 from mountd.cli.report import printable, say, show_json
-from mountd.cli.table import table, terminal_width, wants_colour
+from mountd.cli.table import on_terminal, table, terminal_width, wants_colour
 from mountd.client import STORED, Client, open_image
 from mountd.errors import IMAGES_INTERFACE, InvalidParameter, ProtocolError
 from mountd.fds import close_all
@@ -137,12 +137,13 @@ def list_images(options: argparse.Namespace) -> int:
             images += page
             if after is None:
                 break
-    width = terminal_width()
-    if options.json or width is None or not images:
+    if options.json or not on_terminal() or not images:
         show(options, {"images": images}, "\n".join(line_of(image) for image in images))
     else:
         head = ["DIGEST", "SIZE", "TYPE", "NAME"]
-        say(table([row_of(image) for image in images], head, width=width, colour=wants_colour()))
+        rows = [row_of(image) for image in images]
+        spare = ("TYPE", "SIZE", "NAME")
+        say(table(rows, head, width=terminal_width(), colour=wants_colour(), spare=spare))
     return 0
 
 

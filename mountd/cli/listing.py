@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 
-from mountd.cli.report import EXIT_USAGE, printable, say, show_json
+from mountd.cli.report import EXIT_USAGE, UsageError, printable, say, show_json
 from mountd.cli.table import table, terminal_width, wants_colour
 from mountd.client import Client
 from mountd.errors import ADMIN_INTERFACE, ProtocolError
 from mountd.fds import close_all
+from mountd.request import MAXIMUM_INTEGER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,14 +18,26 @@ if TYPE_CHECKING:
     from typing import Any
 
 HEAD = ["ID", "USER", "AGE", "TYPE", "ACCESS", "RULE", "SOURCE", "ATTACHED AT"]
-LIST_EXAMPLES = ("mountctl list", "mountctl list --all", "mountctl list --json | jq '.mounts[].source'")
+WHOLE = ("ID",)  # what “mountctl revoke” takes
+# What a narrow terminal does without, in this order.
+SPARE = ("RULE", "ACCESS", "TYPE", "AGE", "USER", "SOURCE", "ATTACHED AT")
+LIST_EXAMPLES = (
+    "mountctl list",
+    "mountctl list --all",
+    "mountctl list --long --all",
+    "mountctl list --json | jq '.mounts[].source'",
+)
 REVOKE_EXAMPLES = (
     "mountctl revoke 4711",
     "mountctl revoke --digest sha256:…",
-    "mountctl revoke --uid 1000",
+    "mountctl revoke --uid gus",
     "",
     "exit status: 1 if something still holds a mount",
 )
+MOMENT = "%Y-%m-%d %H:%M:%S UTC"
+NOWHERE = "(held by a descriptor)"
+DIGITS = 20  # more than any id has
+MAXIMUM_UID = (1 << 32) - 2
 NO_LIST = "the reply is not what List returns"
 STEPS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -34,14 +47,37 @@ def add_verbs(verbs: Any) -> None:
     from mountd.cli.manners import add_verb
 
     add = add_verb(verbs, "list", "list your live mounts, and where they are attached", LIST_EXAMPLES)
-    add.add_argument("--json", action="store_true", help="print JSON, for errors as well")
+    how = add.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print JSON, for errors as well")
+    how.add_argument("-l", "--long", action="store_true", help="all that is known about each, line by line")
     add.add_argument("--all", action="store_true", help="those of all users, for root")
     add = add_verb(verbs, "revoke", "detach mounts wherever they are attached, for root", REVOKE_EXAMPLES)
     add.add_argument("--json", action="store_true", help="print JSON, for errors as well")
     which = add.add_mutually_exclusive_group(required=True)
-    which.add_argument("id", metavar="ID", nargs="?", type=int, help="the mount with this id")
+    which.add_argument("id", metavar="ID", nargs="?", type=id_of, help="the mount with this id")
     which.add_argument("--digest", metavar="DIGEST", help="all mounts of the image with this digest")
-    which.add_argument("--uid", metavar="UID", type=int, help="all mounts of this user")
+    which.add_argument("--uid", metavar="USER", type=uid_of, help="all mounts of this user, a name or a uid")
+
+
+def id_of(text: str) -> int:
+    """Return the id that the command line names. Raises UsageError."""
+    if text.isascii() and text.isdecimal() and len(text) < DIGITS and int(text) <= MAXIMUM_INTEGER:
+        return int(text)
+    raise UsageError(f"“{text}” is no id of a mount", hint="“mountctl list --all” shows them")
+
+
+def uid_of(text: str) -> int:
+    """Return the uid of a user who is named, or the number itself. Raises UsageError."""
+    import pwd
+
+    if text.isascii() and text.isdecimal() and len(text) < DIGITS and int(text) <= MAXIMUM_UID:
+        return int(text)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except (KeyError, ValueError):
+        raise UsageError(
+            f"there is no user “{text}”", hint="“getent passwd” lists them, or give a uid"
+        ) from None
 
 
 def call(method: str, parameters: Mapping[str, object]) -> dict[str, Any]:
@@ -74,13 +110,51 @@ def list_mounts(options: argparse.Namespace) -> int:
     if options.json:
         show_json({"mounts": mounts})
         return 0
+    now = time.time()
     try:
-        rows = [row(mount, time.time()) for mount in mounts]
-    except (KeyError, TypeError, AttributeError):
+        if options.long:
+            text = "\n\n".join("\n".join(block(mount, now)) for mount in mounts)
+        else:
+            rows = [row(mount, now) for mount in mounts]
+            width, colour = terminal_width(), wants_colour()
+            text = table(rows, HEAD, width=width, colour=colour, whole=WHOLE, spare=SPARE)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError):
         raise ProtocolError(NO_LIST) from None
-    if rows:
-        say(table(rows, HEAD, width=terminal_width(), colour=wants_colour()))
+    if mounts:
+        say(text)
     return 0
+
+
+def block(mount: Mapping[str, Any], now: float) -> list[str]:
+    """Return all that is known about one mount, as lines of “field: value”."""
+    since = time.strftime(MOMENT, time.gmtime(mount["since"]))
+    fields = [
+        ("id", mount["id"]),
+        ("user", mount["uid"]),
+        ("owner", mount["owner"]),
+        ("source", mount["source"]),
+        ("type", mount["fileSystemType"]),
+        ("access", access(mount)),
+        ("rule", mount.get("rule")),
+        ("trusted by", mount.get("trustedBy")),
+        ("signer", mount.get("signer")),
+        ("digest", mount.get("digest")),
+        ("id map", mount["idMap"]),
+        ("since", f"{since} ({age(now - mount['since'])})"),
+    ]
+    for place in mount["attached"]:
+        where = f"{place['mountPoint']} (mount namespace {place['mountNamespace']}, mount {place['id']})"
+        fields.append(("attached at", where))
+    if mount.get("unlisted"):
+        fields.append(("not listed", f"{mount['unlisted']} more places"))
+    elif not mount["attached"]:
+        fields.append(("attached at", NOWHERE))
+    return [printable(f"{name}: {'-' if value is None else value}") for name, value in fields]
+
+
+def access(mount: Mapping[str, Any]) -> str:
+    """Return how a mount can be used."""
+    return "read-only" if mount["readOnly"] else "writable"
 
 
 def row(mount: Mapping[str, Any], now: float) -> list[str]:
@@ -93,10 +167,10 @@ def row(mount: Mapping[str, Any], now: float) -> list[str]:
         str(mount["uid"]),
         age(now - mount["since"]),
         mount["fileSystemType"],
-        "read-only" if mount["readOnly"] else "writable",
+        access(mount),
         mount.get("rule") or "-",
         mount["source"],
-        places or "(held by a descriptor)",
+        places or NOWHERE,
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mountd.cli.report import UsageError
+from mountd.cli.report import UsageError, say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ class Parser(argparse.ArgumentParser):
             option = "/".join(action.option_strings) or str(action.metavar)
             hint = f"it is one of {', '.join(choices)}; see “{self.prog} --help”"
             raise UsageError(f"{option}: “{value}” is none of its values", hint=hint)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help and version as everything else is printed: at once. Raises OSError."""
+        if message:
+            say(message.removesuffix("\n"))
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""

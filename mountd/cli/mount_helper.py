@@ -21,10 +21,10 @@ from mountd.cli.agent import with_consent
 from mountd.cli.attaching import attached, can_attach, left_out_of, regretting
 from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
-from mountd.cli.report import UsageError, show_json, tell_left_out
+from mountd.cli.report import UsageError, show_json, tell_done, tell_left_out
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
 from mountd.fds import OwnedFd
-from mountd.request import COMPOSEFS, IDMAPS, Request
+from mountd.request import COMPOSEFS, IDMAPS, Request, split_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Wishes(CommandLine):
             elif flag == "-t":
                 self.type = read_type(value)
             elif flag == "-o":
-                for option in filter(None, value.split(",")):
+                for option in split_options(value):
                     self.read_option(option)
         self.directory = directory
         self._read_composefs()
@@ -278,11 +278,15 @@ def mount(wishes: Wishes) -> int:
             reply = have_attached(client, request, target, wishes)
         else:
             reply = attach_ourselves(client, request, target, wishes, (place, directory))
-    if wishes.verbose and not wishes.json:
-        tell(PROGRAM, success(reply, directory))
-    if wishes.json:
-        show_json({"target": directory, **reply})
-    return 0
+
+    def print_it() -> None:
+        if wishes.json:
+            show_json({"target": directory, **reply})
+        elif wishes.verbose:
+            tell(PROGRAM, success(reply, directory))
+
+    line, hint = f"{PROGRAM}: {directory}: it is mounted and stays so", f"“umount {directory}” unmounts it"
+    return tell_done(line, hint, print_it, needed=wishes.json)
 
 
 def open_within(place: Place, directory: str) -> OwnedFd:

@@ -9,6 +9,7 @@ from mountd.cli import attaching, image, listing
 from mountd.cli.report import EXIT_USAGE, UsageError, end, fail, printable, say, show_json
 from mountd.client import IDMAPS, Client, Request
 from mountd.errors import MountdError, NotFound
+from mountd.request import split_options
 from mountd.version import VERSION
 
 TYPE_CHECKING = False
@@ -207,7 +208,7 @@ def check_verity(options: argparse.Namespace) -> None:
 
 def request_of(options: argparse.Namespace) -> Request:
     """Return the request that the command line describes. Raises what `Request` does."""
-    words = [word for group in options.options or () for word in group.split(",") if word]
+    words = [word for group in options.options or () for word in split_options(group)]
     read_only = None
     if options.read_write or "rw" in words:
         read_only = False

@@ -52,6 +52,56 @@ SYSTEM = (
 )
 EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO)
 
+EXPLAIN = "“mountctl explain SOURCE” says what each rule wants to see"
+IN_USE = "“fuser -vm DIR” says by whom; or “umount --lazy DIR”"
+VERSIONS = "mountd and this program may be of different versions: “mountctl doctor” compares them"
+# The ways out for errors that come without one: by class, and by words in their text; the first one counts.
+WAYS_OUT: Sequence[tuple[type[BaseException], str, str]] = (
+    (errors.AttachNotPermitted, "", "use a directory of your own, below directories of your own"),
+    (
+        errors.BadFileDescriptor,
+        "block device",
+        "give the file itself, and leave the option “loop” out: mountd makes the loop device itself",
+    ),
+    (errors.BadFileDescriptor, "FUSE", "use a copy on a file system of the kernel's own"),
+    (errors.BadFileDescriptor, "user namespace", "give a path such as /proc/PID/ns/user"),
+    (errors.BadFileDescriptor, "", "SOURCE is a regular file or a directory, and TARGET a directory"),
+    (errors.DeniedByPolicy, "", EXPLAIN),
+    (errors.InteractiveAuthenticationRequired, "", "ask on a terminal, or in a session with an agent"),
+    (errors.InUse, "", IN_USE),
+    (errors.InvalidImage, "was asked for", "ask for no type, or for the one that it has"),
+    (errors.InvalidImage, "", "use another copy of it, or make it anew"),
+    (errors.InvalidParameter, "", "mountctl(1) and mount.mountd(8) say what can be given"),
+    (errors.KeyRequired, "", "give it with --key-file, or mountd.key-file="),
+    (errors.KeyUnknown, "", EXPLAIN),
+    (errors.LimitExceeded, "", "“mountctl status” shows the limits, for root"),
+    (errors.MountFailed, "", "“journalctl -u mountd.service” and “dmesg” may say more"),
+    (errors.NotFound, "", "see that the name is right"),
+    (errors.NotImmutable, "", EXPLAIN),
+    (errors.NotSupported, "", "“mountctl doctor” says what this machine lacks"),
+    (errors.OptionNotPermitted, "", "leave it out; “mountctl explain” says what a rule grants"),
+    (errors.PeerGone, "", "run it again"),
+    (errors.ProtocolError, "", VERSIONS),
+    (errors.RegistryFailed, "", "“journalctl -u mountd-pull.service” may say more; or try again later"),
+    (errors.RemoteError, "", VERSIONS),
+    (errors.SignatureInvalid, "", "have the image signed anew, as it is now"),
+    (errors.StorageFull, "", "“mountctl image gc” makes room"),
+    (errors.TimedOut, "", "try again; “journalctl -u mountd.service” says what it was doing"),
+    (errors.UnsupportedFileSystem, "was asked for", "ask for no type, or for the one that it has"),
+    (
+        errors.UnsupportedFileSystem,
+        "",
+        "“blkid -p IMAGE” says what it is; mountd mounts erofs, squashfs, ext4, xfs and btrfs, "
+        "and disk images with these",
+    ),
+    (errors.UserNamespaceNotPermitted, "", "use one of your own, or “none”"),
+    (errors.WrongKey, "", "try another one"),
+    (FileNotFoundError, "", "see that the path is right"),
+    (IsADirectoryError, "", "give a file"),
+    (NotADirectoryError, "", "give a directory that is there"),
+    (PermissionError, "", "mountd opens nothing for you: it takes the right to do that yourself"),
+)
+
 ATTACHING = (
     "attaching needs a mount namespace of your own: use “mountctl run”, "
     "or “unshare --user --map-root-user --mount”"
@@ -62,6 +112,10 @@ class UsageError(MountdError):
     """The command line cannot be understood."""
 
     exit_status = EXIT_USAGE
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """Without a hint, the help is one."""
+        super().__init__(message, hint=hint or "see “--help”")
 
 
 def exit_status(error: BaseException) -> int:
@@ -82,14 +136,23 @@ def explain_error(error: BaseException) -> tuple[str, str | None]:
         hint = None
         if error.errno_name == "EPERM" and error.call.startswith("move_mount"):
             hint = ATTACHING
+        elif error.errno_name == "EBUSY" and error.call.startswith("umount2"):
+            hint = IN_USE
         return str(error), hint
-    if isinstance(error, MountdError):
-        return error.message, error.hint
+    text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}", None
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror, None
-    return str(error), None
+        text = f"{os.fsdecode(error.filename) or '“”'}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    return text, getattr(error, "hint", None) or way_out(error, text)
+
+
+def way_out(error: BaseException, text: str) -> str | None:
+    """Return what is to be done about an error that does not say that itself, None where nobody knows."""
+    for kind, words, hint in WAYS_OUT:
+        if isinstance(error, kind) and words in text:
+            return hint
+    return None
 
 
 def fail(program: str, error: BaseException, *, where: str = "", as_json: bool = False) -> int:
@@ -151,6 +214,20 @@ def show_json(value: object) -> None:
     except UnicodeEncodeError:
         text = json.dumps(value)
     say(text)
+
+
+def tell_done(line: str, hint: str, print_it: Callable[[], None], *, needed: bool) -> int:
+    """Print the outcome of what was done, which stays done if it cannot be printed; return the exit status.
+
+    `line` says so on standard error then, `hint` how it is undone; `needed` is whether whoever called cannot
+    do without what is printed, as programs that read JSON.
+    """
+    try:
+        print_it()
+    except OSError as error:
+        complain(f"{line}, though this cannot be told: {explain_error(error)[0]} (hint: {hint})")
+        return EXIT_SYSTEM if needed else 0
+    return 0
 
 
 def printable(text: str) -> str:

@@ -15,9 +15,10 @@ import errno
 import os
 
 from mountd.asking import Client
-from mountd.cli.attaching import can_attach, mount_at
+from mountd.cli.attaching import NO_MORE, can_attach, mount_at
 from mountd.cli.helper import Place, carry_out, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
+from mountd.cli.report import IN_USE, tell_done
 from mountd.errors import InUse, NotFound, SyscallError
 from mountd.kernel import moving
 
@@ -57,9 +58,10 @@ def run(argv: list[str]) -> int:
 def unmount(wishes: Wishes) -> int:
     """Unmount what the command line names, and return 0. Raises MountdError, OSError."""
     take_away(wishes, wishes.directory)
-    if wishes.verbose:
-        tell(PROGRAM, f"{wishes.directory} unmounted")
-    return 0
+    if not wishes.verbose:
+        return 0
+    told = f"{wishes.directory} unmounted"
+    return tell_done(f"{PROGRAM}: {told}", NO_MORE, lambda: tell(PROGRAM, told), needed=False)
 
 
 def take_away(wishes: Wishes, directory: str) -> None:
@@ -95,7 +97,7 @@ def take_away(wishes: Wishes, directory: str) -> None:
 
 def busy(directory: str) -> InUse:
     """Return the error for what somebody uses."""
-    return InUse(f"{directory}: it is in use", hint="“fuser -vm DIR” says by whom; or “umount --lazy DIR”")
+    return InUse(f"{directory}: it is in use", hint=IN_USE)
 
 
 def main() -> NoReturn:

@@ -39,10 +39,18 @@ COMPONENT = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
 OTHERS = 0o022
 MOVED = "it is not at its path in the mount namespace of the caller: it was removed, or is somewhere else"
+OPEN_ANEW = "open it by the path that it has now, in the mount namespace that it is in"
+ENTER = "see that you may enter each directory above it"
+ELSEWHERE = "use a directory below directories of root's and of your own, such as your home directory"
 
 
 class NotTheirs(Exception):
-    """The walk found that the place is not the caller's alone; the text says why."""
+    """The walk found that the place is not the caller's alone; the text says why, the hint what to do."""
+
+    def __init__(self, reason: str, hint: str) -> None:
+        """Both are for the caller."""
+        super().__init__(reason)
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +109,16 @@ def find(target_fd: int, namespace_fd: int, who: Who, home: str | None) -> Place
             path = visitor.path_of(target_fd)
             home_at = walk(Place(path, None, *seen), who, home)
         except NotTheirs as problem:
-            return json.dumps([str(problem)]).encode()
-        return json.dumps([path, home_at]).encode()
+            return json.dumps({"problem": str(problem), "hint": problem.hint}).encode()
+        return json.dumps({"path": path, "home": home_at}).encode()
 
     try:
         answer = json.loads(visit(namespace_fd, [target_fd], who.ids, look))
     except SyscallError as error:
-        raise AttachNotPermitted(f"its path cannot be checked ({error.errno_name})") from None
-    if len(answer) == 1:
-        raise AttachNotPermitted(
-            answer[0], hint="use a directory of your own, below directories of your own"
-        )
-    return Place(answer[0], answer[1], *seen)
+        raise AttachNotPermitted(f"its path cannot be checked ({error.errno_name})", hint=ENTER) from None
+    if "problem" in answer:
+        raise AttachNotPermitted(answer["problem"], hint=answer["hint"])
+    return Place(answer["path"], answer["home"], *seen)
 
 
 def walk(place: Place, who: Who, home: str | None, mounted: int | None = None) -> str | None:
@@ -122,7 +128,8 @@ def walk(place: Place, who: Who, home: str | None, mounted: int | None = None) -
     """
     names = place.path.split("/")[1:]
     if not place.path.startswith("/") or len(names) > MAXIMUM_COMPONENTS or not all(names):
-        raise NotTheirs("its path is not a plain one")
+        hint = f"use a directory below “/” that is at most {MAXIMUM_COMPONENTS} levels deep"
+        raise NotTheirs("its path is not a plain one", hint)
     home_identity, home_at = identity_of(home, who), None
     at = OwnedFd(os.open("/", os.O_PATH | os.O_CLOEXEC))
     try:
@@ -165,7 +172,7 @@ def enter(at: int, name: str) -> OwnedFd:
     try:
         return OwnedFd(os.open(name, COMPONENT, dir_fd=at))
     except (FileNotFoundError, NotADirectoryError):
-        raise NotTheirs(MOVED) from None
+        raise NotTheirs(MOVED, OPEN_ANEW) from None
 
 
 def judge_directory(fd: int, path: str, above: statx_struct | None, who: Who) -> statx_struct:
@@ -176,13 +183,16 @@ def judge_directory(fd: int, path: str, above: statx_struct | None, who: Who) ->
     """
     status = statx(fd, "", WANTED, sync=False)
     if not stat.S_ISDIR(status.stx_mode):
-        raise NotTheirs(f"{path} is not a directory" if not stat.S_ISLNK(status.stx_mode) else MOVED)
+        reason = MOVED if stat.S_ISLNK(status.stx_mode) else f"{path} is not a directory"
+        raise NotTheirs(reason, OPEN_ANEW)
     if above is None or above.stx_mnt_id != status.stx_mnt_id:
         judge_mount(status.stx_mnt_id, path)
     if status.stx_uid not in who.roots and status.stx_uid != who.uid:
-        raise NotTheirs(f"{path} belongs to uid {status.stx_uid}, who may put something else in its place")
+        reason = f"{path} belongs to uid {status.stx_uid}, who may put something else in its place"
+        raise NotTheirs(reason, ELSEWHERE)
     if status.stx_mode & OTHERS and not status.stx_mode & stat.S_ISVTX:
-        raise NotTheirs(f"{path} is writable by others, who may put something else there")
+        hint = f"“chmod go-w {path}”" if status.stx_uid == who.uid else ELSEWHERE
+        raise NotTheirs(f"{path} is writable by others, who may put something else there", hint)
     return status
 
 
@@ -190,7 +200,8 @@ def judge_mount(id: int, path: str) -> None:
     """Refuse what lies on a file system whose server says who owns what, and when it answers."""
     type = statmount(id).fs_type
     if type is None or type.split(".")[0] in REMOTE:
-        raise NotTheirs(f"{path} is on a file system of type {type}, whose contents somebody else decides")
+        reason = f"{path} is on a file system of type {type}, whose contents somebody else decides"
+        raise NotTheirs(reason, "use a directory on a local file system")
 
 
 def judge_target(fd: int, place: Place, above: statx_struct, who: Who) -> None:
@@ -198,19 +209,22 @@ def judge_target(fd: int, place: Place, above: statx_struct, who: Who) -> None:
     status = statx(fd, "", WANTED, sync=False)
     found = (status.stx_mnt_id, (status.stx_dev_major, status.stx_dev_minor), status.stx_ino)
     if found != (place.mount, place.device, place.inode):
-        raise NotTheirs(MOVED)
+        raise NotTheirs(MOVED, OPEN_ANEW)
     if status.stx_mnt_id != above.stx_mnt_id:
-        raise NotTheirs(f"something is mounted at {place.path} already")
+        hint = f"“umount {place.path}” first, or use another directory"
+        raise NotTheirs(f"something is mounted at {place.path} already", hint)
     if status.stx_uid != who.uid:
-        raise NotTheirs(f"{place.path} belongs to uid {status.stx_uid}, not to the caller")
+        hint = "use a directory of your own, below directories of your own"
+        raise NotTheirs(f"{place.path} belongs to uid {status.stx_uid}, not to the caller", hint)
     if status.stx_mode & stat.S_ISVTX:
-        raise NotTheirs(f"{place.path} is sticky, which says that it is shared")
+        hint = f"use a directory in it; or “chmod -t {place.path}”, if it is yours alone"
+        raise NotTheirs(f"{place.path} is sticky, which says that it is shared", hint)
     if status.stx_mode & OTHERS:
-        raise NotTheirs(f"{place.path} is writable by others than the caller")
+        raise NotTheirs(f"{place.path} is writable by others than the caller", f"“chmod go-w {place.path}”")
 
 
 def judge_attached(fd: int, place: Place, mounted: int) -> None:
     """Refuse whatever is found at the place once the mount was attached, but that mount, on the target."""
     status = statx(fd, "", WANTED, sync=False)
     if status.stx_mnt_id != mounted or statmount(mounted).parent_id != place.mount:
-        raise NotTheirs(MOVED)
+        raise NotTheirs(MOVED, OPEN_ANEW)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 EXIT_RAISED = 127  # as shells say it of a command that could not be run
+ABANDONED = 0.2  # seconds that a killed child has to end
 PATIENCE_TICK = 0.0005  # seconds
 
 
@@ -116,3 +117,17 @@ def end(pid: int, patience: float = 0.0) -> int:
         time.sleep(PATIENCE_TICK)
     os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def abandon(pid: int, patience: float = ABANDONED) -> bool:
+    """Kill the child and reap it, if it ends within `patience` seconds; return whether it did.
+
+    One that waits in the kernel for a file system's server ends when that answers, or when mountd does.
+    """
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + patience
+    while ended(pid) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(PATIENCE_TICK)
+    return True

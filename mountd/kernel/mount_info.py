@@ -164,6 +164,15 @@ def namespace_id(fd: int) -> int:
     return int(info.mnt_ns_id)
 
 
+def namespace_of(process: str) -> int:
+    """Return the id of the mount namespace of a process, or of this one ("self").
+
+    Raises OSError, NotSupported.
+    """
+    with OwnedFd(os.open(f"/proc/{process}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        return namespace_id(fd.fileno())
+
+
 def _neighbour(fd: OwnedFd, which: Ioctl) -> MountNamespace | None:
     info = mnt_ns_info(ctypes.sizeof(mnt_ns_info), 0, 0)
     try:

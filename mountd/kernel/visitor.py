@@ -14,7 +14,7 @@ import os
 import struct
 
 from mountd.errors import SyscallError
-from mountd.kernel.child import close_all_but, end, end_with_parent, fork, read_all
+from mountd.kernel.child import abandon, close_all_but, end, end_with_parent, fork, read_all
 from mountd.kernel.flags import Clone, Unmount
 from mountd.kernel.libc import call
 from mountd.kernel.mount_api import umount
@@ -53,19 +53,21 @@ def visit(
     keep: "Collection[int]",
     ids: "tuple[int, int, Iterable[int]]",
     work: "Callable[[Visitor], bytes]",
+    seconds: "float | None" = None,
 ) -> bytes:
     """Have a child do `work` in the mount namespace `namespace_fd`, and return what it returns.
 
     All descriptors are borrowed; the child has those in `keep` only. `ids` are the user id, the group id and
-    the other groups whose rights it has to files. Raises SyscallError for an OSError of `work`, and where
-    the namespace cannot be entered or the child has ended without a word.
+    the other groups whose rights it has to files. After `seconds`, if given, nobody waits for it any more,
+    even if it hangs in the kernel. Raises SyscallError for an OSError of `work`, and where the namespace
+    cannot be entered, or the child has ended without a word or is not waited for.
     """
     pid, reader = fork(lambda writer: _be(namespace_fd, keep, ids, work, writer))
     try:
         with reader:
-            answer, _ = read_all(reader.fileno(), MAXIMUM_ANSWER)
+            answer, _ = read_all(reader.fileno(), MAXIMUM_ANSWER, seconds)
     finally:
-        end(pid)
+        end(pid) if seconds is None else abandon(pid)
     if answer[:1] == DONE:
         return answer[1:]
     if answer[:1] == FAILED:

@@ -53,8 +53,9 @@ RULE_LIMIT = "mounts of one user at a time by the rule"
 HINT = "detach one, or have an administrator look at “mountctl list --all”"
 
 
-# A path, with the inode and the contents that it had when it was looked at.
-Place = tuple[str, int, bytes]
+# A path, with the inode and the contents that it had when it was looked at; None for any contents, as it is
+# held open.
+Place = tuple[str, int, bytes | None]
 
 
 class Reservation:
@@ -67,19 +68,19 @@ class Reservation:
         self._ledger = ledger
         self._fd = fd
         self._inode = os.fstat(fd).st_ino
-        self._data = b""
+        self._data: bytes | None = None
         self._paths = paths
 
     def fill(self, record: Record) -> None:
         """Write the record down; from now on the mount is known. Raises SyscallError, such as ENOSPC."""
-        self._data = record.encode()
+        data = record.encode()
         try:
-            if os.write(self._fd, self._data) != len(self._data):
+            if os.write(self._fd, data) != len(data):
                 raise SyscallError(28, "write(a record)")
         except OSError as error:
             raise SyscallError(error.errno or 0, "write(a record)") from None
         os.close(self._fd)
-        self._fd = -1
+        self._fd, self._data = -1, data
 
     @property
     def path(self) -> str:
@@ -354,7 +355,7 @@ class Book:
         found: dict[Place, Record] = {}
         nobodys: set[Place] = set()
         for place in self._places():
-            record = decode(place[2])
+            record = decode(place[2] or b"")
             if record is not None:
                 found[place] = record
             elif is_abandoned(place[0]):
@@ -380,7 +381,8 @@ def free(ledger: str, places: Collection[Place]) -> None:
         # Nobody else frees any meanwhile, so that none of them becomes another's.
         fcntl.flock(fd, fcntl.LOCK_EX)
         for place in places:
-            if look_at(place[0]) == place:
+            found = look_at(place[0])
+            if found is not None and found[:2] == place[:2] and place[2] in (None, found[2]):
                 os.unlink(place[0])
     finally:
         os.close(fd)

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mountd.errors import SyscallError
+from mountd.errors import NotSupported, SyscallError
 from mountd.kernel import mount_info
 from mountd.kernel.flags import StatmountMask, StatxMask
 from mountd.kernel.paths import statx
@@ -124,6 +124,26 @@ def uses(devices: set[Device], ids: set[int], seconds: float = LONGEST_LOOK) -> 
     return found, True
 
 
+def processes_in(namespaces: set[int], maximum: int) -> list[Use]:
+    """Return so many processes that are in these mount namespaces and not in this one's, at most."""
+    found: list[Use] = []
+    own = mount_info.namespace_of("self")
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or len(found) == maximum:
+            continue
+        with contextlib.suppress(OSError, NotSupported):  # it has ended, or is none of ours
+            id = mount_info.namespace_of(name)
+            if id in namespaces and id != own:
+                found.append(Use(int(name), command_of(name), f"in mount namespace {id}", 0, (0, 0)))
+    return found
+
+
+def command_of(pid: str) -> str:
+    """Return what a process calls itself. Raises OSError."""
+    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+        return file.read().strip()
+
+
 def _uses_of(pid: int, devices: set[Device], ids: set[int]) -> Iterator[Use | None]:
     """Yield the uses of one process, and None for whatever else it has open."""
     directory = f"/proc/{pid}"
@@ -134,8 +154,7 @@ def _uses_of(pid: int, devices: set[Device], ids: set[int]) -> Iterator[Use | No
         if status is None or (status[1] not in devices and status[0] not in ids):
             yield None
         else:
-            with open(f"{directory}/comm", encoding="utf-8", errors="replace") as file:
-                yield Use(pid, file.read().strip(), what, *status)
+            yield Use(pid, command_of(str(pid)), what, *status)
 
 
 def _identity(link: str) -> tuple[int, Device] | None:

@@ -1,27 +1,30 @@
 """io.mountd.Admin.Revoke: taking mounts back, wherever they are attached.
 
-A mount can be detached, in any mount namespace; whoever has something of it open keeps that until it is
-closed. So the answer says who that is.
+A mount can be detached, in any mount namespace, whatever its holder has put in the way (`taking_back`);
+whoever has something of it open keeps that until it is closed. So the answer says who that is.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
 from mountd.execute import attachment as attaching
-from mountd.execute import mount_table
-from mountd.execute.attachment import Outcome
-from mountd.kernel import capabilities
+from mountd.execute import mount_table, taking_back
+from mountd.kernel import capabilities, namespaces
 from mountd.ledger import find
 from mountd.service.admin import admit
-from mountd.service.listing import attachment, living
+from mountd.service.listing import living, places
 from mountd.service.phase import Phase
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from mountd.fds import OwnedFd
+    from mountd.kernel.mount_info import MountNamespace
     from mountd.ledger.find import Attachment
     from mountd.ledger.live import Live
     from mountd.ledger.record import Record
@@ -32,6 +35,14 @@ FIELDS = ("id", "digest", "uid")
 UNSEEN = "no process shows it: a descriptor on its way, a mapping, or a file system that was made from it"
 NOT_ALL = "there may be others: so many files are open on this system that not all were looked at"
 PATIENCE_SECONDS = 0.2  # until a superblock that nobody has any more is gone
+SECONDS = 4.0  # until no more are detached
+SECONDS_OF_ONE = 1.0  # for one mount namespace, where a file system's server may be silent
+MAXIMUM_HELD = 256
+OWN_USERNS = "/proc/self/ns/user"
+IN_THE_WAY = (
+    "something is in the way or did not answer: end the processes there, or unmount what is above it"
+)
+LATE = "there was no more time: revoke it once more"
 ROUNDS = 3  # in which what was copied meanwhile is detached as well
 
 
@@ -42,22 +53,27 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     if len(given) != 1:
         raise InvalidParameter("id", f"one of {', '.join(FIELDS)} has to be given")
     ((name, value),) = given.items()
-    chosen = [each for each in living(context) if is_meant(each.record, name, value)]
+    everybody = living(context)
+    chosen = [each for each in everybody if is_meant(each.record, name, value)]
     if not chosen:
         raise NotFound(f"a live mount with {name} {value}", hint="“mountctl list --all” shows what there is")
     context.notes["source"] = ", ".join(sorted({each.record.source for each in chosen}))[:1024]
     context.enter(Phase.MOUNT)
     detached: list[Attachment] = []
     ids = {each.record.id for each in chosen}
+    deadline = time.monotonic() + SECONDS
     for _ in range(ROUNDS):
-        # What is below another mount is the younger, and goes before it.
-        done = [place for each in reversed(chosen) for place in each.attached if detach(place, each.record)]
+        done = take_back(chosen, everybody, deadline)
         detached += done
-        chosen = [each for each in living(context) if each.record.id in ids]
+        everybody = living(context)
+        chosen = [each for each in everybody if each.record.id in ids]
         if not done or not any(each.attached for each in chosen):
             break
-    held = holders(chosen) or unseen(chosen, context)
-    return {"detached": [attachment(place) for place in detached], "held": held}, []
+    why = IN_THE_WAY if time.monotonic() < deadline else LATE
+    held = holders(chosen, why) or unseen(chosen, context)
+    told, unlisted = places(detached)
+    reply = {"detached": told, "held": held[:MAXIMUM_HELD], "unlisted": unlisted or None}
+    return {name: value for name, value in reply.items() if value is not None}, []
 
 
 def is_meant(record: Record, name: str, value: object) -> bool:
@@ -70,26 +86,56 @@ def is_meant(record: Record, name: str, value: object) -> bool:
     return record.id == value
 
 
-def detach(place: Attachment, record: Record) -> bool:
-    """Detach a mount where it is attached; tell whether that was done.
+def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> list[Attachment]:
+    """Detach mounts wherever they are attached, for as long as there is time; return where that was done.
 
-    Whoever asked for the mount could enter the directories above it; within an image, maybe nobody can.
+    Whoever asked for one could enter the directories above it; within an image, maybe nobody can.
     """
+    places: dict[int, list[tuple[Attachment, Record]]] = {}
+    # What is below another mount is the younger, and goes before it.
+    for each in reversed(chosen):
+        for place in each.attached:
+            places.setdefault(place.namespace, []).append((place, each.record))
+    done: list[Attachment] = []
     with find.all_namespaces() as spaces:
         for space in spaces:
-            if space.id != place.namespace:
-                continue
-            for uid, rights in ((record.uid, nullcontext), (0, capabilities.reading_everything)):
-                with suppress(SyscallError, MountdError), rights():
-                    outcome = attaching.detach(place.id, space.fd.fileno(), (uid, uid, ()), lazy=True)
-                    if outcome is Outcome.DONE:
-                        mount_table.note_detached(space.fd.fileno())
-                        return True
-    return False
+            there = places.get(space.id, [])
+            for owner in {record.owner for _, record in there}:
+                theirs = [(place, record) for place, record in there if record.owner == owner]
+                loose = {each.record.id for each in everybody if each.record.owner == owner}
+                take_back_there(theirs, space, loose if is_hosts(space.fd) else None, deadline)
+            gone = [place for place, _ in there if not attaching.is_there(place.id, space.id)]
+            if gone:
+                mount_table.note_detached(space.fd.fileno())
+            done += gone
+    return done
 
 
-def holders(left: list[Live]) -> list[dict[str, object]]:
-    """Return what still holds the mounts: processes, and where they are attached all the same."""
+def take_back_there(
+    there: list[tuple[Attachment, Record]], space: MountNamespace, loose: set[int] | None, deadline: float
+) -> None:
+    """Detach what is attached in one mount namespace, and is of one owner."""
+    ways: list[tuple[int, AbstractContextManager[None]]] = [
+        (uid, nullcontext()) for uid in sorted({record.uid for _, record in there})
+    ]
+    for uid, rights in (*ways, (0, capabilities.reading_everything())):
+        ids = [place.id for place, record in there if uid in (0, record.uid)]
+        ids = [id for id in ids if attaching.is_there(id, space.id)]
+        seconds = min(SECONDS_OF_ONE, deadline - time.monotonic())
+        if ids and seconds > 0:
+            with suppress(SyscallError, MountdError), rights:
+                taking_back.take_back(ids, space.fd.fileno(), (uid, uid, ()), loose, seconds)
+
+
+def is_hosts(namespace: OwnedFd) -> bool:
+    """Tell whether a mount namespace is of the host's root, and not of one of a container."""
+    with suppress(SyscallError), namespaces.owner_of(namespace.fileno()) as owner:
+        return os.path.samestat(os.fstat(owner.fileno()), os.stat(OWN_USERNS))
+    return True
+
+
+def holders(left: list[Live], why: str) -> list[dict[str, object]]:
+    """Return what still holds the mounts: processes, and where they are attached all the same, and `why`."""
     sure = {each.record.device for each in left if each.record.superblock and each.record.watch}
     ids = {each.record.id for each in left}
     devices = {each.record.device for each in left}
@@ -101,10 +147,15 @@ def holders(left: list[Live]) -> list[dict[str, object]]:
     ]
     if left and not complete:
         found.append({"pid": 0, "command": "", "what": NOT_ALL})
-    for each in left:
-        for place in each.attached:
-            what = f"attached at {place.mount_point} in mount namespace {place.namespace}"
-            found.append({"pid": 0, "command": "", "what": what})
+    attached = [place for each in left for place in each.attached]
+    for place in attached[:MAXIMUM_HELD]:
+        what = f"attached at {place.mount_point} in mount namespace {place.namespace}, and {why}"
+        found.append({"pid": 0, "command": "", "what": what})
+    if len(attached) > MAXIMUM_HELD:
+        what = f"attached in {len(attached) - MAXIMUM_HELD} more places: revoke it once more"
+        found.append({"pid": 0, "command": "", "what": what})
+    for use in find.processes_in({place.namespace for place in attached}, MAXIMUM_HELD // 4):
+        found.append({"pid": use.pid, "command": use.command, "what": use.what})
     return found
 
 

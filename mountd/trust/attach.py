@@ -67,6 +67,6 @@ def judge(
         )
     places = ", ".join(patterns)
     raise AttachNotPermitted(
-        f"rule “{rule}” grants {places}, and {path} is not there",
+        f"rule “{rule}” grants {places}, and {path} is none of these",
         hint=f"use a directory of {places}",
     )

@@ -52,6 +52,10 @@ class Parser(argparse.ArgumentParser):
         say(f"{PROGRAM}: {message} (hint: see “{self.prog} --help”)", 2)
         sys.exit(EXIT_ERRORS)
 
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Print help at once. Raises OSError."""
+        say(message.removesuffix("\n"))
+
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             known = [*map(str, action.choices), "reload"]
@@ -234,8 +238,8 @@ VERBS = {"check": check, "show": show, "schema": schema}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says, and return the exit status."""
-    options = parser().parse_args(argv)
     try:
+        options = parser().parse_args(argv)
         return VERBS[options.verb](options)
     except OSError as problem:
         say(f"{PROGRAM}: {problem.strerror}", 2)

@@ -84,7 +84,10 @@ def test_mount_and_umount(scene: Scene, images: dict[str, Path]) -> None:
 
 def test_umount_of_what_is_not_there(scene: Scene) -> None:
     done = scene.call("umount", "nowhere")
-    assert (done.returncode, done.stderr) == (1, "mountctl: not found: nowhere\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "mountctl: not found: nowhere (hint: “findmnt” shows what is mounted)\n",
+    )
 
 
 def test_in_json(scene: Scene, images: dict[str, Path]) -> None:
@@ -124,7 +127,9 @@ def test_outside_of_the_home_directory(scene: Scene, place: Path, images: dict[s
     os.chown(path, uid, uid)
     done = scene.call("mount", images["erofs"], path, uid=uid)
     assert done.returncode == 1
-    check_line(done, r"rule “trusted in the test” grants .HOME/.., .*outside-\d+ is not there .hint: use a ")
+    check_line(
+        done, r"rule “trusted in the test” grants .HOME/.., .*outside-\d+ is none of these .hint: use a "
+    )
 
 
 def test_below_run_user(scene: Scene, images: dict[str, Path], place: Path) -> None:

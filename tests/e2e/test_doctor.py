@@ -253,7 +253,9 @@ class TestPermissions:
         for mode in (0o666, 0o600):
             daemon.socket.chmod(mode)
             states += [
-                each.state for each in doctor_system.check_permissions() if each.name == str(daemon.socket)
+                each.state
+                for each in doctor_system.check_permissions(doctor_system.Places(None))
+                if each.name == str(daemon.socket)
             ]
         assert states == [OK, WARN]
 

@@ -28,7 +28,6 @@ REPLIES = {
     "image-gc": "Images.CollectGarbage",
     "image-inspect": "Images.Inspect",
     "image-remove": "Images.Remove",
-    "list": "Mount.List",
     "metrics": "Admin.Metrics",
     "policy-reload": "Admin.Reload",
     "revoke": "Admin.Revoke",
@@ -162,6 +161,15 @@ def test_an_image_is_what_the_interface_says(name: str) -> None:
         *schema["properties"].values(),
         schema["properties"].get("images", {}).get("items"),
     )
+
+
+def test_a_live_mount_is_what_the_interface_says() -> None:
+    """What is printed is all of them, however many replies it takes."""
+    interface = scanner.Interface((interface_directory() / "io.mountd.Mount.varlink").read_text())
+    schema = load("list")
+    compare(interface, interface.members["LiveMount"].type, schema["$defs"]["LiveMount"], schema)
+    assert schema["properties"]["mounts"]["items"] == {"$ref": "#/$defs/LiveMount"}
+    assert schema["required"] == list(schema["properties"]) == ["mounts"]
 
 
 def compare(interface: Any, declared: Any, schema: dict[str, Any], whole: dict[str, Any]) -> None:

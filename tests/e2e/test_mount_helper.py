@@ -121,7 +121,11 @@ REFUSALS = {
     "no size": (["tmpfs:x", "TARGET"], 1, "“tmpfs:x” has no size such as 64M"),
     "too large": (["tmpfs:9M", "TARGET"], 2, "limit exceeded: at most 8388608 bytes in a tmpfs .hint: "),
     "no directory": (["IMAGE", "/nowhere"], 1, "mountd: not found: /nowhere .hint: make "),
-    "target is a file": (["IMAGE", "/etc/passwd"], 1, "mountd: /etc/passwd: Not a directory$"),
+    "target is a file": (
+        ["IMAGE", "/etc/passwd"],
+        1,
+        "mountd: /etc/passwd: Not a directory .hint: give a directory",
+    ),
     "host's namespace": (["-o", "mountd.userns=/etc/passwd", "IMAGE", "TARGET"], 1, "not a user namespace"),
 }
 
@@ -151,7 +155,7 @@ BY_HAND = {
     "too many": (["IMAGE", "TARGET", "more"], 1, "nothing else"),
     "bind": (["IMAGE", "TARGET", "-o", "bind"], 1, "“bind” .*without -t mountd"),
     "undecodable option": ([b"IMAGE", b"TARGET", b"-o", b"a\xff"], 1, "“a.” not permitted: it is no text"),
-    "undecodable image": ([b"/nowhere/\xff\n", b"TARGET"], 1, r"not found: /nowhere/\?\?$"),
+    "undecodable image": ([b"/nowhere/\xff\n", b"TARGET"], 1, r"not found: /nowhere/\?\? .hint: there is"),
     "writable": (["IMAGE", "TARGET", "-w"], 1, "“rw” not permitted: .*Permission denied .hint: ask for a"),
     "read-write by option": (["IMAGE", "TARGET", "-r", "-o", "rw"], 1, "attaching not permitted: "),
     "ordinary user": (["IMAGE", "TARGET"], 1, "TARGET: attaching not permitted: .*hint: "),

@@ -58,8 +58,7 @@ _mountctl() {
     --objects) _filedir -d; return ;;
     --top) _filedir -d; [[ tmpfs: != "$cur"* ]] || COMPREPLY+=(tmpfs:); return ;;
     --digest) [ "$verb" != revoke ] || _mountctl_stored ''; return ;;
-    --as) mapfile -t COMPREPLY < <(compgen -u -- "$cur"); return ;;
-    --uid) mapfile -t COMPREPLY < <(compgen -W "$(getent passwd | cut -d: -f3)" -- "$cur"); return ;;
+    --as | --uid) mapfile -t COMPREPLY < <(compgen -u -- "$cur"); return ;;
     --image-policy | --root-hash | --name | --age) return ;;
   esac
   case $verb/$sub in
@@ -67,7 +66,7 @@ _mountctl() {
     explain/) options="$request --userns --as" ;;
     run/) options="$request --key-file" ;;
     umount/) options='--lazy --json --help' ;;
-    list/) options='--all --json --help' ;;
+    list/) options='--all --long --json --help' ;;
     revoke/) options='--digest --uid --json --help' ;;
     metrics/) options='--output --json --help' ;;
     status/ | doctor/) options='--json --help' ;;

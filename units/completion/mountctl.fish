@@ -75,8 +75,9 @@ complete -c mountctl -n __mountctl_stored_source -a '(__mountctl_digests stored:
 complete -c mountctl -n '__mountctl_in umount' -f -a '(__fish_complete_directories (commandline -ct) "")'
 complete -c mountctl -n '__mountctl_in umount' -s l -l lazy -d 'also if it is in use'
 complete -c mountctl -n '__mountctl_in list' -l all -d 'those of all users'
+complete -c mountctl -n '__mountctl_in list' -s l -l long -d 'all that is known about each'
 complete -c mountctl -n '__mountctl_in revoke' -l digest -x -a '(__mountctl_digests "")' -d 'all of an image'
-complete -c mountctl -n '__mountctl_in revoke' -l uid -x -d 'all of a user'
+complete -c mountctl -n '__mountctl_in revoke' -l uid -x -a '(__fish_complete_users)' -d 'all of a user'
 complete -c mountctl -n '__mountctl_in metrics' -l output -r -F -d 'replace a file with them'
 
 complete -c mountctl -n '__mountctl_verbs policy' -a 'check show schema reload'

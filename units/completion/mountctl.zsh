@@ -116,8 +116,8 @@ _mountctl() {
     explain) _arguments $_mountctl_request '--userns[user namespace to map ids for]:path:_files' '--as[for another user, as root]:user:_users' ':source:_mountctl_source' ;;
     run) _arguments $_mountctl_request $_mountctl_key ':source:_mountctl_source' '*::command:_normal' ;;
     umount) _arguments $_mountctl_common '(-l --lazy)'{-l,--lazy}'[also if it is in use]' ':target:_files -/' ;;
-    list) _arguments $_mountctl_common '--all[those of all users]' ;;
-    revoke) _arguments $_mountctl_common '--digest[all of an image]:digest: _mountctl_digests ""' '--uid[all of a user]:uid:' ':id:' ;;
+    list) _arguments $_mountctl_common '--all[those of all users]' '(-l --long)'{-l,--long}'[all that is known about each]' ;;
+    revoke) _arguments $_mountctl_common '--digest[all of an image]:digest: _mountctl_digests ""' '--uid[all of a user]:user:_users' ':id:' ;;
     metrics) _arguments $_mountctl_common '--output[replace a file with them]:file:_files' ;;
     status | doctor) _arguments $_mountctl_common ;;
     policy) _mountctl_policy ;;

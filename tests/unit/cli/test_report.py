@@ -86,7 +86,11 @@ def test_every_error_has_an_exit_status_in_the_table() -> None:
         (errors.NotFound("/x", hint="make it"), "not found: /x", "make it"),
         (MOVE, "move_mount(/mnt): EPERM (Operation not permitted)", report.ATTACHING),
         (errors.SyscallError(errno.EPERM, "setns(3)"), "setns(3): EPERM (Operation not permitted)", None),
-        (FileNotFoundError(errno.ENOENT, "No such file", "/x"), "/x: No such file", None),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "/x"),
+            "/x: No such file",
+            "see that the path is right",
+        ),
         (OSError(errno.EIO, "Input/output error", b"/\xff"), "/\udcff: Input/output error", None),
         (OSError(errno.EIO, "Input/output error"), "Input/output error", None),
         (OSError("bare"), "bare", None),
@@ -130,7 +134,7 @@ def test_fail(capsys: pytest.CaptureFixture[str], where: str, line: str) -> None
         (lambda: 0, 0, ""),
         (lambda: 5, 5, ""),
         (interrupt, 8, ""),
-        (missing, 1, "p: /a?[2J: No such file or directory\n"),
+        (missing, 1, "p: /a?[2J: No such file or directory (hint: see that the path is right)\n"),
         (bug, 4, "p: this is a bug of mountd, please report it: KeyError('x\\n')\n"),
     ],
 )

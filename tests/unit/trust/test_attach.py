@@ -53,7 +53,7 @@ def test_permits(pattern: str, path: str, home: str | None, expected: bool) -> N
 def test_the_refusal_says_what_is_granted() -> None:
     judge("mine", ("/a/**", "/b"), "/b", home=None, uid=1, gid=1)
     with pytest.raises(
-        AttachNotPermitted, match="rule “mine” grants /a/.., /b, and /c is not there"
+        AttachNotPermitted, match="rule “mine” grants /a/.., /b, and /c is none of these"
     ) as caught:
         judge("mine", ("/a/**", "/b"), "/c", home=None, uid=1, gid=1)
     assert caught.value.hint == "use a directory of /a/**, /b"

@@ -1,0 +1,139 @@
+"""Detaching mounts whose holders would rather keep them.
+
+Whoever is root of a mount namespace can mount something over a mount, over a directory above it, or over the
+root directory; or have a file system of its own above it, whose server does not answer. No path leads to the
+mount then, and there is no other way to detach it. So what is in the way is detached first, together with
+what is mounted in that. It belongs to the holder, as the namespace does.
+
+The namespace of the host is not the holder's. There, nothing is detached but what is: other mounts that were
+handed out to the same owner.
+
+No file system is asked for what lies in it if it can be one with a server in the holder's hands. What cannot
+be told from others, such as an overlay over one, is left alone once it takes too long.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from mountd.errors import SyscallError
+from mountd.execute.attachment import COMPONENT, is_there, names_to
+from mountd.kernel import mount_api
+from mountd.kernel.flags import Clone, StatmountMask, StatxMask, Unmount
+from mountd.kernel.mount_info import statmount
+from mountd.kernel.namespaces import setns
+from mountd.kernel.paths import statx
+from mountd.kernel.visitor import visit
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from mountd.execute.attachment import Ids
+    from mountd.kernel.visitor import Visitor
+
+    Way = tuple[str, int]  # a name in the current directory, and the mount that it leads to
+
+MAXIMUM_IN_THE_WAY = 1024
+HIDDEN = 0  # no mount has this id
+ROOT = "/"
+FUSE = "fuse"
+FLAGS = Unmount.NOFOLLOW | Unmount.DETACH
+
+
+def take_back(
+    ids: Sequence[int], namespace_fd: int, user: Ids, loose: Collection[int] | None, seconds: float
+) -> None:
+    """Detach the mounts with these unique ids in that namespace, one after the other, in `seconds` at most.
+
+    The descriptor is borrowed; `user` are the ids of whose directories they are in. `loose` are the mounts
+    that may be detached if they are in the way, None for all. What can be detached is: who wants to know
+    looks afterwards. Raises SyscallError.
+    """
+    end = time.monotonic() + seconds
+
+    def work(_: Visitor) -> bytes:
+        for id in ids:
+            if time.monotonic() > end:
+                break
+            with suppress(OSError):
+                detach(id, namespace_fd, loose)
+        return b""
+
+    visit(namespace_fd, [], user, work, seconds)
+
+
+def detach(id: int, namespace_fd: int, loose: Collection[int] | None) -> None:
+    """Detach one, from within a visitor, if there is a way to it. Raises OSError."""
+    for _ in range(MAXIMUM_IN_THE_WAY):
+        way = find_way(id) if is_there(id) else None
+        if way is None:
+            return
+        name, found = way
+        if found != id and loose is not None and found not in loose:
+            return
+        mount_api.umount(name, FLAGS)
+        if name == ROOT:
+            setns(namespace_fd, Clone.NEWNS)  # what was our root directory is none any more
+
+
+def find_way(id: int) -> Way | None:
+    """Return the mount to be detached next so that `id` is, and go to the directory that has its name.
+
+    That is `id` itself, or what is in the way. None if its path leads nowhere. Raises OSError.
+    """
+    above = ancestors(id)
+    at = os.open(ROOT, COMPONENT)
+    try:
+        mount = mount_at(at, "")
+        if mount not in above and not (mount == HIDDEN and is_fuse(above[-1])):
+            return ROOT, mount
+        for name in names_to(id):
+            found = mount_at(at, name)
+            if found != mount and (found == id or found not in above or is_fuse(found)):
+                os.fchdir(at)
+                return name, found
+            below = os.open(name, COMPONENT, dir_fd=at)
+            os.close(at)
+            at, mount = below, found
+    finally:
+        os.close(at)
+    return None
+
+
+def mount_at(at: int, name: str) -> int:
+    """Return the mount that a name leads to, HIDDEN for one that its owner alone may look at.
+
+    Raises OSError.
+    """
+    try:
+        return int(statx(at, name, StatxMask.MNT_ID_UNIQUE, sync=False).stx_mnt_id)
+    except SyscallError as error:
+        if error.errno != errno.EACCES:
+            raise
+        # FUSE refuses this to all but its owner. That the name leads there, it does not.
+        os.close(os.open(name or ".", COMPONENT, dir_fd=at))
+        return HIDDEN
+
+
+def ancestors(id: int) -> list[int]:
+    """Return a mount, and those that it is below, up to the root. Raises SyscallError."""
+    found: list[int] = []
+    while id not in found:
+        try:
+            above = statmount(id, StatmountMask.MNT_BASIC).parent_id
+        except SyscallError as error:
+            if error.errno == errno.ENOENT and found:
+                break  # of the root of all, which lies on what cannot be seen
+            raise
+        found.append(id)
+        id = above
+    return found
+
+
+def is_fuse(id: int) -> bool:
+    """Tell whether a mount is of a file system with a server of a user's. Raises SyscallError."""
+    return (statmount(id, StatmountMask.FS_TYPE).fs_type or "").startswith(FUSE)

@@ -1,0 +1,173 @@
+"""What “mountctl list” prints for people: tables that fit, and everything with --long."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+
+from mountd.cli import listing, table
+from mountd.cli.mountctl import parse
+from mountd.cli.report import UsageError
+from mountd.errors import ProtocolError
+
+DIGEST = "sha256:" + 64 * "a"
+MOUNT: dict[str, Any] = {
+    "id": 2147500000,
+    "uid": 1000,
+    "owner": 1001,
+    "source": "/home/me/an image\x1b.raw",
+    "fileSystemType": "erofs",
+    "readOnly": True,
+    "rule": "signed images",
+    "trustedBy": "signature",
+    "signer": "CN=somebody",
+    "digest": DIGEST,
+    "idMap": "namespace",
+    "since": 86400,
+    "attached": [
+        {"mountPoint": "/home/me/base", "mountNamespace": 4026531841, "id": 2147500000},
+        {"mountPoint": "/mnt", "mountNamespace": 4026532842, "id": 2147500007},
+    ],
+    "unlisted": 3,
+}
+BARE: dict[str, Any] = {
+    "id": 7,
+    "uid": 0,
+    "owner": 0,
+    "source": "tmpfs:64M",
+    "fileSystemType": "tmpfs",
+    "readOnly": False,
+    "idMap": "none",
+    "since": 0,
+    "attached": [],
+}
+
+LONG = f"""\
+id: 2147500000
+user: 1000
+owner: 1001
+source: /home/me/an image?.raw
+type: erofs
+access: read-only
+rule: signed images
+trusted by: signature
+signer: CN=somebody
+digest: {DIGEST}
+id map: namespace
+since: 1970-01-02 00:00:00 UTC (2 min)
+attached at: /home/me/base (mount namespace 4026531841, mount 2147500000)
+attached at: /mnt (mount namespace 4026532842, mount 2147500007)
+not listed: 3 more places
+
+id: 7
+user: 0
+owner: 0
+source: tmpfs:64M
+type: tmpfs
+access: writable
+rule: -
+trusted by: -
+signer: -
+digest: -
+id map: none
+since: 1970-01-01 00:00:00 UTC (1 d)
+attached at: (held by a descriptor)
+"""
+
+
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], mounts: list[Any], *words: str
+) -> str:
+    monkeypatch.setattr(listing, "all_mounts", lambda everybody: mounts)
+    assert listing.list_mounts(parse(["list", *words])) == 0
+    return capsys.readouterr().out
+
+
+def test_everything_about_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("time.time", lambda: 86400.0 + 125)
+    assert printed(monkeypatch, capsys, [MOUNT, BARE], "--long") == LONG
+
+
+def test_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each field of the reply, by a value of its own; the test above shows what a field is called."""
+    fields = [*MOUNT, *MOUNT["attached"][0]]
+    assert len(fields) == 17
+    text = printed(monkeypatch, capsys, [MOUNT], "-l")
+    for name in set(MOUNT) - {"attached", "readOnly", "since", "source"}:
+        assert str(MOUNT[name]) in text
+    for place in MOUNT["attached"]:
+        for value in place.values():
+            assert str(value) in text
+
+
+def test_no_mounts_are_no_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(monkeypatch, capsys, []) == printed(monkeypatch, capsys, [], "--long") == ""
+
+
+@pytest.mark.parametrize("wrong", [{**MOUNT, "since": "x"}, {**MOUNT, "attached": [{}]}, {}, 1])
+@pytest.mark.parametrize("how", [[], ["--long"]])
+def test_a_reply_that_is_none(monkeypatch: pytest.MonkeyPatch, wrong: Any, how: list[str]) -> None:
+    monkeypatch.setattr(listing, "all_mounts", lambda everybody: [wrong])
+    with pytest.raises(ProtocolError):
+        listing.list_mounts(parse(["list", *how]))
+
+
+def test_a_time_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "all_mounts", lambda everybody: [{**MOUNT, "since": 1 << 70}])
+    with pytest.raises(ProtocolError):
+        listing.list_mounts(parse(["list", "--long"]))
+
+
+def test_people_or_programs() -> None:
+    with pytest.raises(UsageError, match="not allowed with"):
+        parse(["list", "--long", "--json"])
+
+
+@pytest.mark.parametrize("columns", [10, 20, 30, 40, 60, 80, 200])
+def test_a_table_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: int
+) -> None:
+    """In a pipe as well; with the whole id, which has to be typed in somewhere else."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    head, *rows = printed(monkeypatch, capsys, [MOUNT, BARE]).splitlines()
+    assert max(len(line) for line in (head, *rows)) <= columns
+    assert head.startswith("ID")
+    assert [row.split()[0] for row in rows] == ["2147500000", "7"]
+    assert ("ATT" in head) == (columns >= 22)
+    assert ("RULE" in head) == (columns >= 80)
+
+
+def test_an_id_is_whole_though_nothing_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "3")
+    assert printed(monkeypatch, capsys, [MOUNT]) == "ID\n2147500000\n"
+
+
+class TestWidth:
+    """How wide a table may be."""
+
+    @pytest.mark.parametrize("text", ["", "0", "-5", "x", "٣", "80x", "1" * 9, " 80"])
+    def test_what_is_no_number(self, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+        monkeypatch.setenv("COLUMNS", text)
+        assert table.terminal_width() is None
+
+    def test_the_environment_comes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Colours are for terminals all the same."""
+        monkeypatch.setenv("COLUMNS", "33")
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert table.terminal_width() == 33
+        assert not table.wants_colour()
+        monkeypatch.setattr(sys, "stdout", None)
+        assert table.terminal_width() == 33
+        assert not table.wants_colour()
+
+    def test_columns_are_left_out_from_the_end(self) -> None:
+        rows = [[12 * "a", 12 * "b", 8 * "c"]]
+        text = table.table(rows, ["A", "B", "C"], width=23, colour=False)
+        assert text.splitlines()[1] == "aaaaaaaaa…  bbbbbbbbbb…"
+        text = table.table(rows, ["A", "B", "C"], width=20, colour=False, whole="C", spare="AB")
+        assert text.splitlines() == ["B           C", "bbbbbbbbb…  cccccccc"]
