@@ -342,13 +342,18 @@ class Book:
         """Return the places that are taken, of all owners; or their other names."""
         try:
             with os.scandir(self._directory) as directories:
-                owners = [each.path for each in directories if ("." in each.name) is rules]
+                owners = [
+                    each.path
+                    for each in directories
+                    if ("." in each.name) is rules and each.is_dir(follow_symlinks=False)
+                ]
         except FileNotFoundError:
             return  # it is made when there is something to be written, or said
         for owner in owners:
-            for name in os.listdir(owner):
-                if name.isdecimal():
-                    yield f"{owner}/{name}"
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, with all that was in it
+                for name in os.listdir(owner):
+                    if name.isdecimal():
+                        yield f"{owner}/{name}"
 
     def _written(self) -> dict[Place, Record]:
         """Return what is written at the places; nobody's place, and what is no record, is freed."""
