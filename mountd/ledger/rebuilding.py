@@ -56,20 +56,22 @@ class Attached(Protocol):
 
 
 def rebuild(book: Book, attached: Iterable[Attached]) -> None:
-    """Write down all that is still there, as far as it is known; `book` is empty. Raises OSError."""
+    """Write down all that is still there, as far as it is known, in a book that was just begun.
+
+    Others may write to it already what they hand out. Raises OSError, SyscallError.
+    """
     watches = {device: number for number, device in watch.watched(book.watches_fd).items()}
-    told = set()
+    told = {record.id for record in book.records()}
     for each in attached:
         with suppress(SyscallError, LimitExceeded):
-            record = described(each.id, each.namespace, watches)
-            told.add(record.device)
-            # It was attached for a user of the host, who then pays for it.
-            _write(book, (each.uid, 0), known(record, each))
-    devices = watches.keys() - told
+            if each.id not in told:
+                # It was attached for a user of the host, who then pays for it.
+                _write(book, (each.uid, 0), known(described(each.id, each.namespace, watches), each))
+    devices = watches.keys() - {record.device for record in book.records()}
     with suppress(SyscallError, NotSupported, LimitExceeded):
         for place in sorted(find.attachments(devices, set(), book.hidden), key=lambda place: place.id):
-            if place.device not in told:
-                told.add(place.device)
+            if place.device in devices:
+                devices.discard(place.device)
                 _write(book, None, described(place.id, place.namespace, watches))
 
 
