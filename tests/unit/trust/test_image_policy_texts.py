@@ -4,7 +4,7 @@
 null for what it refuses, else how a partition may be used, and whether its flags about read-only and growing
 have to be on (yes), off (no) or may be either (-). Left out is what is ignored. The texts are those that
 somebody has thought of, and others put together at random from words, blanks and mistakes.
-tests/systemd/test_image_policy.py asks that program again.
+tests/systemd/test_image_policy_program.py asks that program again.
 """
 
 from __future__ import annotations
