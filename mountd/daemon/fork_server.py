@@ -296,7 +296,12 @@ class ForkServer:
             return None
         places = self._places
         return Book(
-            str(places.ledger), places.watches_fd, places.marks_fd, places.maximum_mounts, self._hidden
+            str(places.ledger),
+            places.watches_fd,
+            places.marks_fd,
+            places.maximum_mounts,
+            self._hidden,
+            tuple if self._attachments is None else self._attachments.all,
         )
 
     def _lead(self, pid: int, slot: int) -> None:

@@ -68,7 +68,7 @@ def log(priority: Priority, text: str, *, message_id: str | None = None, **field
         if in_service():
             from systemd import journal  # type: ignore[import-untyped]
 
-            named = {f"MOUNTD_{name.upper()}": value for name, value in fields.items()}
+            named = {f"MOUNTD_{name.upper()}": as_text(value) for name, value in fields.items()}
             # By itself the library would say “python3”.
             journal.send(
                 line, MESSAGE_ID=message_id, PRIORITY=int(priority), SYSLOG_IDENTIFIER="mountd", **named
@@ -78,3 +78,17 @@ def log(priority: Priority, text: str, *, message_id: str | None = None, **field
         sys.stderr.flush()
     except OSError:
         return
+
+
+def as_text(value: str) -> str:
+    """Return a value of a field, with the bytes of names that are no UTF-8 as “\\xff”, like in replies."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in value)
+    return value
+
+
+def _escaped(half: str) -> str:
+    number = ord(half)
+    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\u{number:04x}"

@@ -245,11 +245,10 @@ def open_ledger(runtime_dir: Path, kept: dict[str, OwnedFd]) -> tuple[Path, Owne
     """Return the directory of the ledger and its descriptors: those that were `kept`, or new ones.
 
     These are the watches and the marks, None where the kernel has no marks. New ones are given to the
-    service manager to keep. Raises StartFailure.
+    service manager to keep. The directory is made by whoever needs it first. Raises StartFailure.
     """
     directory = runtime_dir / "ledger"
     try:
-        directory.mkdir(mode=0o700, exist_ok=True)
         watches, marks = kept.get(WATCHES_NAME) or watch.create(), kept.get(MARKS_NAME) or mark.create()
         book = Book(str(directory), watches.fileno(), None, MOST_MOUNTS, frozenset())
         found = {WATCHES_NAME: watches} | ({} if marks is None else {MARKS_NAME: marks})

@@ -104,11 +104,12 @@ def source_of(name: str) -> str | None:
 
     None if there is none of its name. Raises OSError.
     """
-    for line in Path(MOUNTS).read_text(errors="surrogateescape").splitlines():
+    # Only what the kernel takes for the end of a line or a field: users choose the names of directories.
+    for line in text_of(MOUNTS).split("\n"):
         fields, _, source = line.partition(" - ")
-        if fields.split()[2] == name:
+        if fields.split(" ")[2:3] == [name]:
             try:
-                number = os.stat(source.split()[1]).st_rdev
+                number = os.stat(source.split(" ")[1]).st_rdev
             except OSError:
                 return None
             return f"{os.major(number)}:{os.minor(number)}"
@@ -126,9 +127,14 @@ def look_at(device: str) -> tuple[str, list[str]]:
 def contents_of(path: str) -> str:
     """Return what a file of sysfs says, "" if there is none."""
     try:
-        return Path(path).read_text(errors="surrogateescape").removesuffix("\n")
+        return text_of(path).removesuffix("\n")
     except FileNotFoundError:
         return ""
+
+
+def text_of(path: str) -> str:
+    """Return what is in a file, character by character: names may have any. Raises OSError."""
+    return os.fsdecode(Path(path).read_bytes())
 
 
 def problem_of_file(loop: str, path: str, devices: list[str], depth: int) -> str | None:

@@ -2,9 +2,13 @@
 
     SRC=/var/lib/machines/base.raw TARGET=/home/me/mnt ROOT=/ OPTS=uhelper=mountd
 
-One line is one mount; libmount takes it for that of mountinfo with the same source, root and target. For a
-mount with “uhelper=mountd”, umount(8) runs umount.mountd as the user who called it. Changes are made as
-libmount makes them: under a lock, to a copy that then takes the place of the file.
+One line is one mount; libmount takes it for that of mountinfo with the same source, root and target. Names
+may have any bytes: as in mountinfo, those that end a field or a line are escaped, and all others are as they
+are, which is what libmount reads. So the text of both is that of bytes, with surrogates for what is not
+UTF-8.
+
+For a mount with “uhelper=mountd”, umount(8) runs umount.mountd as the user who called it. Changes are made
+as libmount makes them: under a lock, to a copy that then takes the place of the file.
 
 Whoever may read the lock can hold it for as long as they like, so nobody waits for it long: a missing line
 costs comfort, and nothing else.
@@ -33,6 +37,7 @@ PATIENCE_SECONDS = 0.5
 TICK_SECONDS = 0.005
 OURS = "uhelper=mountd"
 ESCAPED = " \t\n\\#"
+ENDS = frozenset(" \t\n\0")  # what libmount, or whoever reads the file, takes for the end of a field
 NO_LINKS = Resolve.NO_SYMLINKS | Resolve.NO_MAGICLINKS | Resolve.BENEATH
 
 
@@ -44,7 +49,7 @@ class Entry:
     def __init__(self, source: str, root: str, target: str) -> None:
         """Raises ValueError for what could not be one field of a line."""
         for field in (source, root, target):
-            if not field or not field.isprintable() or " " in field:
+            if not field or not ENDS.isdisjoint(field):
                 raise ValueError("it is no field of mountinfo")
         self.source = source
         self.root = root

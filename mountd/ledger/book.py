@@ -13,6 +13,9 @@ have fewer mounts than before, those beyond count as well.
 
 The watches and the marks belong to descriptors that a service manager keeps when mountd ends. Where one was
 lost, the records that it was for have none any more (`recover`), and `ledger.live` looks for their mounts.
+
+The directory may not be there: at first, or as somebody has removed it. Then whoever needs it makes it, and
+writes down what there is all the same (`ledger.rebuilding`).
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ from mountd.ledger import live
 from mountd.ledger.record import MAXIMUM_SIZE, decode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from mountd.fds import OwnedFd
+    from mountd.ledger.rebuilding import Attached
     from mountd.ledger.record import Record
 
 TRIES = 4
@@ -99,16 +103,33 @@ class Reservation:
 class Book:
     """The ledger of one daemon, shared by its processes."""
 
-    __slots__ = ("_directory", "_due", "_maximum", "_next", "hidden", "marks_fd", "watches_fd")
+    __slots__ = (
+        "_attached",
+        "_directory",
+        "_due",
+        "_maximum",
+        "_next",
+        "hidden",
+        "marks_fd",
+        "watches_fd",
+    )
 
     def __init__(
-        self, directory: str, watches_fd: int, marks_fd: int | None, maximum: int, hidden: frozenset[int]
+        self,
+        directory: str,
+        watches_fd: int,
+        marks_fd: int | None,
+        maximum: int,
+        hidden: frozenset[int],
+        attached: Callable[[], Iterable[Attached]] = tuple,
     ) -> None:
         """Keep it in `directory`, for `maximum` mounts an owner. `watches_fd` and `marks_fd` are borrowed.
 
         There are no marks for None. `hidden` are the ids of mount namespaces that are nobody's but mountd's.
+        `attached` says what is known otherwise, for a ledger that was lost.
         """
         self.hidden = hidden
+        self._attached = attached
         self._directory = directory
         self._maximum = maximum
         self._next = int.from_bytes(os.urandom(4), "big")
@@ -174,6 +195,7 @@ class Book:
     def records(self) -> list[Record]:
         """Return what is there by the kernel's word. Raises SyscallError."""
         with named("reading the ledger"):
+            self._make()
             written = self._written()
             # Afterwards: what was written down meanwhile has its watch by now.
             left = watch.watched(self.watches_fd)
@@ -238,6 +260,16 @@ class Book:
             places = {inode for _, inode, _ in self._places()} if others else set()
             self._free({place for place in others if place[1] not in places})
 
+    def _make(self) -> None:
+        """Make the directory if it is not there, with what is there without it. Raises OSError."""
+        try:
+            os.mkdir(self._directory, 0o700)
+        except FileExistsError:
+            return
+        from mountd.ledger.rebuilding import rebuild  # of no use otherwise
+
+        rebuild(self, self._attached())
+
     def _places(self, *, rules: bool = False) -> set[Place]:
         """Return each place that is taken, or each other name of one."""
         return {place for place in map(look_at, self._paths(rules=rules)) if place is not None}
@@ -270,6 +302,7 @@ class Book:
     ) -> tuple[int, str]:
         """Have `take` take one of `maximum` places; return what it returns, and the path of the place."""
         with named("writing the ledger"):
+            self._make()
             known = bound_of(directory) == maximum or self._look_beyond(directory, maximum)
             for _ in range(TRIES if known else 0):
                 self._next += 1
@@ -307,12 +340,20 @@ class Book:
 
     def _paths(self, *, rules: bool = False) -> Iterator[str]:
         """Return the places that are taken, of all owners; or their other names."""
-        with os.scandir(self._directory) as directories:
-            owners = [each.path for each in directories if ("." in each.name) is rules]
+        try:
+            with os.scandir(self._directory) as directories:
+                owners = [
+                    each.path
+                    for each in directories
+                    if ("." in each.name) is rules and each.is_dir(follow_symlinks=False)
+                ]
+        except FileNotFoundError:
+            return  # it is made when there is something to be written, or said
         for owner in owners:
-            for name in os.listdir(owner):
-                if name.isdecimal():
-                    yield f"{owner}/{name}"
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile, with all that was in it
+                for name in os.listdir(owner):
+                    if name.isdecimal():
+                        yield f"{owner}/{name}"
 
     def _written(self) -> dict[Place, Record]:
         """Return what is written at the places; nobody's place, and what is no record, is freed."""
@@ -337,7 +378,10 @@ def free(ledger: str, places: Collection[Place]) -> None:
 
     Raises OSError.
     """
-    fd = os.open(ledger, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(ledger, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return  # with all its places
     try:
         # Nobody else frees any meanwhile, so that none of them becomes another's.
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Device = tuple[int, int]
 
-WANTED = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.MNT_POINT
+WANTED = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.MNT_POINT | StatmountMask.FS_TYPE
 IDENTITY = StatxMask.MNT_ID_UNIQUE
 LONGEST_LOOK = 5.0  # seconds
 GONE = ("ENOENT", "ESRCH", "EINVAL")
@@ -30,13 +30,14 @@ GONE = ("ENOENT", "ESRCH", "EINVAL")
 class Attachment:
     """One mount of a superblock: `mount_point` is as seen from the root of its mount namespace.
 
-    `id` is the unique mount id, `namespace` that of the mount namespace.
+    `id` is the unique mount id, `namespace` that of the mount namespace, `file_system` the type.
     """
 
     id: int
     device: Device
     mount_point: str
     namespace: int
+    file_system: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ def attached_in(namespace: int) -> list[Attachment]:
                 continue
             raise
         if info.mount_point is not None:
-            found.append(Attachment(id, info.sb_dev, info.mount_point, namespace))
+            found.append(Attachment(id, info.sb_dev, info.mount_point, namespace, info.fs_type or ""))
     return found
 
 

@@ -5,6 +5,15 @@ not mounted by mountd, such as a directory, has a superblock that stays. Then th
 without one, a mount is there if it is attached somewhere, or something of it is open. A copy of it that the
 receiver has made has another id, and no mark; while there are copies of a superblock that belong to nobody,
 no mount of it is taken for gone; nor while it is there, and nothing tells why.
+
+A record without a watch, as those are whose watches were lost, tells of a superblock by its device number
+alone, which the kernel gives to the next one once that is gone. It is proven to be the same while the mount
+itself is there: marked, attached or open, by its id, which no other ever gets. If it is not there, something
+with the number of the superblock and the type of its file system may be a copy of the mount, or may have
+nothing to do with it: that the number was in use without a gap cannot be known afterwards. Then the record
+stays, so that the limit counts it and the host's root sees where to look, but what is there is not taken for
+the owner's: nobody else is told of it, and Revoke does not detach it. A new watch could only be had by the
+way to where something is attached, which leads through directories of others; so there is none.
 """
 
 from __future__ import annotations
@@ -27,12 +36,15 @@ YOUNG = 5.0  # seconds in which a mount without a mark may be on its way to who 
 class Live:
     """A mount that is there, and where it, or a copy of it, is attached.
 
-    `kept` is whether mountd keeps the superblock for those who may ask for the same again.
+    `kept` is whether mountd keeps the superblock for those who may ask for the same again. `unsure` is what
+    may be a copy of it, or may be none: for people, and nothing is to be done to that. If there is any,
+    nothing else tells that the mount is there.
     """
 
     record: Record
     attached: tuple[Attachment, ...]
     kept: bool = False
+    unsure: tuple[Attachment, ...] = ()
 
 
 def settled(book: Book, records: list[Record]) -> list[Live]:
@@ -40,7 +52,7 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
 
     Raises SyscallError, NotSupported.
     """
-    devices = {record.device for record in records if has_device(record)}
+    devices = {record.device for record in records if record.superblock}
     ids = {record.id for record in records}
     everywhere = find.attachments(devices, ids, frozenset()) if records else []
     attached = [each for each in everywhere if each.namespace not in book.hidden]
@@ -48,12 +60,14 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
     copied = {each.device for each in attached if each.id not in ids}
     sure = book.sure(records)
     unsure = [record for record in records if record.id not in sure and (not record.watch or record.shared)]
-    seen = {each.id for each in attached}
+    proven = sure | {each.id for each in attached}
+    seen = set(proven)
     if any(record.id not in seen for record in unsure):
         # A descriptor of it keeps a mount that is attached nowhere.
         # btrfs has other device numbers for files than for the superblock.
         uses, complete = find.uses({record.device for record in unsure}, {record.id for record in unsure})
-        seen |= {use.id for use in uses} if complete else ids
+        proven |= {use.id for use in uses}
+        seen |= proven if complete else ids
         copied |= {use.device for use in uses if use.id not in ids}
     now = time.time()
     gone = {
@@ -64,12 +78,40 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
         and not (record.sent and not record.mark and now - record.since <= YOUNG)
     }
     gone -= held_unseen(book, records, gone, kept)
+    known = {record.id for record in records if is_known(record, proven)} - gone
+    perhaps = maybe_copies(records, known, [each for each in attached if each.id not in ids])
+    gone -= perhaps.keys()
     if gone:
         book.forget(gone)
     living = [record for record in records if record.id not in gone]
     return [
-        Live(record, tuple(belonging(record, living, attached)), record.device in kept) for record in living
+        Live(
+            record,
+            tuple(belonging(record, living, known, attached)),
+            has_device(record) and record.device in kept,
+            tuple(perhaps.get(record.id, ())),
+        )
+        for record in living
     ]
+
+
+def maybe_copies(
+    records: list[Record], known: set[int], copies: list[Attachment]
+) -> dict[int, list[Attachment]]:
+    """Return what may be copies of mounts that are not there themselves: the id of the record -> those.
+
+    Of a superblock that is known, there is no doubt; and only the youngest of the others with its number
+    can be one that is there.
+    """
+    found: dict[int, list[Attachment]] = {}
+    told = {record.device for record in records if record.id in known}
+    for record in sorted(records, key=lambda record: record.id, reverse=True):
+        if record.superblock and record.device not in told:
+            told.add(record.device)
+            same = (record.device, record.file_system)
+            if alike := [each for each in copies if (each.device, each.file_system) == same]:
+                found[record.id] = alike
+    return found
 
 
 def held_unseen(book: Book, records: list[Record], gone: set[int], kept: set[Device]) -> set[int]:
@@ -83,16 +125,26 @@ def held_unseen(book: Book, records: list[Record], gone: set[int], kept: set[Dev
     return {record.id for record in lost if record.device not in found and book.is_there(record)}
 
 
-def belonging(record: Record, records: list[Record], attached: list[Attachment]) -> list[Attachment]:
-    """Return where a mount is attached; copies count for the oldest that they may be of."""
+def belonging(
+    record: Record, records: list[Record], known: set[int], attached: list[Attachment]
+) -> list[Attachment]:
+    """Return where a mount is attached; copies count for the oldest that they may be of.
+
+    `known` are the ids of the records whose superblock is there for sure.
+    """
     own = [each for each in attached if each.id == record.id]
-    if not has_device(record):
+    if record.id not in known:
         return own
-    first = next(each for each in records if each.device == record.device and has_device(each))
+    first = next(each for each in records if each.device == record.device and each.id in known)
     ids = {each.id for each in records}
     if first is not record:
         return own
     return own + [each for each in attached if each.device == record.device and each.id not in ids]
+
+
+def is_known(record: Record, proven: set[int]) -> bool:
+    """Tell whether the number of its superblock is its own; `proven` are ids of mounts that are there."""
+    return has_device(record) or (record.superblock and record.id in proven)
 
 
 def has_device(record: Record) -> bool:

@@ -8,20 +8,33 @@ whether it still is: what is attached no more is forgotten by and by.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+import stat
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
+from dataclasses import fields as fields_of
 from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING
 
 from mountd.errors import SyscallError
 from mountd.execute.attachment import is_there
 from mountd.fds import OwnedFd
+from mountd.ledger.record import is_number
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAXIMUM_FILE = 16 << 10  # bytes
 ABANDONED = 60.0  # seconds after which nobody is about to attach what was written down
+OVERFLOW = 0xFFFFFFFF
+LONGEST_ID = 19  # digits
+READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+NO_FILE = (errno.ELOOP, errno.ENXIO)  # a link, or a socket
 LOOKED_AT = 4  # files for each that was added, so that there are never many whose mount is gone
 
 
@@ -42,6 +55,9 @@ class Attachment:
     path: str
     since: int
     tree: tuple[int, ...] = ()
+
+
+NEEDED = {field.name for field in fields_of(Attachment) if field.default is MISSING}
 
 
 class Attachments:
@@ -71,13 +87,28 @@ class Attachments:
     def find(self, id: int) -> Attachment | None:
         """Return the one with this id, whether it is still attached or not. Raises OSError."""
         try:
-            with (self._directory / str(id)).open() as file:
-                fields = dict(json.loads(file.read(MAXIMUM_FILE)))
-                return Attachment(**fields | {"tree": tuple(fields.get("tree", ()))})
-        except FileNotFoundError:
+            file = OwnedFd(os.open(self._directory / str(id), READING))
+        except (FileNotFoundError, IsADirectoryError):
             return None
-        except (ValueError, TypeError):
-            return None  # not written by mountd
+        except OSError as error:
+            if error.errno in NO_FILE:
+                return None
+            raise
+        with file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
+            found = decode(os.read(file.fileno(), MAXIMUM_FILE))
+        return found if found is not None and found.id == id else None
+
+    def all(self) -> Iterator[Attachment]:
+        """Yield all that are written down, whether they are still attached or not. Raises OSError."""
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return
+        for name in names:
+            if is_id(name) and (found := self.find(int(name))) is not None:
+                yield found
 
     def tidy(self) -> None:
         """Forget some of what is attached no more; for when nobody waits. Raises OSError.
@@ -93,9 +124,46 @@ class Attachments:
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime <= ABANDONED:
                     continue
-                attachment = self.find(int(name)) if name.isdecimal() else None
+                attachment = self.find(int(name)) if is_id(name) else None
                 if attachment is None or not still_there(attachment):
                     path.unlink()
+
+
+def decode(data: bytes) -> Attachment | None:
+    """Read what `Attachments.add` has written; None for anything else.
+
+    Another version of mountd may have written less, or more.
+    """
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or not fields.keys() >= NEEDED:
+        return None
+    tree = fields.get("tree", [])
+    if not all(is_number(fields[name]) for name in ("id", "namespace", "since")):
+        return None
+    # The last one is nobody's, and for the kernel that nothing is to be changed.
+    if not all(is_number(fields[name]) and fields[name] < OVERFLOW for name in ("uid", "gid")):
+        return None
+    if not isinstance(fields["rule"], (str, NoneType)) or not is_path(fields["path"]):
+        return None
+    if not isinstance(tree, list) or not all(is_number(each) for each in tree):
+        return None
+    return Attachment(**{name: fields[name] for name in NEEDED}, tree=tuple(tree))
+
+
+def is_path(value: object) -> bool:
+    """Tell whether `value` can be the name of a file."""
+    try:
+        return isinstance(value, str) and "\0" not in value and bool(os.fsencode(value))
+    except UnicodeEncodeError:
+        return False
+
+
+def is_id(name: str) -> bool:
+    """Tell whether a file may be one of these, by its name."""
+    return name.isascii() and name.isdecimal() and len(name) <= LONGEST_ID
 
 
 def still_there(attachment: Attachment) -> bool:

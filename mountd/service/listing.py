@@ -44,7 +44,7 @@ def list_mounts(parameters: dict[str, Any], fds: list[OwnedFd], context: Request
     for each in found:
         if each.record.id <= (parameters.get("after") or 0):
             continue
-        mount = described(each)
+        mount = described(each, tell_unsure=caller.is_host_root)
         length += len(json.dumps(mount))
         if mounts and length > PAGE:
             return {"mounts": mounts, "next": mounts[-1]["id"]}, []
@@ -72,10 +72,11 @@ def belongs_to(record: Record, caller: Caller) -> bool:
     return mapped and (record.owner, record.roots_namespace) == caller.payer
 
 
-def described(each: Live) -> dict[str, object]:
-    """Return a LiveMount."""
+def described(each: Live, *, tell_unsure: bool) -> dict[str, object]:
+    """Return a LiveMount; with `tell_unsure` also what may be another's."""
     record = each.record
     attached, unlisted = places(each.attached)
+    perhaps, more = places(each.unsure) if tell_unsure else ([], 0)
     fields = {
         "id": record.id,
         "uid": record.uid,
@@ -90,7 +91,8 @@ def described(each: Live) -> dict[str, object]:
         "idMap": record.id_map,
         "since": record.since,
         "attached": attached,
-        "unlisted": unlisted or None,
+        "maybeAttached": perhaps or None,
+        "unlisted": unlisted + more or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -467,7 +467,7 @@ class TestLimits:
     ) -> None:
         daemon = start(trusting(images["erofs"].parent), "--max-mounts", "1")
         directory = daemon.directory / f"run/ledger/{USER}"
-        directory.mkdir()
+        directory.mkdir(parents=True)
         (directory / "0").touch()
         with pytest.raises(LimitExceeded):
             ask_as(daemon, images["erofs"], USER)

@@ -101,6 +101,13 @@ def told(done: Done) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("program", ["mount", "umount", "findmnt"])
+def test_these_are_the_programs_of_debian_12(program: str) -> None:
+    """Those of Debian 13 are shown in tests/systemd."""
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    assert re.match(rf"{program} from util-linux 2\.38[. ]", said), said
+
+
 @pytest.mark.parametrize("type", ["erofs", "squashfs"])
 def test_there_and_back(anywhere: Scene, images: dict[str, Path], type: str) -> None:
     """What nobody has put into fstab: only who mounted it unmounts it, and utab has a line for so long."""

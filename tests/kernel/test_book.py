@@ -198,3 +198,16 @@ def test_many_at_the_same_time_get_no_more_than_there_may_be(home: Path, watches
             each.give_back()
         close(mounts)
     assert before.records() == []
+
+
+def test_what_is_no_directory_of_the_ledger(tmp_path: Path, watches: OwnedFd) -> None:
+    ledger = book(tmp_path, watches)
+    mounts = hold(ledger, 1)
+    (tmp_path / "stray").write_text("x")
+    (tmp_path / "link").symlink_to("/etc")
+    (tmp_path / "link.x").symlink_to("/nowhere")
+    (tmp_path / "4270.stray").write_text("x")
+    assert len(ledger.records()) == 1
+    close(mounts)
+    ledger._collect()
+    assert ledger.records() == []

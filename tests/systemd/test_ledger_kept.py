@@ -32,7 +32,7 @@ def crash(machine: Machine) -> None:
 
 
 def stop(machine: Machine) -> None:
-    """The next call starts it again; what was kept for it is not, any more."""
+    """The next call starts it again."""
     machine.run(["systemctl", "stop", SERVICE])
 
 

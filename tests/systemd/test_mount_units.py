@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,13 @@ def units(machine: Machine) -> Iterator[None]:
     """Units of the system that are gone afterwards."""
     yield
     machine.sh("rm -f /etc/systemd/system/srv-mh.*mount; systemctl daemon-reload")
+
+
+@pytest.mark.parametrize("program", ["mount", "umount", "findmnt"])
+def test_these_are_the_programs_of_debian_13(machine: Machine, program: str) -> None:
+    """Those of Debian 12 are shown in tests/e2e."""
+    said = machine.run([program, "--version"]).stdout
+    assert re.match(rf"{program} from util-linux 2\.41[. ]", said), said
 
 
 @pytest.mark.parametrize("type", ["erofs", "squashfs"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MAXIMUM_EXPOSURE = 40  # tenths, as --threshold= has them
+UNKNOWN = re.compile(r"mountd\.service:\d+: Unknown key (name )?'FileDescriptorStorePreserve' .*ignoring")
 
 
 @pytest.fixture
@@ -31,7 +33,9 @@ def test_verify(units: Path) -> None:
         "mountd-mountfsd.socket",
     )
     done = analyze("verify", *(units / name for name in names))
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    # systemd before 254 says of what it does not know that it ignores it.
+    left = [line for line in (done.stdout + done.stderr).splitlines() if not UNKNOWN.search(line)]
+    assert (done.returncode, left) == (0, [])
 
 
 def test_exposure(units: Path) -> None:
