@@ -142,9 +142,10 @@ def block(mount: Mapping[str, Any], now: float) -> list[str]:
         ("id map", mount["idMap"]),
         ("since", f"{since} ({age(now - mount['since'])})"),
     ]
-    for place in mount["attached"]:
-        where = f"{place['mountPoint']} (mount namespace {place['mountNamespace']}, mount {place['id']})"
-        fields.append(("attached at", where))
+    for name, places in (("attached at", mount["attached"]), ("maybe at", mount.get("maybeAttached", ()))):
+        for place in places:
+            where = f"{place['mountPoint']} (mount namespace {place['mountNamespace']}, mount {place['id']})"
+            fields.append((name, where))
     if mount.get("unlisted"):
         fields.append(("not listed", f"{mount['unlisted']} more places"))
     elif not mount["attached"]:

@@ -154,6 +154,9 @@ def holders(left: list[Live], why: str) -> list[dict[str, object]]:
     if len(attached) > MAXIMUM_HELD:
         what = f"attached in {len(attached) - MAXIMUM_HELD} more places: revoke it once more"
         found.append({"pid": 0, "command": "", "what": what})
+    for place in [place for each in left for place in each.unsure][:MAXIMUM_HELD]:
+        what = f"maybe a copy, or another's, at {place.mount_point} in mount namespace {place.namespace}"
+        found.append({"pid": 0, "command": "", "what": what})
     for use in find.processes_in({place.namespace for place in attached}, MAXIMUM_HELD // 4):
         found.append({"pid": use.pid, "command": use.command, "what": use.what})
     return found

@@ -95,7 +95,11 @@ def test_a_copy_alone_is_listed_but_not_taken_for_sure(
         assert own["id"] == found["id"]
         assert own.get("maybeAttached") is None
         assert own["attached"] == []
-        assert revoke(serving, id=found["id"])["detached"] == []
+        reply = revoke(serving, id=found["id"])
+        assert reply["detached"] == []
+        assert reply["held"][0]["what"].startswith(
+            "maybe a copy, or another's, at /mnt/b in mount namespace"
+        )
         assert look() == "b"
     wait_for(lambda: not listed(serving, everybody=True))
 
