@@ -30,6 +30,7 @@ MOUNT: dict[str, Any] = {
         {"mountPoint": "/home/me/base", "mountNamespace": 4026531841, "id": 2147500000},
         {"mountPoint": "/mnt", "mountNamespace": 4026532842, "id": 2147500007},
     ],
+    "maybeAttached": [{"mountPoint": "/srv", "mountNamespace": 4026532843, "id": 2147500009}],
     "unlisted": 3,
 }
 BARE: dict[str, Any] = {
@@ -59,6 +60,7 @@ id map: namespace
 since: 1970-01-02 00:00:00 UTC (2 min)
 attached at: /home/me/base (mount namespace 4026531841, mount 2147500000)
 attached at: /mnt (mount namespace 4026532842, mount 2147500007)
+maybe at: /srv (mount namespace 4026532843, mount 2147500009)
 not listed: 3 more places
 
 id: 7
@@ -93,11 +95,11 @@ def test_everything_about_each(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Each field of the reply, by a value of its own; the test above shows what a field is called."""
     fields = [*MOUNT, *MOUNT["attached"][0]]
-    assert len(fields) == 17
+    assert len(fields) == 18
     text = printed(monkeypatch, capsys, [MOUNT], "-l")
-    for name in set(MOUNT) - {"attached", "readOnly", "since", "source"}:
+    for name in set(MOUNT) - {"attached", "maybeAttached", "readOnly", "since", "source"}:
         assert str(MOUNT[name]) in text
-    for place in MOUNT["attached"]:
+    for place in (*MOUNT["attached"], *MOUNT["maybeAttached"]):
         for value in place.values():
             assert str(value) in text
 
