@@ -148,7 +148,11 @@ def block(mount: Mapping[str, Any], now: float) -> list[str]:
             fields.append((name, where))
     if mount.get("unlisted"):
         fields.append(("not listed", f"{mount['unlisted']} more places"))
-    elif not mount["attached"]:
+    if mount.get("partly"):
+        fields.append(
+            ("not looked at", "there are too many mounts on this system, it may be in other places")
+        )
+    if not mount["attached"] and not mount.get("unlisted"):
         fields.append(("attached at", NOWHERE))
     return [printable(f"{name}: {'-' if value is None else value}") for name, value in fields]
 

@@ -11,9 +11,14 @@ from mountd.kernel.flags import Ioctl, StatmountMask, StatxMask
 from mountd.kernel.libc import call
 from mountd.kernel.paths import statx
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 LSMT_ROOT = 0xFFFFFFFFFFFFFFFF
 MAXIMUM_REPLY = 64 << 10
 BATCH = 512
+COUNTED = 8192  # mounts at a time
 
 
 def mount_id(fd: int) -> int:
@@ -87,6 +92,20 @@ def listmount(parent_id: int = LSMT_ROOT, namespace: int = 0) -> list[int]:
             return found
 
 
+def count_mounts(namespace: int, most: int) -> int:
+    """Return how many mounts a mount namespace has, or some number from `most` on. Raises SyscallError."""
+    total, last = 0, 0
+    ids = (ctypes.c_uint64 * COUNTED)()
+    while total < most:
+        request = _request(LSMT_ROOT, last, namespace)
+        count = call("listmount", ctypes.byref(request), ids, COUNTED, 0)
+        total += count
+        if count < COUNTED:
+            break
+        last = ids[count - 1]
+    return total
+
+
 def _request(id: int, param: int, namespace: int) -> mnt_id_req:
     size = ctypes.sizeof(mnt_id_req) if namespace else MNT_ID_REQ_SIZE_VER0
     return mnt_id_req(size, 0, id, param, namespace)
@@ -103,58 +122,59 @@ class MountNamespace:
         self.id = id
 
 
-def mount_namespaces() -> list[MountNamespace]:
-    """Return all mount namespaces, this process's own included; their descriptors are the caller's.
+def mount_namespaces() -> "Iterator[MountNamespace]":
+    """Yield all mount namespaces, this process's own included, each until the next is asked for.
 
-    The kernel lists them for who has CAP_SYS_ADMIN and is in no pid namespace; within one, those are found
-    that some process there is in. Raises SyscallError, and NotSupported before Linux 6.12.
+    Only one is open at a time: any user can make more of them than a process may have descriptors. The
+    kernel lists them for who has CAP_SYS_ADMIN and is in no pid namespace; within one, those are found that
+    some process there is in. Raises SyscallError, and NotSupported before Linux 6.12.
     """
     try:
-        return _all_namespaces()
+        space: MountNamespace | None = _first_namespace()
     except SyscallError as error:
         if error.errno_name != "EPERM":
             raise
-        return _namespaces_of_processes()
+        yield from _namespaces_of_processes()
+        return
+    while space is not None:
+        with space.fd:
+            yield space
+            space = _neighbour(space.fd, Ioctl.NS_MNT_GET_NEXT)
 
 
-def _all_namespaces() -> list[MountNamespace]:
-    found: list[MountNamespace] = []
-    first = OwnedFd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+def _first_namespace() -> MountNamespace:
+    own = OwnedFd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
     try:
-        while (earlier := _neighbour(first, Ioctl.NS_MNT_GET_PREV)) is not None:
-            first.close()
-            first = earlier.fd
-        found.append(MountNamespace(first, namespace_id(first.fileno())))
-        while (later := _neighbour(found[-1].fd, Ioctl.NS_MNT_GET_NEXT)) is not None:
-            found.append(later)
+        first = MountNamespace(own, namespace_id(own.fileno()))
     except BaseException:
-        first.close()
-        for each in found:
-            each.fd.close()
+        own.close()
         raise
-    return found
+    while True:
+        try:
+            earlier = _neighbour(first.fd, Ioctl.NS_MNT_GET_PREV)
+        except BaseException:
+            first.fd.close()
+            raise
+        if earlier is None:
+            return first
+        first.fd.close()
+        first = earlier
 
 
-def _namespaces_of_processes() -> list[MountNamespace]:
-    found: dict[int, MountNamespace] = {}
-    try:
-        for pid in os.listdir("/proc"):
-            if not pid.isdecimal():
-                continue
-            try:
-                fd = OwnedFd(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
-            except OSError:
-                continue  # it has ended, or is none of ours
+def _namespaces_of_processes() -> "Iterator[MountNamespace]":
+    known: set[int] = set()
+    for pid in os.listdir("/proc"):
+        if not pid.isdecimal():
+            continue
+        try:
+            fd = OwnedFd(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            continue  # it has ended, or is none of ours
+        with fd:
             id = namespace_id(fd.fileno())
-            if id in found:
-                fd.close()
-            else:
-                found[id] = MountNamespace(fd, id)
-    except BaseException:
-        for each in found.values():
-            each.fd.close()
-        raise
-    return list(found.values())
+            if id not in known:
+                known.add(id)
+                yield MountNamespace(fd, id)
 
 
 def namespace_id(fd: int) -> int:

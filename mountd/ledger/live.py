@@ -38,13 +38,15 @@ class Live:
 
     `kept` is whether mountd keeps the superblock for those who may ask for the same again. `unsure` is what
     may be a copy of it, or may be none: for people, and nothing is to be done to that. If there is any,
-    nothing else tells that the mount is there.
+    nothing else tells that the mount is there. `partly` is whether there are so many mounts on this system
+    that not all were looked at.
     """
 
     record: Record
     attached: tuple[Attachment, ...]
     kept: bool = False
     unsure: tuple[Attachment, ...] = ()
+    partly: bool = False
 
 
 def settled(book: Book, records: list[Record]) -> list[Live]:
@@ -54,14 +56,15 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
     """
     devices = {record.device for record in records if record.superblock}
     ids = {record.id for record in records}
-    everywhere = find.attachments(devices, ids, frozenset()) if records else []
+    everywhere, all_looked_at = find.attachments(devices, ids, frozenset()) if records else ([], True)
     attached = [each for each in everywhere if each.namespace not in book.hidden]
     kept = {each.device for each in everywhere if each.namespace in book.hidden}
     copied = {each.device for each in attached if each.id not in ids}
     sure = book.sure(records)
     unsure = [record for record in records if record.id not in sure and (not record.watch or record.shared)]
     proven = sure | {each.id for each in attached}
-    seen = set(proven)
+    # Of what was not looked at, nothing is known, and nothing is forgotten.
+    seen = set(proven) if all_looked_at else proven | ids
     if any(record.id not in seen for record in unsure):
         # A descriptor of it keeps a mount that is attached nowhere.
         # btrfs has other device numbers for files than for the superblock.
@@ -90,6 +93,7 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
             tuple(belonging(record, living, known, attached)),
             has_device(record) and record.device in kept,
             tuple(perhaps.get(record.id, ())),
+            partly=not all_looked_at,
         )
         for record in living
     ]

@@ -69,7 +69,7 @@ def rebuild(book: Book, attached: Iterable[Attached]) -> None:
                 _write(book, (each.uid, 0), known(described(each.id, each.namespace, watches), each))
     devices = watches.keys() - {record.device for record in book.records()}
     with suppress(SyscallError, NotSupported, LimitExceeded):
-        for place in sorted(find.attachments(devices, set(), book.hidden), key=lambda place: place.id):
+        for place in sorted(find.attachments(devices, set(), book.hidden)[0], key=lambda place: place.id):
             if place.device in devices:
                 devices.discard(place.device)
                 _write(book, None, described(place.id, place.namespace, watches))

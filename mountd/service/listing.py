@@ -93,6 +93,7 @@ def described(each: Live, *, tell_unsure: bool) -> dict[str, object]:
         "attached": attached,
         "maybeAttached": perhaps or None,
         "unlisted": unlisted + more or None,
+        "partly": each.partly or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -6,7 +6,6 @@ whoever has something of it open keeps that until it is closed. So the answer sa
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
 from mountd.execute import attachment as attaching
 from mountd.execute import mount_table, taking_back
-from mountd.kernel import capabilities, namespaces
+from mountd.kernel import capabilities
+from mountd.kernel.mount_info import mount_namespaces
 from mountd.ledger import find
 from mountd.service.admin import admit
 from mountd.service.listing import living, places
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 FIELDS = ("id", "digest", "uid")
 UNSEEN = "no process shows it: a descriptor on its way, a mapping, or a file system that was made from it"
 NOT_ALL = "there may be others: so many files are open on this system that not all were looked at"
+NOT_ALL_PLACES = "there may be other places: so many mounts are on this system that not all were looked at"
 PATIENCE_SECONDS = 0.2  # until a superblock that nobody has any more is gone
 SECONDS = 4.0  # until no more are detached
 SECONDS_OF_ONE = 1.0  # for one mount namespace, where a file system's server may be silent
 MAXIMUM_HELD = 256
-OWN_USERNS = "/proc/self/ns/user"
 IN_THE_WAY = (
     "something is in the way or did not answer: end the processes there, or unmount what is above it"
 )
@@ -97,13 +97,13 @@ def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> lis
         for place in each.attached:
             places.setdefault(place.namespace, []).append((place, each.record))
     done: list[Attachment] = []
-    with find.all_namespaces() as spaces:
-        for space in spaces:
-            there = places.get(space.id, [])
+    for space in mount_namespaces():
+        there = places.get(space.id, [])
+        if there:
             for owner in {record.owner for _, record in there}:
                 theirs = [(place, record) for place, record in there if record.owner == owner]
                 loose = {each.record.id for each in everybody if each.record.owner == owner}
-                take_back_there(theirs, space, loose if is_hosts(space.fd) else None, deadline)
+                take_back_there(theirs, space, loose if find.is_hosts(space.fd) else None, deadline)
             gone = [place for place, _ in there if not attaching.is_there(place.id, space.id)]
             if gone:
                 mount_table.note_detached(space.fd.fileno())
@@ -127,13 +127,6 @@ def take_back_there(
                 taking_back.take_back(ids, space.fd.fileno(), (uid, uid, ()), loose, seconds)
 
 
-def is_hosts(namespace: OwnedFd) -> bool:
-    """Tell whether a mount namespace is of the host's root, and not of one of a container."""
-    with suppress(SyscallError), namespaces.owner_of(namespace.fileno()) as owner:
-        return os.path.samestat(os.fstat(owner.fileno()), os.stat(OWN_USERNS))
-    return True
-
-
 def holders(left: list[Live], why: str) -> list[dict[str, object]]:
     """Return what still holds the mounts: processes, and where they are attached all the same, and `why`."""
     sure = {each.record.device for each in left if each.record.superblock and each.record.watch}
@@ -147,6 +140,8 @@ def holders(left: list[Live], why: str) -> list[dict[str, object]]:
     ]
     if left and not complete:
         found.append({"pid": 0, "command": "", "what": NOT_ALL})
+    if any(each.partly for each in left):
+        found.append({"pid": 0, "command": "", "what": NOT_ALL_PLACES})
     attached = [place for each in left for place in each.attached]
     for place in attached[:MAXIMUM_HELD]:
         what = f"attached at {place.mount_point} in mount namespace {place.namespace}, and {why}"

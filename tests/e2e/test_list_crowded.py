@@ -1,0 +1,98 @@
+"""Listing and taking back while somebody makes more mount namespaces, and mounts, than can be looked at."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mountd.kernel import mount_api, namespaces
+from mountd.kernel.flags import Clone, Propagation
+from mountd.kernel.mount_info import count_mounts, listmount, namespace_id, namespace_of
+from mountd.ledger import find
+from tests.container import in_container
+from tests.daemon import Daemon
+from tests.e2e.conftest import trusting
+from tests.e2e.test_list import listed, wait_for
+from tests.e2e.test_revoke import attached_in_a_container, revoke
+
+FEW = 64  # descriptors that the daemon may have, beside those that it starts with
+
+
+@contextlib.contextmanager
+def crowd(count: int, mounts: int = 0) -> Iterator[list[int]]:
+    """A container that has made so many mount namespaces, each with so many mounts more; their ids."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(60)
+
+    def work() -> None:
+        ids, held = [], []
+        for _ in range(count):
+            namespaces.unshare(Clone.NEWNS)
+            mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
+            held.append(os.open("/proc/self/ns/mnt", os.O_RDONLY))
+            ids.append(namespace_id(held[-1]))
+            for _ in range(mounts):
+                with mount_api.clone_mount("/proc") as copy:
+                    mount_api.move_mount(copy.fileno(), "/mnt")
+        theirs.send(" ".join(map(str, ids)).encode())
+        theirs.recv(1)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+            in_container(work)
+        finally:
+            os._exit(0)
+    theirs.close()
+    with ours:
+        yield [int(each) for each in ours.recv(1 << 20).split()]
+    os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def serving(start: Callable[..., Daemon], images: dict[str, Path]) -> Daemon:
+    return start(trusting(images["erofs"].parent))
+
+
+def test_more_namespaces_than_descriptors(
+    serving: Daemon, images: dict[str, Path], containers: None
+) -> None:
+    pids = [serving.process.pid, *serving.children(), serving.fork_server, *serving.workers]
+    for pid in pids:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (FEW, FEW))
+    with attached_in_a_container(serving, images["erofs"]) as (id, asking), crowd(2 * FEW):
+        assert [each["id"] for each in listed(serving, everybody=True)] == [id]
+        assert id in {place["id"] for place in revoke(serving, id=id)["detached"]}
+        asking.send(b"?")
+        assert asking.recv(100) == b"False False"
+    wait_for(lambda: not listed(serving, everybody=True))
+
+
+def test_who_makes_many_mounts_is_looked_at_last(containers: None) -> None:
+    with crowd(1, 3000) as (many,), crowd(1) as (few,):
+        order = find.in_order(frozenset(), float("inf"))
+        assert order.index(few) < order.index(many)
+        own = namespace_of("self")
+        assert order.index(own) < order.index(few)
+        assert own not in find.in_order(frozenset({own}), float("inf"))
+        # Also where there is no time to count them.
+        assert sorted(find.in_order(frozenset(), 0.0)) == sorted(order)
+        assert count_mounts(many, 1 << 20) == len(listmount(namespace=many)) > 3000
+        assert count_mounts(many, 5) >= 5
+
+
+def test_it_ends_when_there_is_no_more_time() -> None:
+    everything, complete = find.attachments(set(), set(listmount()), frozenset())
+    assert complete
+    assert len(everything) >= len(listmount())
+    found, complete = find.attachments(set(), set(listmount()), frozenset(), 0.0)
+    assert not complete
+    assert len(found) < len(everything)
