@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     Way = tuple[str, int]  # a name in the current directory, and the mount that it leads to
 
 MAXIMUM_IN_THE_WAY = 1024
+MAXIMUM_ANCESTORS = 1024
 HIDDEN = 0  # no mount has this id
 ROOT = "/"
-FUSE = "fuse"
+FUSE, OVERLAY = "fuse", "overlay"
 FLAGS = Unmount.NOFOLLOW | Unmount.DETACH
 
 
@@ -85,23 +86,41 @@ def find_way(id: int) -> Way | None:
 
     That is `id` itself, or what is in the way. None if its path leads nowhere. Raises OSError.
     """
-    above = ancestors(id)
+    # What it is below takes long to find out, if that is much, and mostly nothing is in the way.
+    with suppress(OSError):
+        if (way := walk(id, None)) is not None:
+            return way
+    return walk(id, ancestors(id))
+
+
+def walk(id: int, above: list[int] | None) -> Way | None:
+    """Go to the mount; return what is in the way if `above` says what is not, which are its ancestors.
+
+    Raises OSError.
+    """
     at = os.open(ROOT, COMPONENT)
     try:
         mount = mount_at(at, "")
-        if mount not in above and not (mount == HIDDEN and is_fuse(above[-1])):
+        if above is not None and mount not in above and not (mount == HIDDEN and is_fuse(above[-1])):
             return ROOT, mount
         for name in names_to(id):
             found = mount_at(at, name)
-            if found != mount and (found == id or found not in above or is_fuse(found)):
+            if found == id or (found != mount and is_strange(found, above)):
                 os.fchdir(at)
-                return name, found
+                return None if found != id and above is None else (name, found)
             below = os.open(name, COMPONENT, dir_fd=at)
             os.close(at)
             at, mount = below, found
     finally:
         os.close(at)
     return None
+
+
+def is_strange(mount: int, above: list[int] | None) -> bool:
+    """Tell whether a mount is not to be entered: in the way, or maybe with a server of a user's."""
+    if mount == HIDDEN or is_fuse(mount):
+        return True
+    return mount not in above if above is not None else is_of(mount, OVERLAY)
 
 
 def mount_at(at: int, name: str) -> int:
@@ -120,20 +139,28 @@ def mount_at(at: int, name: str) -> int:
 
 
 def ancestors(id: int) -> list[int]:
-    """Return a mount, and those that it is below, up to the root. Raises SyscallError."""
-    found: list[int] = []
-    while id not in found:
+    """Return a mount, and those that it is below, up to the root. Raises SyscallError.
+
+    Of a stack of very many, only so many: what is above these is taken for being in the way.
+    """
+    found: dict[int, None] = {}
+    while id not in found and len(found) < MAXIMUM_ANCESTORS:
         try:
             above = statmount(id, StatmountMask.MNT_BASIC).parent_id
         except SyscallError as error:
             if error.errno == errno.ENOENT and found:
                 break  # of the root of all, which lies on what cannot be seen
             raise
-        found.append(id)
+        found[id] = None
         id = above
-    return found
+    return list(found)
 
 
-def is_fuse(id: int) -> bool:
+def is_fuse(mount: int) -> bool:
     """Tell whether a mount is of a file system with a server of a user's. Raises SyscallError."""
-    return (statmount(id, StatmountMask.FS_TYPE).fs_type or "").startswith(FUSE)
+    return is_of(mount, FUSE)
+
+
+def is_of(mount: int, type: str) -> bool:
+    """Tell whether a mount is of a file system whose name begins so. Raises SyscallError."""
+    return (statmount(mount, StatmountMask.FS_TYPE).fs_type or "").startswith(type)

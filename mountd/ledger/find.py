@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mountd.errors import NotSupported, SyscallError
 from mountd.kernel import mount_info
 from mountd.kernel.flags import StatmountMask, StatxMask
-from mountd.kernel.namespaces import owner_of
+from mountd.kernel.namespaces import owner_of, owner_uid, parent
 from mountd.kernel.paths import statx
 
 if TYPE_CHECKING:
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
     Device = tuple[int, int]
 
-WANTED = StatmountMask.SB_BASIC | StatmountMask.MNT_BASIC | StatmountMask.MNT_POINT | StatmountMask.FS_TYPE
+DEVICE = StatmountMask.SB_BASIC
+TYPE = StatmountMask.FS_TYPE
+PLACE = StatmountMask.MNT_POINT
+TOO_LONG = "(a path too long to be told)"
 IDENTITY = StatxMask.MNT_ID_UNIQUE
-LONGEST_LOOK = 5.0  # seconds
+LONGEST_LOOK = 2.0  # seconds
 MANY = 1 << 20  # mounts; more than the kernel lets a mount namespace have, as it is usually set
 OWN_USERNS = "/proc/self/ns/user"
 GONE = ("ENOENT", "ESRCH", "EINVAL")
@@ -65,9 +68,10 @@ def attachments(
     found: list[Attachment] = []
     deadline = time.monotonic() + seconds
     for namespace in in_order(hidden, deadline):
-        for each in attached_in(namespace):
-            if each.device in devices or each.id in ids:
-                found.append(each)
+        for id in ended_is_empty(namespace):
+            place = attached_at(id, namespace, devices, ids)
+            if place is not None:
+                found.append(place)
             if time.monotonic() > deadline:
                 return found, False
     return found, time.monotonic() <= deadline
@@ -90,22 +94,45 @@ def in_order(hidden: frozenset[int], deadline: float) -> list[int]:
 
 def is_hosts(namespace: OwnedFd) -> bool:
     """Tell whether a mount namespace is of the host's root, and not of one of a container."""
-    with contextlib.suppress(SyscallError), owner_of(namespace.fileno()) as owner:
-        return os.path.samestat(os.fstat(owner.fileno()), os.stat(OWN_USERNS))
-    return True
+    return owner(namespace) is None
 
 
-def attached_in(namespace: int) -> Iterator[Attachment]:
-    """Yield all that is attached in the mount namespace with this id. Raises SyscallError."""
-    for id in ended_is_empty(namespace):
-        try:
-            info = mount_info.statmount(id, WANTED, namespace)
-        except SyscallError as error:
-            if error.errno_name in GONE:
-                continue
-            raise
-        if info.mount_point is not None:
-            yield Attachment(id, info.sb_dev, info.mount_point, namespace, info.fs_type or "")
+def owner(namespace: OwnedFd) -> int | None:
+    """Return whose container a mount namespace is in, None for the host's own.
+
+    That is who made the outermost user namespace.
+    """
+    found = None
+    with contextlib.suppress(SyscallError), contextlib.ExitStack() as stack:
+        outer: OwnedFd | None = stack.enter_context(owner_of(namespace.fileno()))
+        own = os.stat(OWN_USERNS)
+        while outer is not None and not os.path.samestat(os.fstat(outer.fileno()), own):
+            found = owner_uid(outer.fileno())
+            outer = parent(outer.fileno())
+            if outer is not None:
+                stack.enter_context(outer)
+    return found
+
+
+def attached_at(id: int, namespace: int, devices: set[Device], ids: set[int]) -> Attachment | None:
+    """Return where the mount with this id is attached, if it is one of those.
+
+    Of what is nothing to mountd, nothing but a number is asked: its path can be of any length.
+    """
+    try:
+        device = mount_info.statmount(id, DEVICE, namespace).sb_dev
+        if device not in devices and id not in ids:
+            return None
+        info = mount_info.statmount(id, TYPE, namespace)
+    except SyscallError:
+        return None  # it has ended
+    try:
+        place = mount_info.statmount(id, PLACE, namespace).mount_point
+    except SyscallError as error:
+        if error.errno_name in GONE:
+            return None
+        place = TOO_LONG
+    return None if place is None else Attachment(id, device, place, namespace, info.fs_type or "")
 
 
 def ended_is_empty(namespace: int) -> list[int]:

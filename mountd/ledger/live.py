@@ -87,10 +87,11 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
     if gone:
         book.forget(gone)
     living = [record for record in records if record.id not in gone]
+    places = belonging(living, known, attached)
     return [
         Live(
             record,
-            tuple(belonging(record, living, known, attached)),
+            tuple(places[record.id]),
             has_device(record) and record.device in kept,
             tuple(perhaps.get(record.id, ())),
             partly=not all_looked_at,
@@ -130,20 +131,22 @@ def held_unseen(book: Book, records: list[Record], gone: set[int], kept: set[Dev
 
 
 def belonging(
-    record: Record, records: list[Record], known: set[int], attached: list[Attachment]
-) -> list[Attachment]:
-    """Return where a mount is attached; copies count for the oldest that they may be of.
+    records: list[Record], known: set[int], attached: list[Attachment]
+) -> dict[int, list[Attachment]]:
+    """Return where mounts are attached, by their ids; copies count for the oldest that they may be of.
 
     `known` are the ids of the records whose superblock is there for sure.
     """
-    own = [each for each in attached if each.id == record.id]
-    if record.id not in known:
-        return own
-    first = next(each for each in records if each.device == record.device and each.id in known)
-    ids = {each.id for each in records}
-    if first is not record:
-        return own
-    return own + [each for each in attached if each.device == record.device and each.id not in ids]
+    found: dict[int, list[Attachment]] = {record.id: [] for record in records}
+    first: dict[Device, int] = {}
+    for record in records:
+        if record.id in known:
+            first.setdefault(record.device, record.id)
+    for each in attached:
+        id = each.id if each.id in found else first.get(each.device)
+        if id is not None:
+            found[id].append(each)
+    return found
 
 
 def is_known(record: Record, proven: set[int]) -> bool:

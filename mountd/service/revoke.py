@@ -39,6 +39,7 @@ PATIENCE_SECONDS = 0.2  # until a superblock that nobody has any more is gone
 SECONDS = 4.0  # until no more are detached
 SECONDS_OF_ONE = 1.0  # for one mount namespace, where a file system's server may be silent
 MAXIMUM_HELD = 256
+MAXIMUM_PATH = 256  # characters of each
 IN_THE_WAY = (
     "something is in the way or did not answer: end the processes there, or unmount what is above it"
 )
@@ -67,7 +68,7 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         detached += done
         everybody = living(context)
         chosen = [each for each in everybody if each.record.id in ids]
-        if not done or not any(each.attached for each in chosen):
+        if not done or not any(each.attached for each in chosen) or time.monotonic() > deadline:
             break
     why = IN_THE_WAY if time.monotonic() < deadline else LATE
     held = holders(chosen, why) or unseen(chosen, context)
@@ -103,7 +104,8 @@ def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> lis
             for owner in {record.owner for _, record in there}:
                 theirs = [(place, record) for place, record in there if record.owner == owner]
                 loose = {each.record.id for each in everybody if each.record.owner == owner}
-                take_back_there(theirs, space, loose if find.is_hosts(space.fd) else None, deadline)
+                own = find.owner(space.fd) == owner
+                take_back_there(theirs, space, None if own else loose, deadline)
             gone = [place for place, _ in there if not attaching.is_there(place.id, space.id)]
             if gone:
                 mount_table.note_detached(space.fd.fileno())
@@ -119,6 +121,8 @@ def take_back_there(
         (uid, nullcontext()) for uid in sorted({record.uid for _, record in there})
     ]
     for uid, rights in (*ways, (0, capabilities.reading_everything())):
+        if time.monotonic() > deadline:
+            break
         ids = [place.id for place, record in there if uid in (0, record.uid)]
         ids = [id for id in ids if attaching.is_there(id, space.id)]
         seconds = min(SECONDS_OF_ONE, deadline - time.monotonic())
@@ -144,17 +148,23 @@ def holders(left: list[Live], why: str) -> list[dict[str, object]]:
         found.append({"pid": 0, "command": "", "what": NOT_ALL_PLACES})
     attached = [place for each in left for place in each.attached]
     for place in attached[:MAXIMUM_HELD]:
-        what = f"attached at {place.mount_point} in mount namespace {place.namespace}, and {why}"
+        what = f"attached at {short(place)} in mount namespace {place.namespace}, and {why}"
         found.append({"pid": 0, "command": "", "what": what})
     if len(attached) > MAXIMUM_HELD:
         what = f"attached in {len(attached) - MAXIMUM_HELD} more places: revoke it once more"
         found.append({"pid": 0, "command": "", "what": what})
     for place in [place for each in left for place in each.unsure][:MAXIMUM_HELD]:
-        what = f"maybe a copy, or another's, at {place.mount_point} in mount namespace {place.namespace}"
+        what = f"maybe a copy, or another's, at {short(place)} in mount namespace {place.namespace}"
         found.append({"pid": 0, "command": "", "what": what})
     for use in find.processes_in({place.namespace for place in attached}, MAXIMUM_HELD // 4):
         found.append({"pid": use.pid, "command": use.command, "what": use.what})
     return found
+
+
+def short(place: Attachment) -> str:
+    """Return a path that there is room for many times in one reply."""
+    path = place.mount_point
+    return path if len(path) <= MAXIMUM_PATH else f"{path[:MAXIMUM_PATH]}…"
 
 
 def unseen(left: list[Live], context: RequestContext) -> list[dict[str, object]]:

@@ -13,10 +13,12 @@ import pytest
 
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
-from mountd.kernel.mount_info import count_mounts, listmount, namespace_id, namespace_of
+from mountd.kernel.libc import call
+from mountd.kernel.mount_info import count_mounts, listmount, mount_namespaces, namespace_id, namespace_of
 from mountd.ledger import find
-from tests.container import in_container
+from tests.container import USER, in_container
 from tests.daemon import Daemon
+from tests.e2e.calls import mounted
 from tests.e2e.conftest import trusting
 from tests.e2e.test_list import listed, wait_for
 from tests.e2e.test_revoke import attached_in_a_container, revoke
@@ -87,6 +89,39 @@ def test_who_makes_many_mounts_is_looked_at_last(containers: None) -> None:
         assert sorted(find.in_order(frozenset(), 0.0)) == sorted(order)
         assert count_mounts(many, 1 << 20) == len(listmount(namespace=many)) > 3000
         assert count_mounts(many, 5) >= 5
+
+
+def test_a_path_that_is_too_long_is_nobodys_harm(
+    serving: Daemon, images: dict[str, Path], containers: None
+) -> None:
+    """Neither that of a mount that is nothing to mountd, nor that of one that mountd has made."""
+
+    def work() -> list[str]:
+        call("mount", b"t", b"/mnt", b"tmpfs", 0, b"")
+        os.chdir("/mnt")
+        for _ in range(270):
+            os.mkdir("d" * 250)
+            os.chdir("d" * 250)
+        for name in ("other", "m"):
+            os.mkdir(name)
+        call("mount", b"t", b"other", b"tmpfs", 0, b"")
+        with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
+            mount_api.move_mount(reply.mount.fileno(), "m")
+        return sorted(place["mountPoint"] for each in listed(serving) for place in each["attached"])
+
+    with attached_in_a_container(serving, images["squashfs"]) as (id, _):
+        assert find.TOO_LONG in in_container(work)
+        assert id in {each["id"] for each in listed(serving, everybody=True)}
+        assert id in {place["id"] for place in revoke(serving, id=id)["detached"]}
+    wait_for(lambda: not listed(serving, everybody=True))
+
+
+def test_whose_container_it_is(containers: None) -> None:
+    """Of one in another as well, it is whoever of the host has made the outer one."""
+    with crowd(1) as (inside,):
+        found = {space.id: find.owner(space.fd) for space in mount_namespaces()}
+    assert found[inside] == USER
+    assert found[namespace_of("self")] is None
 
 
 def test_it_ends_when_there_is_no_more_time() -> None:

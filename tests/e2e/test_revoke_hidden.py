@@ -14,6 +14,7 @@ import pytest
 
 from mountd.kernel import mount_api
 from mountd.kernel.child import end_with_parent
+from mountd.kernel.flags import OpenTree
 from mountd.kernel.libc import call
 from mountd.kernel.mount_info import mount_id
 from tests.container import USER, in_container
@@ -111,12 +112,26 @@ def over_everything() -> int:
     return sub
 
 
+def deep_below() -> int:
+    """More mounts on one another than there is time to climb down, and the image on the top of them."""
+    sub = directory()
+    for _ in range(4000):
+        with mount_api.clone_mount("/mnt/sub") as copy:
+            mount_api.move_mount(copy.fileno(), "/mnt/sub")
+    with mount_api.open_tree(sub, "m", OpenTree.CLONE) as copy:
+        mount_api.move_mount(copy.fileno(), "/mnt/sub/m")
+    return directory()
+
+
+HIDES = [over_itself, over_the_parent, over_the_root, over_everything, deep_below]
+
+
 @pytest.fixture
 def serving(start: Callable[..., Daemon], images: dict[str, Path]) -> Daemon:
     return start(trusting(images["erofs"].parent))
 
 
-@pytest.mark.parametrize("hide", [over_itself, over_the_parent, over_the_root, over_everything])
+@pytest.mark.parametrize("hide", HIDES)
 def test_what_is_mounted_over_it_goes_first(
     serving: Daemon, images: dict[str, Path], containers: None, hide: Callable[[], int]
 ) -> None:

@@ -41,5 +41,7 @@ def test_what_is_there_by_its_id_has_its_copies() -> None:
     assert not is_known(LOST, set())
     assert is_known(LOST, {LOST.id})
     assert not is_known(replace(LOST, superblock=False), {LOST.id})
-    assert belonging(LOST, [LOST], {LOST.id}, [own, COPY]) == [own, COPY]
-    assert belonging(LOST, [LOST], set(), [own, COPY]) == [own]
+    assert belonging([LOST], {LOST.id}, [own, COPY]) == {LOST.id: [own, COPY]}
+    assert belonging([LOST], set(), [own, COPY]) == {LOST.id: [own]}
+    younger = replace(LOST, id=8)
+    assert belonging([LOST, younger], {LOST.id, younger.id}, [COPY, own]) == {LOST.id: [COPY, own], 8: []}
