@@ -63,7 +63,7 @@ def rebuild(book: Book, attached: Iterable[Attached]) -> None:
     watches = {device: number for number, device in watch.watched(book.watches_fd).items()}
     told = {record.id for record in book.records()}
     for each in attached:
-        with suppress(SyscallError, LimitExceeded):
+        with suppress(SyscallError, NotSupported, LimitExceeded):
             if each.id not in told:
                 # It was attached for a user of the host, who then pays for it.
                 _write(book, (each.uid, 0), known(described(each.id, each.namespace, watches), each))

@@ -1,30 +1,33 @@
 """io.mountd.Admin.Revoke: taking mounts back, wherever they are attached.
 
-A mount can be detached, in any mount namespace, whatever its holder has put in the way (`taking_back`);
-whoever has something of it open keeps that until it is closed. So the answer says who that is.
+A mount can be detached, in any mount namespace, whatever its holder has put in the way (`taking_back`), but
+for copies that the kernel has locked in a user namespace within another. And whoever has something of it
+open keeps that until it is closed. So the answer says who that is.
 """
 
 from __future__ import annotations
 
+import os
+import random
 import time
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
 from mountd.execute import attachment as attaching
 from mountd.execute import mount_table, taking_back
+from mountd.fds import OwnedFd
 from mountd.kernel import capabilities
-from mountd.kernel.mount_info import mount_namespaces
+from mountd.kernel.mount_info import MountNamespace, mount_namespaces
 from mountd.ledger import find
 from mountd.service.admin import admit
 from mountd.service.listing import living, places
 from mountd.service.phase import Phase
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from contextlib import AbstractContextManager
 
-    from mountd.fds import OwnedFd
-    from mountd.kernel.mount_info import MountNamespace
     from mountd.ledger.find import Attachment
     from mountd.ledger.live import Live
     from mountd.ledger.record import Record
@@ -38,10 +41,12 @@ NOT_ALL_PLACES = "there may be other places: so many mounts are on this system t
 PATIENCE_SECONDS = 0.2  # until a superblock that nobody has any more is gone
 SECONDS = 4.0  # until no more are detached
 SECONDS_OF_ONE = 1.0  # for one mount namespace, where a file system's server may be silent
+MAXIMUM_SPACES = 128  # mount namespaces at a time
 MAXIMUM_HELD = 256
 MAXIMUM_PATH = 256  # characters of each
 IN_THE_WAY = (
-    "something is in the way or did not answer: end the processes there, or unmount what is above it"
+    "something is in the way, or did not answer, or it is locked there:"
+    " end the processes there, or unmount what is above it"
 )
 LATE = "there was no more time: revoke it once more"
 ROUNDS = 3  # in which what was copied meanwhile is detached as well
@@ -98,9 +103,9 @@ def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> lis
         for place in each.attached:
             places.setdefault(place.namespace, []).append((place, each.record))
     done: list[Attachment] = []
-    for space in mount_namespaces():
-        there = places.get(space.id, [])
-        if there:
+    with ExitStack() as stack:
+        for space in opened(places.keys(), stack):
+            there = places[space.id]
             for owner in {record.owner for _, record in there}:
                 theirs = [(place, record) for place, record in there if record.owner == owner]
                 loose = {each.record.id for each in everybody if each.record.owner == owner}
@@ -111,6 +116,21 @@ def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> lis
                 mount_table.note_detached(space.fd.fileno())
             done += gone
     return done
+
+
+def opened(ids: Collection[int], stack: ExitStack) -> list[MountNamespace]:
+    """Return some of the mount namespaces with these ids, which `stack` closes.
+
+    In no order: otherwise those that take too long, if they came first, would keep the others for ever.
+    """
+    wanted = set(random.sample(sorted(ids), min(len(ids), MAXIMUM_SPACES)))
+    found = []
+    for space in mount_namespaces():
+        if space.id in wanted:
+            fd = stack.enter_context(OwnedFd(os.dup(space.fd.fileno())))
+            found.append(MountNamespace(fd, space.id))
+    random.shuffle(found)
+    return found
 
 
 def take_back_there(
@@ -125,10 +145,13 @@ def take_back_there(
             break
         ids = [place.id for place, record in there if uid in (0, record.uid)]
         ids = [id for id in ids if attaching.is_there(id, space.id)]
-        seconds = min(SECONDS_OF_ONE, deadline - time.monotonic())
+        begin = time.monotonic()
+        seconds = min(SECONDS_OF_ONE, deadline - begin)
         if ids and seconds > 0:
             with suppress(SyscallError, MountdError), rights:
                 taking_back.take_back(ids, space.fd.fileno(), (uid, uid, ()), loose, seconds)
+        if time.monotonic() - begin >= seconds:
+            break  # nor would it answer another
 
 
 def holders(left: list[Live], why: str) -> list[dict[str, object]]:
