@@ -12,6 +12,8 @@ import os
 import sys
 from enum import IntEnum
 
+from mountd.wire.framing import plain
+
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
 # One for each kind of message (sd_journal_print(3)); made with systemd-id128 new.
 REQUEST_ID = "6f0d0a4e5b1c4a7f8f3a51d7c9b2e640"
@@ -68,7 +70,7 @@ def log(priority: Priority, text: str, *, message_id: str | None = None, **field
         if in_service():
             from systemd import journal  # type: ignore[import-untyped]
 
-            named = {f"MOUNTD_{name.upper()}": as_text(value) for name, value in fields.items()}
+            named = {f"MOUNTD_{name.upper()}": plain(value) for name, value in fields.items()}
             # By itself the library would say “python3”.
             journal.send(
                 line, MESSAGE_ID=message_id, PRIORITY=int(priority), SYSLOG_IDENTIFIER="mountd", **named
@@ -78,17 +80,3 @@ def log(priority: Priority, text: str, *, message_id: str | None = None, **field
         sys.stderr.flush()
     except OSError:
         return
-
-
-def as_text(value: str) -> str:
-    """Return a value of a field, with the bytes of names that are no UTF-8 as “\\xff”, like in replies."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in value)
-    return value
-
-
-def _escaped(half: str) -> str:
-    number = ord(half)
-    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\u{number:04x}"

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
     from mountd.fds import OwnedFd
 
+IN_JSON = "\\\\"  # a backslash
 MAX_MESSAGE = 1 << 20  # bytes of a message without its NUL; the longest real request has a few hundred
 MAX_FDS = 16  # descriptors in a message; layers need the most of them
 MAX_DEPTH = 32  # nesting; the deepest real request is layers within a source
@@ -269,7 +270,7 @@ def encode(body: Mapping[str, object], *, is_reply: bool = False) -> bytes:
             {}, _not_json, _json.encode_basestring, None, ":", ",", False, False, False
         )
         text = "".join(encoder(body, 0))
-        raw = (_escaped(text) if is_reply and not is_text(text) else text).encode("utf-8")
+        raw = (plain(text, IN_JSON) if is_reply else text).encode("utf-8")
     except ValueError as error:
         raise ProtocolError(f"cannot be said in JSON: {error}") from None
     if len(raw) > MAX_MESSAGE:
@@ -310,14 +311,21 @@ def _check_text(body: dict[str, object]) -> None:
                 raise ProtocolError("half of a surrogate pair in a string")
 
 
-def _escaped(text: str) -> str:
-    """Return JSON with the bytes that are no UTF-8 in its strings, as os.fsdecode() has them, as “\\xff”."""
-    return "".join(_escape(each) if "\ud800" <= each <= "\udfff" else each for each in text)
+def plain(text: str, backslash: str = "\\") -> str:
+    """Return `text` with the bytes that are no UTF-8, as os.fsdecode() has them, as “\\xff”.
+
+    `backslash` is how one is written where the text is for.
+    """
+    if is_text(text):
+        return text
+    return "".join(_escape(each, backslash) if "\ud800" <= each <= "\udfff" else each for each in text)
 
 
-def _escape(half: str) -> str:
+def _escape(half: str, backslash: str) -> str:
     number = ord(half)
-    return f"\\\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\\\u{number:04x}"
+    return (
+        f"{backslash}x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"{backslash}u{number:04x}"
+    )
 
 
 def is_text(value: str) -> bool:

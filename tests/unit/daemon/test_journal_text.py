@@ -7,7 +7,8 @@ import os
 import pytest
 
 from mountd.daemon import journal
-from mountd.daemon.journal import Priority, as_text, log
+from mountd.daemon.journal import Priority, log
+from mountd.wire.framing import plain
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from mountd.daemon.journal import Priority, as_text, log
     ],
 )
 def test_a_value(value: str, expected: str) -> None:
-    assert as_text(value) == expected
+    assert plain(value) == expected
     expected.encode()
 
 
