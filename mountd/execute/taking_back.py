@@ -3,10 +3,10 @@
 Whoever is root of a mount namespace can mount something over a mount, over a directory above it, or over the
 root directory; or have a file system of its own above it, whose server does not answer. No path leads to the
 mount then, and there is no other way to detach it. So what is in the way is detached first, together with
-what is mounted in that. It belongs to the holder, as the namespace does.
+what is mounted in that, where the namespace is the holder's own.
 
-The namespace of the host is not the holder's. There, nothing is detached but what is: other mounts that were
-handed out to the same owner.
+The host's is not, nor is one in a container of somebody else, to which a mount has come by propagation.
+There, nothing is detached but other mounts that were handed out to the same owner.
 
 No file system is asked for what lies in it if it can be one with a server in the holder's hands. What cannot
 be told from others, such as an overlay over one, is left alone once it takes too long.

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from contextlib import contextmanager
 
 from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
@@ -184,13 +185,11 @@ def namespace_id(fd: int) -> int:
     return int(info.mnt_ns_id)
 
 
-def namespace_of(process: str) -> int:
-    """Return the id of the mount namespace of a process, or of this one ("self").
-
-    Raises OSError, NotSupported.
-    """
+@contextmanager
+def namespace_of(process: str) -> "Iterator[MountNamespace]":
+    """Yield the mount namespace of a process, or of this one ("self"). Raises OSError, NotSupported."""
     with OwnedFd(os.open(f"/proc/{process}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)) as fd:
-        return namespace_id(fd.fileno())
+        yield MountNamespace(fd, namespace_id(fd.fileno()))
 
 
 def _neighbour(fd: OwnedFd, which: Ioctl) -> MountNamespace | None:

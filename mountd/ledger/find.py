@@ -167,16 +167,16 @@ def uses(devices: set[Device], ids: set[int], seconds: float = LONGEST_LOOK) -> 
 
 
 def processes_in(namespaces: set[int], maximum: int) -> list[Use]:
-    """Return so many processes that are in these mount namespaces and not in this one's, at most."""
+    """Return so many processes of containers that are in these mount namespaces, at most."""
     found: list[Use] = []
-    own = mount_info.namespace_of("self")
-    for name in os.listdir("/proc"):
+    for name in os.listdir("/proc") if namespaces else ():
         if not name.isdecimal() or len(found) == maximum:
             continue
-        with contextlib.suppress(OSError, NotSupported):  # it has ended, or is none of ours
-            id = mount_info.namespace_of(name)
-            if id in namespaces and id != own:
-                found.append(Use(int(name), command_of(name), f"in mount namespace {id}", 0, (0, 0)))
+        # It may have ended, or be none of ours.
+        with contextlib.suppress(OSError, NotSupported), mount_info.namespace_of(name) as space:
+            if space.id in namespaces and not is_hosts(space.fd):
+                what = f"in mount namespace {space.id}"
+                found.append(Use(int(name), command_of(name), what, 0, (0, 0)))
     return found
 
 

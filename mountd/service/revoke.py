@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection
     from contextlib import AbstractContextManager
 
-    from mountd.ledger.find import Attachment
+    from mountd.ledger.find import Attachment, Use
     from mountd.ledger.live import Live
     from mountd.ledger.record import Record
     from mountd.service.context import RequestContext
@@ -42,7 +42,7 @@ PATIENCE_SECONDS = 0.2  # until a superblock that nobody has any more is gone
 SECONDS = 4.0  # until no more are detached
 SECONDS_OF_ONE = 1.0  # for one mount namespace, where a file system's server may be silent
 MAXIMUM_SPACES = 128  # mount namespaces at a time
-MAXIMUM_HELD = 256
+MAXIMUM_TOLD = 64  # of each kind of what holds a mount
 MAXIMUM_PATH = 256  # characters of each
 IN_THE_WAY = (
     "something is in the way, or did not answer, or it is locked there:"
@@ -78,7 +78,7 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     why = IN_THE_WAY if time.monotonic() < deadline else LATE
     held = holders(chosen, why) or unseen(chosen, context)
     told, unlisted = places(detached)
-    reply = {"detached": told, "held": held[:MAXIMUM_HELD], "unlisted": unlisted or None}
+    reply = {"detached": told, "held": held, "unlisted": unlisted or None}
     return {name: value for name, value in reply.items() if value is not None}, []
 
 
@@ -97,15 +97,15 @@ def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> lis
 
     Whoever asked for one could enter the directories above it; within an image, maybe nobody can.
     """
-    places: dict[int, list[tuple[Attachment, Record]]] = {}
+    by_space: dict[int, list[tuple[Attachment, Record]]] = {}
     # What is below another mount is the younger, and goes before it.
     for each in reversed(chosen):
         for place in each.attached:
-            places.setdefault(place.namespace, []).append((place, each.record))
+            by_space.setdefault(place.namespace, []).append((place, each.record))
     done: list[Attachment] = []
     with ExitStack() as stack:
-        for space in opened(places.keys(), stack):
-            there = places[space.id]
+        for space in opened(by_space.keys(), stack):
+            there = by_space[space.id]
             for owner in {record.owner for _, record in there}:
                 theirs = [(place, record) for place, record in there if record.owner == owner]
                 loose = {each.record.id for each in everybody if each.record.owner == owner}
@@ -160,28 +160,29 @@ def holders(left: list[Live], why: str) -> list[dict[str, object]]:
     ids = {each.record.id for each in left}
     devices = {each.record.device for each in left}
     uses, complete = find.uses(devices, ids)
-    found: list[dict[str, object]] = [
-        {"pid": use.pid, "command": use.command, "what": use.what}
-        for use in uses
-        if use.device in sure or use.id in ids
-    ]
-    if left and not complete:
+    using = [use for use in uses if use.device in sure or use.id in ids]
+    found = [by_process(use) for use in using[:MAXIMUM_TOLD]]
+    if left and (not complete or len(using) > MAXIMUM_TOLD):
         found.append({"pid": 0, "command": "", "what": NOT_ALL})
     if any(each.partly for each in left):
         found.append({"pid": 0, "command": "", "what": NOT_ALL_PLACES})
     attached = [place for each in left for place in each.attached]
-    for place in attached[:MAXIMUM_HELD]:
+    for place in attached[:MAXIMUM_TOLD]:
         what = f"attached at {short(place)} in mount namespace {place.namespace}, and {why}"
         found.append({"pid": 0, "command": "", "what": what})
-    if len(attached) > MAXIMUM_HELD:
-        what = f"attached in {len(attached) - MAXIMUM_HELD} more places: revoke it once more"
+    if len(attached) > MAXIMUM_TOLD:
+        what = f"attached in {len(attached) - MAXIMUM_TOLD} more places: revoke it once more"
         found.append({"pid": 0, "command": "", "what": what})
-    for place in [place for each in left for place in each.unsure][:MAXIMUM_HELD]:
+    for place in [place for each in left for place in each.unsure][:MAXIMUM_TOLD]:
         what = f"maybe a copy, or another's, at {short(place)} in mount namespace {place.namespace}"
         found.append({"pid": 0, "command": "", "what": what})
-    for use in find.processes_in({place.namespace for place in attached}, MAXIMUM_HELD // 4):
-        found.append({"pid": use.pid, "command": use.command, "what": use.what})
-    return found
+    inside = find.processes_in({place.namespace for place in attached}, MAXIMUM_TOLD)
+    return found + [by_process(use) for use in inside]
+
+
+def by_process(use: Use) -> dict[str, object]:
+    """Return a Holder."""
+    return {"pid": use.pid, "command": use.command, "what": use.what}
 
 
 def short(place: Attachment) -> str:

@@ -21,7 +21,6 @@ from mountd.errors import LimitExceeded
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
-from mountd.kernel.libc import call
 from mountd.kernel.mount_info import mount_id
 from tests.container import USER, as_user, forked, in_container
 from tests.daemon import Daemon
@@ -317,38 +316,6 @@ def test_files_in_the_ledger_that_are_none_of_its_own(
     os.mkfifo(directory / "6001")
     (directory / "6002").mkdir()
     assert listed_as(serving, USER) == [record["id"]]
-
-
-def test_names_that_are_no_text(serving: Daemon, images: dict[str, Path], containers: None) -> None:
-    """And more places, with longer names, than there is room for: root is told of all the rest."""
-
-    def work() -> None:
-        name = b"\xff" * 250
-        places = [b"/mnt/" + name + str(number).encode() for number in range(40)]
-        call("mount", b"t", b"/mnt", b"tmpfs", 0, b"")
-        for place in places:
-            os.mkdir(place)
-        with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
-            mount_api.move_mount(reply.mount.fileno(), places[0])
-            for place in places[1:]:
-                with mount_api.clone_mount(places[0]) as copy:
-                    mount_api.move_mount(copy.fileno(), place)
-        (found,) = listed(serving)
-        shown = {each["mountPoint"] for each in found["attached"]}
-        assert f"/mnt/{chr(92)}xff" in min(shown)
-        assert len(found["attached"]) + found["unlisted"] == len(places)
-        assert found["unlisted"] > 0
-
-    in_container(work)
-    wait_for(lambda: not listed(serving, everybody=True))
-
-
-def test_what_is_after_an_id(serving: Daemon, images: dict[str, Path], held: list[OwnedFd]) -> None:
-    held += [ask_as(serving, images[type], USER) for type in ("erofs", "squashfs", "ext4")]
-    ids = [mount_id(each.fileno()) for each in held]
-    with Client(str(serving.socket)) as client:
-        found = [client.call("List", {"all": True, "after": after}, [])[0] for after in (0, *ids)]
-    assert [[each["id"] for each in page["mounts"]] for page in found] == [ids, ids[1:], ids[2:], []]
 
 
 def test_records_of_another_version(serving: Daemon, images: dict[str, Path], held: list[OwnedFd]) -> None:

@@ -11,10 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from mountd.client import Client
+from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
 from mountd.kernel.libc import call
-from mountd.kernel.mount_info import count_mounts, listmount, mount_namespaces, namespace_id, namespace_of
+from mountd.kernel.mount_info import (
+    count_mounts,
+    listmount,
+    mount_id,
+    mount_namespaces,
+    namespace_id,
+    namespace_of,
+)
 from mountd.ledger import find
 from tests.container import USER, in_container
 from tests.daemon import Daemon
@@ -22,6 +31,7 @@ from tests.e2e.calls import mounted
 from tests.e2e.conftest import trusting
 from tests.e2e.test_list import listed, wait_for
 from tests.e2e.test_revoke import attached_in_a_container, revoke
+from tests.e2e.test_shared import ask_as
 
 FEW = 64  # descriptors that the daemon may have, beside those that it starts with
 
@@ -60,6 +70,15 @@ def crowd(count: int, mounts: int = 0) -> Iterator[list[int]]:
 
 
 @pytest.fixture
+def held() -> Iterator[list[OwnedFd]]:
+    """Mounts that are closed at the end."""
+    mounts: list[OwnedFd] = []
+    yield mounts
+    for each in mounts:
+        each.close()
+
+
+@pytest.fixture
 def serving(start: Callable[..., Daemon], images: dict[str, Path]) -> Daemon:
     return start(trusting(images["erofs"].parent))
 
@@ -82,7 +101,8 @@ def test_who_makes_many_mounts_is_looked_at_last(containers: None) -> None:
     with crowd(1, 3000) as (many,), crowd(1) as (few,):
         order = find.in_order(frozenset(), float("inf"))
         assert order.index(few) < order.index(many)
-        own = namespace_of("self")
+        with namespace_of("self") as space:
+            own = space.id
         assert order.index(own) < order.index(few)
         assert own not in find.in_order(frozenset({own}), float("inf"))
         # Also where there is no time to count them.
@@ -121,7 +141,40 @@ def test_whose_container_it_is(containers: None) -> None:
     with crowd(1) as (inside,):
         found = {space.id: find.owner(space.fd) for space in mount_namespaces()}
     assert found[inside] == USER
-    assert found[namespace_of("self")] is None
+    with namespace_of("self") as space:
+        assert found[space.id] is None
+
+
+def test_names_that_are_no_text(serving: Daemon, images: dict[str, Path], containers: None) -> None:
+    """And more places, with longer names, than there is room for: root is told of all the rest."""
+
+    def work() -> None:
+        name = b"\xff" * 250
+        places = [b"/mnt/" + name + str(number).encode() for number in range(40)]
+        call("mount", b"t", b"/mnt", b"tmpfs", 0, b"")
+        for place in places:
+            os.mkdir(place)
+        with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
+            mount_api.move_mount(reply.mount.fileno(), places[0])
+            for place in places[1:]:
+                with mount_api.clone_mount(places[0]) as copy:
+                    mount_api.move_mount(copy.fileno(), place)
+        (found,) = listed(serving)
+        shown = {each["mountPoint"] for each in found["attached"]}
+        assert f"/mnt/{chr(92)}xff" in min(shown)
+        assert len(found["attached"]) + found["unlisted"] == len(places)
+        assert found["unlisted"] > 0
+
+    in_container(work)
+    wait_for(lambda: not listed(serving, everybody=True))
+
+
+def test_what_is_after_an_id(serving: Daemon, images: dict[str, Path], held: list[OwnedFd]) -> None:
+    held += [ask_as(serving, images[type], USER) for type in ("erofs", "squashfs", "ext4")]
+    ids = [mount_id(each.fileno()) for each in held]
+    with Client(str(serving.socket)) as client:
+        found = [client.call("List", {"all": True, "after": after}, [])[0] for after in (0, *ids)]
+    assert [[each["id"] for each in page["mounts"]] for page in found] == [ids, ids[1:], ids[2:], []]
 
 
 def test_it_ends_when_there_is_no_more_time() -> None:
