@@ -22,6 +22,7 @@ IdMap = Sequence[tuple[int, int, int]]
 
 USER = 4000  # who starts a container; not known to the system
 RANGE = ((0, 400000, 65536),)  # what its root and its users are on the host
+STAYING_SECONDS = 60
 NAMESPACES = Clone.NEWUSER | Clone.NEWNS
 
 
@@ -53,6 +54,31 @@ def in_container(
     `work` runs in a fork: what it returns has to be picklable, and it sees all objects of the test.
     """
     return forked(lambda: make_container(work, uids, uids if gids is None else gids, kinds), owner)
+
+
+@contextlib.contextmanager
+def staying_in_container(
+    work: Callable[[socket.socket], object], *, uids: IdMap = RANGE, owner: int = USER
+) -> Iterator[socket.socket]:
+    """A container that does `work` while the test goes on, which gets the other end of the work's socket.
+
+    The work ends by itself once that is closed: it reads from it.
+    """
+    ours, theirs = socket.socketpair()
+    ours.settimeout(STAYING_SECONDS)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            ours.close()
+            in_container(lambda: work(theirs), uids=uids, owner=owner)
+        finally:
+            os._exit(0)
+    theirs.close()
+    try:
+        with ours:
+            yield ours
+    finally:
+        os.waitpid(pid, 0)
 
 
 def make_container(work: Callable[[], T], uids: IdMap, gids: IdMap, kinds: Clone = NAMESPACES) -> T:

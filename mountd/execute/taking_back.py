@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from mountd.kernel.paths import statx
 from mountd.kernel.visitor import visit
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from mountd.execute.attachment import Ids
     from mountd.kernel.visitor import Visitor
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 MAXIMUM_IN_THE_WAY = 1024
 MAXIMUM_ANCESTORS = 1024
+COUNT = struct.Struct("=I")
+SECONDS_TO_TELL = 0.2
 HIDDEN = 0  # no mount has this id
 ROOT = "/"
 FUSE, OVERLAY = "fuse", "overlay"
@@ -47,28 +50,33 @@ FLAGS = Unmount.NOFOLLOW | Unmount.DETACH
 
 def take_back(
     ids: Sequence[int], namespace_fd: int, user: Ids, loose: Collection[int] | None, seconds: float
-) -> None:
+) -> int:
     """Detach the mounts with these unique ids in that namespace, one after the other, in `seconds` at most.
 
     The descriptor is borrowed; `user` are the ids of whose directories they are in. `loose` are the mounts
     that may be detached if they are in the way, None for all. What can be detached is: who wants to know
-    looks afterwards. Raises SyscallError.
+    looks afterwards. Returns how many calls that took, with what was in the way, so that one that begins
+    with more of that than there is time for can be told from one that gets nowhere. Raises SyscallError.
     """
     end = time.monotonic() + seconds
 
     def work(_: Visitor) -> bytes:
+        count = 0
         for id in ids:
-            if time.monotonic() > end:
-                break
             with suppress(OSError):
-                detach(id, namespace_fd, loose)
-        return b""
+                for _step in detaching(id, namespace_fd, loose):
+                    count += 1
+                    if time.monotonic() > end:
+                        return COUNT.pack(count)
+        return COUNT.pack(count)
 
-    visit(namespace_fd, [], user, work, seconds)
+    # A moment more, for one that is not held up to tell.
+    (count,) = COUNT.unpack(visit(namespace_fd, [], user, work, seconds + SECONDS_TO_TELL))
+    return int(count)
 
 
-def detach(id: int, namespace_fd: int, loose: Collection[int] | None) -> None:
-    """Detach one, from within a visitor, if there is a way to it. Raises OSError."""
+def detaching(id: int, namespace_fd: int, loose: Collection[int] | None) -> Iterator[None]:
+    """Detach one, from within a visitor, if there is a way to it; yield after each call. Raises OSError."""
     for _ in range(MAXIMUM_IN_THE_WAY):
         way = find_way(id) if is_there(id) else None
         if way is None:
@@ -79,6 +87,7 @@ def detach(id: int, namespace_fd: int, loose: Collection[int] | None) -> None:
         mount_api.umount(name, FLAGS)
         if name == ROOT:
             setns(namespace_fd, Clone.NEWNS)  # what was our root directory is none any more
+        yield
 
 
 def find_way(id: int) -> Way | None:

@@ -49,7 +49,6 @@ IN_THE_WAY = (
     " end the processes there, or unmount what is above it"
 )
 LATE = "there was no more time: revoke it once more"
-ROUNDS = 3  # in which what was copied meanwhile is detached as well
 
 
 def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
@@ -68,14 +67,14 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     detached: list[Attachment] = []
     ids = {each.record.id for each in chosen}
     deadline = time.monotonic() + SECONDS
-    for _ in range(ROUNDS):
-        done = take_back(chosen, everybody, deadline)
+    moved = True
+    # Once more for what was copied meanwhile, or had more in the way than is detached at a time.
+    while moved and any(each.attached for each in chosen) and time.monotonic() < deadline:
+        done, moved = take_back(chosen, everybody, deadline)
         detached += done
         everybody = living(context)
         chosen = [each for each in everybody if each.record.id in ids]
-        if not done or not any(each.attached for each in chosen) or time.monotonic() > deadline:
-            break
-    why = IN_THE_WAY if time.monotonic() < deadline else LATE
+    why = LATE if moved else IN_THE_WAY
     held = holders(chosen, why) or unseen(chosen, context)
     told, unlisted = places(detached)
     reply = {"detached": told, "held": held, "unlisted": unlisted or None}
@@ -92,8 +91,11 @@ def is_meant(record: Record, name: str, value: object) -> bool:
     return record.id == value
 
 
-def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> list[Attachment]:
+def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> tuple[list[Attachment], bool]:
     """Detach mounts wherever they are attached, for as long as there is time; return where that was done.
+
+    And whether it is of use to go on: something was detached, if only what is in the way, or not all places
+    were come to.
 
     Whoever asked for one could enter the directories above it; within an image, maybe nobody can.
     """
@@ -103,6 +105,7 @@ def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> lis
         for place in each.attached:
             by_space.setdefault(place.namespace, []).append((place, each.record))
     done: list[Attachment] = []
+    moved = len(by_space) > MAXIMUM_SPACES
     with ExitStack() as stack:
         for space in opened(by_space.keys(), stack):
             there = by_space[space.id]
@@ -110,12 +113,12 @@ def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> lis
                 theirs = [(place, record) for place, record in there if record.owner == owner]
                 loose = {each.record.id for each in everybody if each.record.owner == owner}
                 own = find.owner(space.fd) == owner
-                take_back_there(theirs, space, None if own else loose, deadline)
+                moved |= take_back_there(theirs, space, None if own else loose, deadline)
             gone = [place for place, _ in there if not attaching.is_there(place.id, space.id)]
             if gone:
                 mount_table.note_detached(space.fd.fileno())
             done += gone
-    return done
+    return done, moved or bool(done)
 
 
 def opened(ids: Collection[int], stack: ExitStack) -> list[MountNamespace]:
@@ -135,23 +138,25 @@ def opened(ids: Collection[int], stack: ExitStack) -> list[MountNamespace]:
 
 def take_back_there(
     there: list[tuple[Attachment, Record]], space: MountNamespace, loose: set[int] | None, deadline: float
-) -> None:
-    """Detach what is attached in one mount namespace, and is of one owner."""
+) -> bool:
+    """Detach what is attached in one mount namespace, and is of one owner; return whether to go on."""
+    moved = False
     ways: list[tuple[int, AbstractContextManager[None]]] = [
         (uid, nullcontext()) for uid in sorted({record.uid for _, record in there})
     ]
     for uid, rights in (*ways, (0, capabilities.reading_everything())):
         if time.monotonic() > deadline:
-            break
+            return True
         ids = [place.id for place, record in there if uid in (0, record.uid)]
         ids = [id for id in ids if attaching.is_there(id, space.id)]
         begin = time.monotonic()
         seconds = min(SECONDS_OF_ONE, deadline - begin)
         if ids and seconds > 0:
             with suppress(SyscallError, MountdError), rights:
-                taking_back.take_back(ids, space.fd.fileno(), (uid, uid, ()), loose, seconds)
+                moved |= taking_back.take_back(ids, space.fd.fileno(), (uid, uid, ()), loose, seconds) > 0
         if time.monotonic() - begin >= seconds:
             break  # nor would it answer another
+    return moved
 
 
 def holders(left: list[Live], why: str) -> list[dict[str, object]]:

@@ -22,7 +22,7 @@ from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
 from mountd.kernel.mount_info import mount_id
-from tests.container import USER, as_user, forked, in_container
+from tests.container import USER, as_user, forked, in_container, staying_in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mount, mounted, outcome
 from tests.e2e.conftest import trusting
@@ -143,54 +143,30 @@ def test_one_container_does_not_see_another_of_its_owner(
             assert reply.mounts[0]["id"] in found
             return found
 
-    reader, writer = os.pipe()
-    goon, stay = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
+    def staying(theirs: socket.socket) -> None:
+        with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user"):
+            theirs.send(b"!")
+            theirs.recv(1)
 
-            def staying() -> None:
-                with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user"):
-                    os.write(writer, b"!")
-                    os.read(goon, 1)
-
-            in_container(staying, uids=((0, 300000, 65536),))
-        finally:
-            os._exit(0)
-    os.read(reader, 1)
-    try:
+    with staying_in_container(staying, uids=((0, 300000, 65536),)) as ours:
+        assert ours.recv(1) == b"!"
         assert len(in_container(container)) == 1
         assert len(listed_as(serving, USER)) >= 1
-    finally:
-        os.write(stay, b"!")
-        os.waitpid(pid, 0)
-        for fd in (reader, writer, goon, stay):
-            os.close(fd)
 
 
 @contextlib.contextmanager
 def busy_container(daemon: Daemon, image: Path, number: int) -> Iterator[None]:
     """A container that root has made, and that holds as many mounts."""
-    ours, theirs = socket.socketpair()
 
-    def work() -> None:
+    def work(theirs: socket.socket) -> None:
         mounts = [mount(daemon.socket, image).mount for _ in range(number)]
         theirs.send(b"!")
         theirs.recv(1)
         del mounts
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            in_container(work, owner=0)
-        finally:
-            os._exit(0)
-    theirs.close()
-    with ours:
+    with staying_in_container(work, owner=0) as ours:
         assert ours.recv(1) == b"!"
         yield
-    os.waitpid(pid, 0)
 
 
 def test_containers_that_root_has_made_are_nothing_to_each_other(

@@ -25,7 +25,7 @@ from mountd.kernel.mount_info import (
     namespace_of,
 )
 from mountd.ledger import find
-from tests.container import USER, in_container
+from tests.container import USER, in_container, staying_in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mounted
 from tests.e2e.conftest import trusting
@@ -39,10 +39,9 @@ FEW = 64  # descriptors that the daemon may have, beside those that it starts wi
 @contextlib.contextmanager
 def crowd(count: int, mounts: int = 0) -> Iterator[list[int]]:
     """A container that has made so many mount namespaces, each with so many mounts more; their ids."""
-    ours, theirs = socket.socketpair()
-    ours.settimeout(60)
 
-    def work() -> None:
+    def work(theirs: socket.socket) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
         ids, held = [], []
         for _ in range(count):
             namespaces.unshare(Clone.NEWNS)
@@ -55,18 +54,8 @@ def crowd(count: int, mounts: int = 0) -> Iterator[list[int]]:
         theirs.send(" ".join(map(str, ids)).encode())
         theirs.recv(1)
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
-            in_container(work)
-        finally:
-            os._exit(0)
-    theirs.close()
-    with ours:
+    with staying_in_container(work) as ours:
         yield [int(each) for each in ours.recv(1 << 20).split()]
-    os.waitpid(pid, 0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from mountd.kernel import mount_api
 from mountd.kernel.flags import Unmount
 from mountd.kernel.libc import call
-from tests.container import USER, as_user, in_container
+from tests.container import USER, as_user, staying_in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mounted
 from tests.e2e.conftest import trusting
@@ -32,10 +32,8 @@ def copied(daemon: Daemon, image: Path, *, gone: bool) -> Iterator[Callable[[], 
 
     What is yielded returns at which of them something is mounted.
     """
-    ours, theirs = socket.socketpair()
-    ours.settimeout(30)
 
-    def work() -> None:
+    def work(theirs: socket.socket) -> None:
         call("mount", b"t", b"/mnt", b"tmpfs", 0, b"")
         for name in "ab":
             os.mkdir(f"/mnt/{name}")
@@ -49,23 +47,14 @@ def copied(daemon: Daemon, image: Path, *, gone: bool) -> Iterator[Callable[[], 
         while theirs.recv(1):
             theirs.send(b"there: " + b"".join(n.encode() for n in "ab" if os.path.exists(f"/mnt/{n}/hello")))
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            in_container(work)
-        finally:
-            os._exit(0)
-    theirs.close()
+    with staying_in_container(work) as ours:
 
-    def look() -> str:
-        ours.send(b"?")
-        return ours.recv(100).decode().removeprefix("there: ")
+        def look() -> str:
+            ours.send(b"?")
+            return ours.recv(100).decode().removeprefix("there: ")
 
-    with ours:
         assert ours.recv(100) == b"ready"
         yield look
-    os.waitpid(pid, 0)
 
 
 def lose(daemon: Daemon) -> None:

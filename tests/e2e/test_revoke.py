@@ -15,7 +15,7 @@ from mountd.client import Client
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone
 from mountd.kernel.mount_info import mount_id
-from tests.container import USER, as_user, in_container
+from tests.container import USER, as_user, in_container, staying_in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import mounted, outcome
 from tests.e2e.conftest import trusting
@@ -40,11 +40,8 @@ def attached_in_a_container(daemon: Daemon, image: Path) -> Iterator[tuple[int, 
 
     Whatever is sent makes it say what is in /mnt of both.
     """
-    ours, theirs = socket.socketpair()
 
-    ours.settimeout(20)
-
-    def work() -> None:
+    def work(theirs: socket.socket) -> None:
         with mounted(daemon.socket, image, userns="/proc/self/ns/user") as reply:
             mount_api.move_mount(reply.mount.fileno(), "/mnt")
             id = mount_id(reply.mount.fileno())
@@ -60,17 +57,8 @@ def attached_in_a_container(daemon: Daemon, image: Path) -> Iterator[tuple[int, 
             os.close(below)
             theirs.send(f"{inner} {outer}".encode())
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            in_container(work)
-        finally:
-            os._exit(0)
-    theirs.close()
-    with ours:
+    with staying_in_container(work) as ours:
         yield int(ours.recv(100)), ours
-    os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("by", ["id", "uid"])
