@@ -14,7 +14,7 @@ SBIN := $(DESTDIR)$(PREFIX)/sbin
 BIN := $(DESTDIR)$(PREFIX)/bin
 SHARE := $(DESTDIR)$(PREFIX)/share
 
-.PHONY: demo test test-vm test-newest bench bench-seed setup install deb clean
+.PHONY: demo test test-vm bench bench-seed setup install deb clean
 
 demo: $(STAMP)
 	$(PYTHON) -m tests.demo
@@ -22,13 +22,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTHON) -m pytest
 
-# What needs another kernel, in a virtual machine.
+# What needs another kernel, in a virtual machine; and the clients of the newest systemd, in another one.
 test-vm: $(VM_STAMP)
-	$(PYTHON) -m pytest tests/vm/test_vm.py
-
-# The clients of the newest systemd, in another one: not a part of .ci/run, which has no time for it.
-test-newest: $(VM_STAMP)
-	$(PYTHON) -m pytest tests/vm/test_newest.py
+	$(PYTHON) -m pytest tests/vm/test_vm.py tests/vm/test_newest.py
 
 bench: $(STAMP)
 	$(PYTHON) -m tests.bench
