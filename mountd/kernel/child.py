@@ -25,6 +25,8 @@ EXIT_RAISED = 127  # as shells say it of a command that could not be run
 ABANDONED = 0.2  # seconds that a killed child has to end
 PATIENCE_TICK = 0.0005  # seconds
 
+_hanging: set[int] = set()  # abandoned children that have not ended
+
 
 def pipe() -> tuple[OwnedFd, OwnedFd]:
     """Return the reading and the writing end of a new pipe, close-on-exec. Raises OSError."""
@@ -45,6 +47,7 @@ def fork(work: "Callable[[int], int]") -> tuple[int, OwnedFd]:
         if pid == 0:
             status = EXIT_RAISED
             try:
+                _hanging.clear()  # they are no children of this one
                 reader.close()  # so that writing fails once nobody reads
                 status = work(writer.fileno())
             finally:
@@ -122,12 +125,20 @@ def end(pid: int, patience: float = 0.0) -> int:
 def abandon(pid: int, patience: float = ABANDONED) -> bool:
     """Kill the child and reap it, if it ends within `patience` seconds; return whether it did.
 
-    One that waits in the kernel for a file system's server ends when that answers, or when mountd does.
+    One that waits in the kernel for a file system's server ends when that answers, or its connection is
+    aborted; `hanging` counts it until then.
     """
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + patience
     while ended(pid) is None:
         if time.monotonic() > deadline:
+            _hanging.add(pid)
             return False
         time.sleep(PATIENCE_TICK)
     return True
+
+
+def hanging() -> int:
+    """Reap those of the abandoned children of this process that have ended; return how many have not."""
+    _hanging.difference_update({pid for pid in _hanging if ended(pid) is not None})
+    return len(_hanging)

@@ -14,7 +14,15 @@ import os
 import struct
 
 from mountd.errors import SyscallError
-from mountd.kernel.child import abandon, close_all_but, end, end_with_parent, fork, read_all
+from mountd.kernel.child import (
+    abandon,
+    close_all_but,
+    end,
+    end_with_parent,
+    fork,
+    hanging,
+    read_all,
+)
 from mountd.kernel.flags import Clone, Unmount
 from mountd.kernel.libc import call
 from mountd.kernel.mount_api import umount
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
 MAXIMUM_ANSWER = 64 << 10  # bytes
+MAXIMUM_HANGING = 16
 DONE, FAILED = b"+", b"-"
 NUMBER = struct.Struct("=i")
 
@@ -59,9 +68,12 @@ def visit(
 
     All descriptors are borrowed; the child has those in `keep` only. `ids` are the user id, the group id and
     the other groups whose rights it has to files. After `seconds`, if given, nobody waits for it any more,
-    even if it hangs in the kernel. Raises SyscallError for an OSError of `work`, and where the namespace
-    cannot be entered, or the child has ended without a word or is not waited for.
+    even if it hangs in the kernel; EAGAIN is raised if too many do by now. Raises SyscallError for an
+    OSError of `work`, and where the namespace cannot be entered, or the child has ended without a word or
+    is not waited for.
     """
+    if seconds is not None and hanging() >= MAXIMUM_HANGING:
+        raise SyscallError(11, "fork(one more child, while others hang in file systems)")  # EAGAIN
     pid, reader = fork(lambda writer: _be(namespace_fd, keep, ids, work, writer))
     try:
         with reader:

@@ -12,10 +12,13 @@ import pytest
 
 from mountd.errors import SyscallError
 from mountd.fds import OwnedFd
+from mountd.kernel import child, visitor
 from mountd.kernel.libc import call
 from mountd.kernel.visitor import Visitor, visit
 from tests.container import forked
+from tests.fuse import Fuse, Op
 
+ROOT = (0, 0, ())
 IDS = (4000, 4001, (4002, 4003))
 
 
@@ -96,6 +99,31 @@ def test_what_is_no_mount_namespace() -> None:
         pytest.raises(SyscallError, match="setns"),
     ):
         visit(fd.fileno(), [], IDS, lambda _: b"")
+
+
+def test_one_that_hangs_is_counted_until_it_ends(
+    namespace: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reaped then; while there are too many, there are no more."""
+    with Fuse(tmp_path / "fuse", b"") as fuse, monkeypatch.context() as patch:
+        patch.setattr(visitor, "MAXIMUM_HANGING", 2)
+        fuse.silence(Op.STATFS)
+
+        def work(_: Visitor) -> bytes:
+            os.statvfs(fuse.path)
+            return b""
+
+        for count in (1, 2):
+            with pytest.raises(SyscallError, match="ECHILD"):
+                visit(namespace, [], ROOT, work, 0.1)
+            assert child.hanging() == count
+        with pytest.raises(SyscallError, match="EAGAIN"):
+            visit(namespace, [], ROOT, lambda _: b"said", 5)
+        fuse.abort()
+        deadline = time.monotonic() + 10
+        while child.hanging() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert visit(namespace, [], ROOT, lambda _: b"said", 5) == b"said"
 
 
 def test_it_dies_with_its_parent(namespace: int) -> None:
