@@ -24,6 +24,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
 import stat
 import time
 from dataclasses import replace
@@ -72,8 +73,13 @@ class Reservation:
         self._paths = paths
 
     def fill(self, record: Record) -> None:
-        """Write the record down; from now on the mount is known. Raises SyscallError, such as ENOSPC."""
+        """Write the record down; from now on the mount is known.
+
+        Raises SyscallError, such as ENOSPC, and LimitExceeded for one that could not be read again.
+        """
         data = record.encode()
+        if len(data) > MAXIMUM_SIZE:
+            raise LimitExceeded("bytes of what is written down of one mount", MAXIMUM_SIZE)
         try:
             if os.write(self._fd, data) != len(data):
                 raise SyscallError(28, "write(a record)")
@@ -261,14 +267,27 @@ class Book:
             self._free({place for place in others if place[1] not in places})
 
     def _make(self) -> None:
-        """Make the directory if it is not there, with what is there without it. Raises OSError."""
-        try:
-            os.mkdir(self._directory, 0o700)
-        except FileExistsError:
+        """Make the directory if it is not there, with what is there without it. Raises OSError.
+
+        Nobody sees it before it is whole, or could take a place that counts for what is not yet written.
+        """
+        if os.path.isdir(self._directory):
             return
         from mountd.ledger.rebuilding import rebuild  # of no use otherwise
 
-        rebuild(self, self._attached())
+        parent = os.open(os.path.dirname(self._directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX)
+            if os.path.isdir(self._directory):
+                return
+            passing = f"{self._directory}.new"
+            shutil.rmtree(passing, ignore_errors=True)  # of a process that was killed meanwhile
+            os.mkdir(passing, 0o700)
+            anew = Book(passing, self.watches_fd, self.marks_fd, self._maximum, self.hidden)
+            rebuild(anew, self._attached())
+            os.rename(passing, self._directory)
+        finally:
+            os.close(parent)
 
     def _places(self, *, rules: bool = False) -> set[Place]:
         """Return each place that is taken, or each other name of one."""

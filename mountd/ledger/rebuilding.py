@@ -58,7 +58,7 @@ class Attached(Protocol):
 def rebuild(book: Book, attached: Iterable[Attached]) -> None:
     """Write down all that is still there, as far as it is known, in a book that was just begun.
 
-    Others may write to it already what they hand out. Raises OSError, SyscallError.
+    Raises OSError, SyscallError.
     """
     watches = {device: number for number, device in watch.watched(book.watches_fd).items()}
     told = {record.id for record in book.records()}

@@ -30,7 +30,7 @@ from mountd.execute import attachment, mount_table, trees
 from mountd.execute.attachment import Outcome
 from mountd.execute.seal import ONE_OF_THEM
 from mountd.fds import close_all
-from mountd.kernel import namespaces
+from mountd.kernel import mount_info, namespaces
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
 from mountd.ledger import find
@@ -127,7 +127,7 @@ def attach_made(
     grant = next((each.grant for each in context.policy.policy.rules if each.name == record.rule), None)
     patterns = () if grant is None else grant.attach
     with site_of(target_fd, caller, record.rule, patterns, context) as site:
-        namespace = namespaces.namespace_id(site.namespace_fd) or 0
+        namespace = id_of(site.namespace_fd)
         if records.find(record.id) is not None or attachment.is_there(record.id, namespace):
             raise AttachNotPermitted("the mount is attached already", hint="detach it first")
         context.enter(Phase.MOUNT)
@@ -292,7 +292,7 @@ def written_down_and_put(
                     id=part.id,
                     uid=site.who.uid,
                     gid=site.who.gid,
-                    namespace=namespaces.namespace_id(site.namespace_fd) or 0,
+                    namespace=id_of(site.namespace_fd),
                     rule=rule,
                     path=os.path.join(site.place.path, part.place) if part.place else site.place.path,
                     since=int(time.time()),
@@ -331,6 +331,14 @@ def put_there(mounts: list[int], site: Site, context: RequestContext) -> None:
         raise
 
 
+def id_of(namespace_fd: int) -> int:
+    """Return the id of a mount namespace, 0 on kernels that tell none. Raises SyscallError."""
+    try:
+        return mount_info.namespace_id(namespace_fd)
+    except NotSupported:
+        return 0
+
+
 def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
     """io.mountd.Mount.Detach: detach what was attached for the caller."""
     context.enter(Phase.VERIFY)
@@ -349,10 +357,10 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     with context.peer.mount_namespace() as namespace:
         ids = (record.uid, record.gid, groups)
         outcome, gone = taken_away(record, namespace.fileno(), ids, lazy=bool(parameters.get("lazy")))
-        here = namespaces.namespace_id(namespace.fileno())
+        here = id_of(namespace.fileno())
         if outcome in (Outcome.DONE, Outcome.PARTLY):
             mount_table.note_detached(namespace.fileno(), None if record.tree else record.path)
-    if outcome is not Outcome.ABSENT or record.namespace == here:
+    if outcome is not Outcome.ABSENT or (here and record.namespace == here):
         for each in gone:
             records.remove(each)
     if outcome is Outcome.ABSENT:

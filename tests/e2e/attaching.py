@@ -101,12 +101,12 @@ def user_of(daemon: Daemon, grounds: Path, uid: int, mode: int = 0o700) -> User:
 
 @contextmanager
 def granting(
-    place: Path, name: str, policy: Callable[[str], str], *arguments: str
+    place: Path, name: str, policy: Callable[[str], str], *arguments: str, **run: object
 ) -> Iterator[tuple[Daemon, Path]]:
     """A daemon whose policy lets users attach below directories of theirs, and where these are."""
     grounds = place / name
     grounds.mkdir(mode=0o755)
-    daemon = Daemon(place / f"{name}-daemon", policy(f'["{grounds}/$UID/**"]'), arguments)
+    daemon = Daemon(place / f"{name}-daemon", policy(f'["{grounds}/$UID/**"]'), arguments, **run)
     yield daemon, grounds
     assert daemon.stop() == 0, daemon.log
     assert "internal error" not in daemon.log

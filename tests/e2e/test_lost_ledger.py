@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mountd.errors import LimitExceeded
+from mountd.kernel.flags import Ioctl
 from tests.container import USER, as_user
 from tests.daemon import Daemon
 from tests.e2e.attaching import User, granting, user_of
@@ -17,6 +20,7 @@ from tests.e2e.conftest import trusting
 from tests.e2e.test_list import listed, wait_for
 from tests.e2e.test_revoke import attached_in_a_container, revoke
 from tests.e2e.test_shared import ask_as
+from tests.seccomp import lose
 
 ALICE = 4236
 NOBODY = 0xFFFFFFFF
@@ -35,14 +39,23 @@ def stopped(daemon: Daemon) -> None:
 LOSSES = pytest.mark.parametrize("lose", [running, stopped])
 
 
-@pytest.fixture
-def alice(place: Path, tmp_path: Path) -> Iterator[User]:
+IOCTL = {"x86_64": 16, "aarch64": 29}[os.uname().machine]
+KERNELS = {
+    "this kernel": None,
+    "without ids of all kinds of namespaces": lambda: lose(IOCTL, errno.ENOTTY, (1, Ioctl.NS_GET_ID)),
+}
+
+
+@pytest.fixture(params=KERNELS)
+def alice(request: pytest.FixtureRequest, place: Path, tmp_path: Path) -> Iterator[User]:
     """With a daemon of its own, since that is started again."""
 
     def policy(grant: str) -> str:
         return trusting(place / "trusted", attach=grant)
 
-    with granting(place, f"lostledger-{tmp_path.name}", policy, "--max-mounts", "2") as (daemon, grounds):
+    name = f"lostledger-{tmp_path.name}"
+    lacking = KERNELS[request.param]
+    with granting(place, name, policy, "--max-mounts", "2", preexec_fn=lacking) as (daemon, grounds):
         yield user_of(daemon, grounds, ALICE)
 
 

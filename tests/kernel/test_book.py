@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from mountd.errors import LimitExceeded
 from mountd.fds import OwnedFd
-from mountd.kernel import watch
+from mountd.kernel import mount_api, watch
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
+from mountd.kernel.mount_info import mount_id
 from mountd.ledger import book as module
 from mountd.ledger.book import Book, Reservation, usable
 from mountd.ledger.record import Record
@@ -29,8 +32,8 @@ def watches() -> Iterator[OwnedFd]:
         yield fd
 
 
-def book(home: Path, watches: OwnedFd, maximum: int = 8) -> Book:
-    return Book(str(home), watches.fileno(), None, maximum, frozenset())
+def book(home: Path, watches: OwnedFd, maximum: int = 8, attached: Callable[[], list[Known]] = list) -> Book:
+    return Book(str(home), watches.fileno(), None, maximum, frozenset(), attached)
 
 
 def mount() -> OwnedFd:
@@ -211,3 +214,83 @@ def test_what_is_no_directory_of_the_ledger(tmp_path: Path, watches: OwnedFd) ->
     close(mounts)
     ledger._collect()
     assert ledger.records() == []
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is written down elsewhere of a mount that mountd has attached."""
+
+    id: int
+    namespace: int = 0
+    uid: int = OWNER[0]
+    rule: str | None = None
+    since: int = 1
+
+
+def test_nobody_takes_a_place_before_it_is_written_anew(tmp_path: Path, watches: OwnedFd) -> None:
+    """What is there counts for whoever asks meanwhile."""
+    home = tmp_path / "ledger"
+    asking = threading.Thread(target=lambda: refused.append(reserved(book(home, watches, 1))))
+    refused: list[bool] = []
+
+    def attached() -> list[Known]:
+        asking.start()
+        asking.join(0.3)
+        assert not home.exists()
+        return [Known(mount_id(made.fileno()))]
+
+    with mounted_at(tmp_path / "mnt") as made:
+        found = book(home, watches, 1, attached).records()
+        asking.join()
+        assert [record.uid for record in found] == [OWNER[0]]
+        assert refused == [True]
+    assert not (tmp_path / "ledger.new").exists()
+
+
+def test_one_that_was_killed_meanwhile_is_followed_by_another(tmp_path: Path, watches: OwnedFd) -> None:
+    home = tmp_path / "ledger"
+
+    def killed() -> list[Known]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    with mounted_at(tmp_path / "mnt") as made:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                book(home, watches, 1, killed).records()
+            finally:
+                os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+        assert not home.exists()
+        known = Known(mount_id(made.fileno()))
+        assert len(book(home, watches, 1, lambda: [known]).records()) == 1
+
+
+def reserved(ledger: Book) -> bool:
+    """Whether there is no place, after one was asked for; it is given back."""
+    try:
+        ledger.reserve(OWNER, None, None).give_back()
+    except LimitExceeded:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def mounted_at(path: Path) -> Iterator[OwnedFd]:
+    path.mkdir()
+    with mount() as made:
+        mount_api.move_mount(made.fileno(), str(path))
+        try:
+            yield made
+        finally:
+            mount_api.umount(str(path))
+
+
+def test_what_could_not_be_read_again_is_not_written(home: Path, watches: OwnedFd) -> None:
+    ledger = book(home, watches)
+    place = ledger.reserve(OWNER, None, None)
+    with pytest.raises(LimitExceeded, match="32768"):
+        place.fill(replace(RECORD, digest="x" * 33000))
+    place.give_back()
+    assert ledger._places() == set()
