@@ -18,7 +18,7 @@ from tests.e2e.attaching import DIRECTORY, User, asked, detached, user_of
 from tests.e2e.conftest import trusting
 
 ERIN = 4231
-MANY = 128
+MANY = int(os.environ.get("MOUNTD_TEST_ATTACHED", "128"))
 MOUNT_MAX = Path("/proc/sys/fs/mount-max")
 MOST = 300  # mounts of a namespace: more than are in any that mountd itself has
 
