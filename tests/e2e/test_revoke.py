@@ -136,3 +136,26 @@ def test_only_root_and_only_one_of_them(serving: Daemon, images: dict[str, Path]
     assert ask()[0] == "NotFound"
     for which in ({}, {"id": 1, "uid": 1}):
         assert outcome(lambda which=which: revoke(serving, **which))[0] == "InvalidParameter"
+
+
+def test_copies_that_are_locked_are_told(serving: Daemon, images: dict[str, Path], containers: None) -> None:
+    """In a user namespace within the container's, all that it began with is locked; also to the host's root."""
+
+    def work(theirs: socket.socket) -> None:
+        with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
+            mount_api.move_mount(reply.mount.fileno(), "/mnt")
+        namespaces.unshare(Clone.NEWUSER | Clone.NEWNS)
+        theirs.send(str(os.getpid()).encode())
+        theirs.recv(1)
+
+    with staying_in_container(work) as ours:
+        assert ours.recv(16)
+        (mount,) = listed(serving, everybody=True)
+        assert {place["mountPoint"] for place in mount["attached"]} == {"/mnt"}
+        reply = revoke(serving, id=mount["id"])
+        assert reply["detached"] == []
+        place, *holders = reply["held"]
+        assert place["what"].startswith("attached at /mnt in mount namespace ")
+        assert "it is locked there: end the processes there" in place["what"]
+        assert any(each["pid"] for each in holders)
+    wait_for(lambda: not listed(serving, everybody=True))
