@@ -28,6 +28,7 @@ TOO_LONG = "(a path too long to be told)"
 IDENTITY = StatxMask.MNT_ID_UNIQUE
 LONGEST_LOOK = 2.0  # seconds
 MANY = 1 << 20  # mounts; more than the kernel lets a mount namespace have, as it is usually set
+HOST = -1  # nobody's number
 OWN_USERNS = "/proc/self/ns/user"
 GONE = ("ENOENT", "ESRCH", "EINVAL")
 
@@ -66,8 +67,11 @@ def attachments(
     anybody has the time to look at, so that it ends after `seconds`. Raises SyscallError, NotSupported.
     """
     found: list[Attachment] = []
-    deadline = time.monotonic() + seconds
-    for namespace in in_order(hidden, deadline):
+    begin = time.monotonic()
+    namespaces = in_order(hidden, begin + seconds / 2)
+    # What it takes to get to all of them is not taken from those that come first.
+    deadline = max(begin + seconds, time.monotonic() + seconds / 2)
+    for namespace in namespaces:
         for id in ended_is_empty(namespace):
             place = attached_at(id, namespace, devices, ids)
             if place is not None:
@@ -78,18 +82,24 @@ def attachments(
 
 
 def in_order(hidden: frozenset[int], deadline: float) -> list[int]:
-    """Return the ids of mount namespaces: the host's, then those with few mounts, and then the others.
+    """Return the ids of mount namespaces: the host's, and then one of each owner of containers in turn.
 
-    Who makes many is looked at last, and harms nobody else. Raises SyscallError, NotSupported.
+    Of one owner's, those with few mounts come first. So who makes many, of whichever, harms nobody else.
+    Raises SyscallError, NotSupported.
     """
-    found: list[tuple[bool, int, int]] = []
+    of_each: dict[int, list[tuple[int, int]]] = {}
     for space in mount_info.mount_namespaces():
         if space.id not in hidden:
             count = 0
             with contextlib.suppress(SyscallError):  # it has ended
                 count = mount_info.count_mounts(space.id, MANY) if time.monotonic() < deadline else MANY
-            found.append((not is_hosts(space.fd), count, space.id))
-    return [id for _, _, id in sorted(found)]
+            whose = owner(space.fd)
+            of_each.setdefault(HOST if whose is None else whose, []).append((count, space.id))
+    found: list[tuple[bool, int, int, int]] = []
+    for whose, theirs in of_each.items():
+        for turn, (count, id) in enumerate(sorted(theirs)):
+            found.append((whose != HOST, turn, count, id))
+    return [id for *_, id in sorted(found)]
 
 
 def is_hosts(namespace: OwnedFd) -> bool:

@@ -37,7 +37,7 @@ FEW = 64  # descriptors that the daemon may have, beside those that it starts wi
 
 
 @contextlib.contextmanager
-def crowd(count: int, mounts: int = 0) -> Iterator[list[int]]:
+def crowd(count: int, mounts: int = 0, owner: int = USER) -> Iterator[list[int]]:
     """A container that has made so many mount namespaces, each with so many mounts more; their ids."""
 
     def work(theirs: socket.socket) -> None:
@@ -54,7 +54,7 @@ def crowd(count: int, mounts: int = 0) -> Iterator[list[int]]:
         theirs.send(" ".join(map(str, ids)).encode())
         theirs.recv(1)
 
-    with staying_in_container(work) as ours:
+    with staying_in_container(work, owner=owner) as ours:
         yield [int(each) for each in ours.recv(1 << 20).split()]
 
 
@@ -98,6 +98,16 @@ def test_who_makes_many_mounts_is_looked_at_last(containers: None) -> None:
         assert sorted(find.in_order(frozenset(), 0.0)) == sorted(order)
         assert count_mounts(many, 1 << 20) == len(listmount(namespace=many)) > 3000
         assert count_mounts(many, 5) >= 5
+
+
+@pytest.mark.parametrize("deadline", [float("inf"), 0.0])
+def test_who_makes_many_namespaces_is_not_looked_at_before_others(containers: None, deadline: float) -> None:
+    """Whether there is time to count what is in them, or not."""
+    with crowd(300) as many, crowd(2, 200, owner=USER + 1) as few:
+        order = find.in_order(frozenset(), deadline)
+        assert set(order) >= {*many, *few}
+        last = max(order.index(each) for each in few)
+        assert len([each for each in many if order.index(each) < last]) <= 4
 
 
 def test_a_path_that_is_too_long_is_nobodys_harm(

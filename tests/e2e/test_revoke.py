@@ -139,7 +139,7 @@ def test_only_root_and_only_one_of_them(serving: Daemon, images: dict[str, Path]
 
 
 def test_copies_that_are_locked_are_told(serving: Daemon, images: dict[str, Path], containers: None) -> None:
-    """In a user namespace within the container's, all that it began with is locked; also to the host's root."""
+    """In a user namespace in the container's, all that it began with is, for the host's root as well."""
 
     def work(theirs: socket.socket) -> None:
         with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
