@@ -221,6 +221,21 @@ def test_busy_and_lazy(scene: Scene, images: dict[str, Path]) -> None:
     scene.play(work)
 
 
+@pytest.mark.parametrize("option", ["--force", "--no-mtab", "--all-targets", "--recursive"])
+def test_what_umount_lets_root_alone_ask_for(scene: Scene, images: dict[str, Path], option: str) -> None:
+    """It says so itself, and does not come as far as its helper; as umount.mountd(8) says."""
+
+    def work() -> None:
+        assert scene.alice("mount", "-t", "mountd", images["erofs"], scene.target).returncode == 0
+        refused = scene.alice("umount", option, scene.target)
+        assert refused.returncode != 0
+        assert refused.stderr.startswith("umount: "), refused.stderr
+        assert mounted(scene.target) is not None
+        assert told(scene.alice("umount", scene.target)) == (0, "", "")
+
+    scene.play(work)
+
+
 def test_two_on_one_another(scene: Scene, images: dict[str, Path]) -> None:
     """The upper one goes first, and each has its line."""
 
