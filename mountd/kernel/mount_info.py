@@ -124,46 +124,30 @@ class MountNamespace:
 
 
 def mount_namespaces() -> "Iterator[MountNamespace]":
-    """Yield all mount namespaces, this process's own included, each until the next is asked for.
+    """Yield all mount namespaces, each until the next is asked for: this process's own, and those around it.
 
-    Only one is open at a time: any user can make more of them than a process may have descriptors. The
+    Only two are open at a time: any user can make more of them than a process may have descriptors. The
     kernel lists them for who has CAP_SYS_ADMIN and is in no pid namespace; within one, those are found that
     some process there is in. Raises SyscallError, and NotSupported before Linux 6.12.
     """
-    try:
-        space: MountNamespace | None = _first_namespace()
-    except SyscallError as error:
-        if error.errno_name != "EPERM":
-            raise
-        yield from _namespaces_of_processes()
-        return
-    while space is not None:
-        with space.fd:
-            yield space
-            space = _neighbour(space.fd, Ioctl.NS_MNT_GET_NEXT)
+    with namespace_of("self") as own:
+        yield own
+        for way in (Ioctl.NS_MNT_GET_NEXT, Ioctl.NS_MNT_GET_PREV):
+            try:
+                space = _neighbour(own.fd, way)
+            except SyscallError as error:
+                if error.errno_name != "EPERM":
+                    raise
+                yield from _namespaces_of_processes(own.id)
+                return
+            while space is not None:
+                with space.fd:
+                    yield space
+                    space = _neighbour(space.fd, way)
 
 
-def _first_namespace() -> MountNamespace:
-    own = OwnedFd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
-    try:
-        first = MountNamespace(own, namespace_id(own.fileno()))
-    except BaseException:
-        own.close()
-        raise
-    while True:
-        try:
-            earlier = _neighbour(first.fd, Ioctl.NS_MNT_GET_PREV)
-        except BaseException:
-            first.fd.close()
-            raise
-        if earlier is None:
-            return first
-        first.fd.close()
-        first = earlier
-
-
-def _namespaces_of_processes() -> "Iterator[MountNamespace]":
-    known: set[int] = set()
+def _namespaces_of_processes(own: int) -> "Iterator[MountNamespace]":
+    known = {own}
     for pid in os.listdir("/proc"):
         if not pid.isdecimal():
             continue

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mountd.fds import OwnedFd
 
     Device = tuple[int, int]
+    Owners = dict[tuple[int, int], int | None]  # of user namespaces, by device and inode
 
 DEVICE = StatmountMask.SB_BASIC
 TYPE = StatmountMask.FS_TYPE
@@ -27,8 +28,8 @@ PLACE = StatmountMask.MNT_POINT
 TOO_LONG = "(a path too long to be told)"
 IDENTITY = StatxMask.MNT_ID_UNIQUE
 LONGEST_LOOK = 2.0  # seconds
+LONGEST_WALK = 3.0  # seconds, before that
 MANY = 1 << 20  # mounts; more than the kernel lets a mount namespace have, as it is usually set
-HOST = -1  # nobody's number
 OWN_USERNS = "/proc/self/ns/user"
 GONE = ("ENOENT", "ESRCH", "EINVAL")
 
@@ -59,18 +60,21 @@ class Use:
 
 
 def attachments(
-    devices: set[Device], ids: set[int], hidden: frozenset[int], seconds: float = LONGEST_LOOK
+    devices: set[Device],
+    ids: set[int],
+    hidden: frozenset[int],
+    seconds: float = LONGEST_LOOK,
+    walk_seconds: float = LONGEST_WALK,
 ) -> tuple[list[Attachment], bool]:
     """Return where mounts of these superblocks, or with these ids, are attached, and whether that is all.
 
-    Those in the mount namespaces with the ids `hidden` are left out. Any user can have more mounts than
-    anybody has the time to look at, so that it ends after `seconds`. Raises SyscallError, NotSupported.
+    Those in the mount namespaces with the ids `hidden` are left out. Any user can have more mounts, and more
+    mount namespaces, than anybody has the time to look at, so that it goes through those for `walk_seconds`
+    and looks at what is in them for `seconds` at the most. Raises SyscallError, NotSupported.
     """
     found: list[Attachment] = []
-    begin = time.monotonic()
-    namespaces = in_order(hidden, begin + seconds / 2)
-    # What it takes to get to all of them is not taken from those that come first.
-    deadline = max(begin + seconds, time.monotonic() + seconds / 2)
+    namespaces, complete = in_order(hidden, time.monotonic() + walk_seconds)
+    deadline = time.monotonic() + seconds
     for namespace in namespaces:
         for id in ended_is_empty(namespace):
             place = attached_at(id, namespace, devices, ids)
@@ -78,28 +82,32 @@ def attachments(
                 found.append(place)
             if time.monotonic() > deadline:
                 return found, False
-    return found, time.monotonic() <= deadline
+    return found, complete and time.monotonic() <= deadline
 
 
-def in_order(hidden: frozenset[int], deadline: float) -> list[int]:
+def in_order(hidden: frozenset[int], deadline: float) -> tuple[list[int], bool]:
     """Return the ids of mount namespaces: the host's, and then one of each owner of containers in turn.
 
-    Of one owner's, those with few mounts come first. So who makes many, of whichever, harms nobody else.
-    Raises SyscallError, NotSupported.
+    And whether that are all: none is added after the deadline. Of one owner's, those with few mounts come
+    first. So who makes many, of whichever, harms nobody else. Raises SyscallError, NotSupported.
     """
-    of_each: dict[int, list[tuple[int, int]]] = {}
+    of_each: dict[int | None, list[tuple[int, int]]] = {}
+    owners: Owners = {}
+    complete = True
     for space in mount_info.mount_namespaces():
-        if space.id not in hidden:
-            count = 0
-            with contextlib.suppress(SyscallError):  # it has ended
-                count = mount_info.count_mounts(space.id, MANY) if time.monotonic() < deadline else MANY
-            whose = owner(space.fd)
-            of_each.setdefault(HOST if whose is None else whose, []).append((count, space.id))
+        if space.id in hidden:
+            continue
+        if time.monotonic() > deadline:
+            complete = False
+            break
+        with contextlib.suppress(SyscallError):  # it has ended
+            count = mount_info.count_mounts(space.id, MANY)
+            of_each.setdefault(owner(space.fd, owners), []).append((count, space.id))
     found: list[tuple[bool, int, int, int]] = []
     for whose, theirs in of_each.items():
         for turn, (count, id) in enumerate(sorted(theirs)):
-            found.append((whose != HOST, turn, count, id))
-    return [id for *_, id in sorted(found)]
+            found.append((whose is not None, turn, count, id))
+    return [id for *_, id in sorted(found)], complete
 
 
 def is_hosts(namespace: OwnedFd) -> bool:
@@ -107,20 +115,29 @@ def is_hosts(namespace: OwnedFd) -> bool:
     return owner(namespace) is None
 
 
-def owner(namespace: OwnedFd) -> int | None:
+def owner(namespace: OwnedFd, known: Owners | None = None) -> int | None:
     """Return whose container a mount namespace is in, None for the host's own.
 
-    That is who made the outermost user namespace.
+    That is who made the outermost user namespace. In `known` it is kept of all on the way to that, for who
+    asks of many that are all there: each of them can lie in as many others as the kernel lets it.
     """
+    known = {} if known is None else known
     found = None
+    passed: list[tuple[int, int]] = []
     with contextlib.suppress(SyscallError), contextlib.ExitStack() as stack:
         outer: OwnedFd | None = stack.enter_context(owner_of(namespace.fileno()))
         own = os.stat(OWN_USERNS)
-        while outer is not None and not os.path.samestat(os.fstat(outer.fileno()), own):
+        while outer is not None and not os.path.samestat(status := os.fstat(outer.fileno()), own):
+            here = (status.st_dev, status.st_ino)
+            if here in known:
+                found = known[here]
+                break
+            passed.append(here)
             found = owner_uid(outer.fileno())
             outer = parent(outer.fileno())
             if outer is not None:
                 stack.enter_context(outer)
+        known.update(dict.fromkeys(passed, found))
     return found
 
 

@@ -68,6 +68,8 @@ def rebuild(book: Book, attached: Iterable[Attached]) -> None:
                 # It was attached for a user of the host, who then pays for it.
                 _write(book, (each.uid, 0), known(described(each.id, each.namespace, watches), each))
     devices = watches.keys() - {record.device for record in book.records()}
+    if not devices:
+        return  # as it is after every start of the system: no need to look everywhere for nothing
     with suppress(SyscallError, NotSupported, LimitExceeded):
         for place in sorted(find.attachments(devices, set(), book.hidden)[0], key=lambda place: place.id):
             if place.device in devices:

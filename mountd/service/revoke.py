@@ -39,7 +39,9 @@ UNSEEN = "no process shows it: a descriptor on its way, a mapping, or a file sys
 NOT_ALL = "there may be others: so many files are open on this system that not all were looked at"
 NOT_ALL_PLACES = "there may be other places: so many mounts are on this system that not all were looked at"
 PATIENCE_SECONDS = 0.2  # until a superblock that nobody has any more is gone
-SECONDS = 4.0  # until no more are detached
+SECONDS = 4.0  # of detaching, until it is looked at what is left
+ROUNDS_SECONDS = 8.0  # until that is not done once more
+MOST_SECONDS = 30  # in which all of that has an end, and looking where mounts are, and who holds them
 SECONDS_OF_ONE = 1.0  # for one mount namespace, where a file system's server may be silent
 MAXIMUM_SPACES = 128  # mount namespaces at a time
 MAXIMUM_TOLD = 64  # of each kind of what holds a mount
@@ -63,14 +65,14 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     if not chosen:
         raise NotFound(f"a live mount with {name} {value}", hint="“mountctl list --all” shows what there is")
     context.notes["source"] = ", ".join(sorted({each.record.source for each in chosen}))[:1024]
-    context.enter(Phase.MOUNT)
+    context.enter(Phase.MOUNT, MOST_SECONDS)
     detached: list[Attachment] = []
     ids = {each.record.id for each in chosen}
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + ROUNDS_SECONDS
     moved = True
     # Once more for what was copied meanwhile, or had more in the way than is detached at a time.
     while moved and any(each.attached for each in chosen) and time.monotonic() < deadline:
-        done, moved = take_back(chosen, everybody, deadline)
+        done, moved = take_back(chosen, everybody)
         detached += done
         everybody = living(context)
         chosen = [each for each in everybody if each.record.id in ids]
@@ -91,8 +93,8 @@ def is_meant(record: Record, name: str, value: object) -> bool:
     return record.id == value
 
 
-def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> tuple[list[Attachment], bool]:
-    """Detach mounts wherever they are attached, for as long as there is time; return where that was done.
+def take_back(chosen: list[Live], everybody: list[Live]) -> tuple[list[Attachment], bool]:
+    """Detach mounts wherever they are attached, for SECONDS at the most; return where that was done.
 
     And whether it is of use to go on: something was detached, if only what is in the way, or not all places
     were come to.
@@ -107,7 +109,9 @@ def take_back(chosen: list[Live], everybody: list[Live], deadline: float) -> tup
     done: list[Attachment] = []
     moved = len(by_space) > MAXIMUM_SPACES
     with ExitStack() as stack:
-        for space in opened(by_space.keys(), stack):
+        spaces = opened(by_space.keys(), stack)
+        deadline = time.monotonic() + SECONDS
+        for space in spaces:
             there = by_space[space.id]
             for owner in {record.owner for _, record in there}:
                 theirs = [(place, record) for place, record in there if record.owner == owner]
@@ -127,11 +131,14 @@ def opened(ids: Collection[int], stack: ExitStack) -> list[MountNamespace]:
     In no order: otherwise those that take too long, if they came first, would keep the others for ever.
     """
     wanted = set(random.sample(sorted(ids), min(len(ids), MAXIMUM_SPACES)))
-    found = []
+    found: list[MountNamespace] = []
+    end = time.monotonic() + find.LONGEST_WALK
     for space in mount_namespaces():
         if space.id in wanted:
             fd = stack.enter_context(OwnedFd(os.dup(space.fd.fileno())))
             found.append(MountNamespace(fd, space.id))
+        if len(found) == len(wanted) or time.monotonic() > end:
+            break
     random.shuffle(found)
     return found
 

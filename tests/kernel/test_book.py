@@ -19,6 +19,7 @@ from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
 from mountd.kernel.mount_info import mount_id
 from mountd.ledger import book as module
+from mountd.ledger import find
 from mountd.ledger.book import Book, Reservation, usable
 from mountd.ledger.record import Record
 
@@ -265,6 +266,14 @@ def test_one_that_was_killed_meanwhile_is_followed_by_another(tmp_path: Path, wa
         assert not home.exists()
         known = Known(mount_id(made.fileno()))
         assert len(book(home, watches, 1, lambda: [known]).records()) == 1
+
+
+def test_it_is_not_looked_everywhere_for_nothing(
+    tmp_path: Path, watches: OwnedFd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is after every start of the system, when somebody may have made any number of namespaces."""
+    monkeypatch.setattr(find, "attachments", None)
+    assert book(tmp_path / "ledger", watches).records() == []
 
 
 def reserved(ledger: Book) -> bool:
