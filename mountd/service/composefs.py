@@ -88,7 +88,9 @@ def look_at(
     NotImmutable for a description that can still change, NotSupported where mkcomposefs is missing.
     """
     objects = tuple(
-        look_at_objects(fd, f"{OBJECTS_FIELD}[{at}]", caller, context)
+        look_at_objects(
+            fd, f"{OBJECTS_FIELD}[{at}]", caller, context, inside=composefs.description_fd is None
+        )
         for at, fd in enumerate(composefs.objects_fds)
     )
     about = Composefs(tuple(each for each, _ in objects), composefs.verity, composefs.digest)
@@ -118,9 +120,12 @@ def look_at(
 
 
 def look_at_objects(
-    fd: int, field: str, caller: Caller, context: RequestContext
+    fd: int, field: str, caller: Caller, context: RequestContext, *, inside: bool
 ) -> tuple[Directory, Objects]:
-    """Return what an object directory is, and what speaks for it. Raises BadFileDescriptor and others."""
+    """Return what an object directory is, and what speaks for it, also `inside`.
+
+    Raises BadFileDescriptor and others.
+    """
     directory = inspect_directory(fd, field)
     if not directory.opened:
         raise BadFileDescriptor(field, "it was opened with O_PATH, which proves no access")
@@ -130,7 +135,7 @@ def look_at_objects(
             file_system_type=directory.file_system,
             hint="keep the objects on the file system below",
         )
-    return directory, collect_objects(fd, directory, caller, context.walker)
+    return directory, collect_objects(fd, directory, caller, context.walker, inside=inside)
 
 
 def check_digest(wanted: str, fd: int, size: int, context: RequestContext) -> None:
@@ -336,7 +341,13 @@ def objects(judged: Judged, at: int, fd: int, context: RequestContext) -> OwnedF
         made = run(plan_objects(directory, speaking.ownership, caller), inputs)
     try:
         field = f"{OBJECTS_FIELD}[{at}]"
-        if look_at_objects(fd, field, caller, context) != (directory, speaking):
+        # What is in it was root's alone, or did not count: that has not changed by itself.
+        again, who = look_at_objects(fd, field, caller, context, inside=False)
+        if (again, who.ownership, who.unverifiable) != (
+            directory,
+            speaking.ownership,
+            speaking.unverifiable,
+        ):
             raise BadFileDescriptor(field, "it was moved or changed hands while it was judged")
     except BaseException:
         made.close()

@@ -13,6 +13,7 @@ from mountd.errors import LimitExceeded
 from mountd.evidence import objects
 from mountd.evidence.objects import problem_inside
 from mountd.fds import OwnedFd
+from mountd.kernel import mount_api
 from mountd.service import composefs
 from mountd.service.composefs import kept
 from mountd.store.composefs_build import Made
@@ -27,7 +28,8 @@ OWNER = Owner(1000, 1000)
 @pytest.fixture
 def directory(scratch: Path) -> Iterator[Path]:
     path = scratch / "objects"
-    (path / "0a").mkdir(parents=True)
+    (path / "0a/0b").mkdir(parents=True)
+    (path / "0a/0b/object").write_text("contents")
     (path / "object").write_text("contents")
     (path / "link").symlink_to("object")
     yield path
@@ -47,12 +49,41 @@ def problem(path: Path) -> str | None:
         lambda path: os.chown(path / "link", 1000, 0, follow_symlinks=False),
         lambda path: (path / "0a").chmod(0o775),
         lambda path: (path / "object").chmod(0o646),
+        lambda path: os.chown(path / "0a/0b", 1000, 0),
+        lambda path: os.chown(path / "0a/0b/object", 1000, 0),
+        lambda path: (path / "0a/0b/object").chmod(0o664),
     ],
 )
 def test_what_others_can_change(directory: Path, change: Callable[[Path], None]) -> None:
     assert problem(directory) is None
     change(directory)
     assert problem(directory) == "what is in it can be changed by others than root"
+
+
+@pytest.mark.parametrize("hidden", ["0a", "0a/0b", "object", "0a/0b/object"])
+def test_what_is_hidden_by_a_mount(directory: Path, hidden: str) -> None:
+    """What is looked at has to be what the composefs has, which is below it."""
+    other = directory.parent / "other"
+    (other / "0b").mkdir(parents=True)
+    (other / "object").write_text("root's")
+    path = directory / hidden
+    source = other if path.is_dir() else other / "object"
+    os.chown(path, 1000, 0)
+    with mount_api.clone_mount(str(source)) as clone:
+        mount_api.move_mount(clone.fileno(), str(path))
+    try:
+        assert path.stat().st_uid == 0
+        assert problem(directory) == "something is mounted on what is in it"
+    finally:
+        mount_api.umount(str(path))
+        shutil.rmtree(other)
+
+
+def test_more_directories_in_one_another_than_are_looked_at(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "MAXIMUM_DEPTH", 1)
+    assert problem(directory) == "there are more than 1 directories in one another in it"
 
 
 def test_more_than_is_looked_at(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,14 +126,21 @@ def test_an_image_needs_contents_that_cannot_change(serving: Daemon, trees: Tree
     name, text = refusal(serving, trees.image, own)
     assert name == "NotImmutable"
     assert "caller-owned" in text
-    # Root's own, but for a directory in it.
+    # Root's own, but for a directory in it, or for an object.
     inner = trees.objects / "zz"
     inner.mkdir()
-    os.chown(inner, USER, USER)
     try:
+        os.chown(inner, USER, USER)
         assert refusal(serving, trees.image, trees.objects)[0] == "NotImmutable"
     finally:
         inner.rmdir()
+    objects = [each for each in trees.objects.rglob("*") if each.is_file()]
+    assert {each.parent.parent for each in objects} == {trees.objects}
+    try:
+        os.chown(objects[0], USER, USER)
+        assert refusal(serving, trees.image, trees.objects)[0] == "NotImmutable"
+    finally:
+        os.chown(objects[0], 0, 0)
 
 
 def test_what_is_refused(serving: Daemon, trees: Trees, own: Path, place: Path) -> None:
