@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mountd.execute.overlay import DATA, LAYER, create_of
+from mountd.execute.overlay import DATA, LAYER, create_of, refusing_loops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ OPTIONS = (
     ("xino", "off"),
     ("uuid", "null"),
 )
+SAME = "two of the directories are the same, or lie within each other"
 VERIFIED = ("verity", "require")
 
 
@@ -31,10 +32,11 @@ def create(operation: MakeComposefs, layers: Sequence[int], naming: Naming | Non
     """Return the context of a new composefs of `layers`, borrowed: the metadata, then the directories.
 
     For objects, the mapping of their ids takes away the rights that overlay has. Raises as
-    `overlay.create_of` does.
+    `overlay.create_of` does, and InvalidParameter.
     """
     if len(layers) != operation.objects + 1:
         raise ValueError("there are not as many object directories as were planned")
     options = (*OPTIONS, VERIFIED) if operation.verify else OPTIONS
     names = [LAYER] + [DATA] * operation.objects
-    return create_of(options, names, layers, naming, "a composefs", source=operation.name)
+    with refusing_loops("source.composefs.objectsFileDescriptors", SAME):
+        return create_of(options, names, layers, naming, "a composefs", source=operation.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mountd.errors import InvalidParameter, NotSupported, SyscallError
@@ -12,7 +13,7 @@ from mountd.kernel.acting import acting_as
 from mountd.kernel.fs_context import FsContext
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from mountd.execute.naming import Naming
     from mountd.execute.top import Top
@@ -26,6 +27,7 @@ LAYER, DATA = "lowerdir+", "datadir+"
 UPPER, WORK = "upperdir", "workdir"
 # By what kernels refuse mounts that are attached nowhere: when they are named, or when it is made.
 NOT_TAKEN = (errno.EBADF, errno.EINVAL)
+SAME = "two of the layers are the same directory, or lie within each other"
 UNKNOWN = "Unknown parameter"  # what a kernel says that has no such option
 HINT = "use Linux 6.8 or newer"
 
@@ -35,19 +37,26 @@ def create(
 ) -> FsContext:
     """Return the context of a new overlay; `layers`, borrowed, are mounts, the topmost first.
 
-    `top`, borrowed, is there if it is planned. Raises as `create_of` does, and InvalidParameter where it and
-    a layer are within each other.
+    `top`, borrowed, is there if it is planned. Raises as `create_of` does.
     """
     if len(layers) != operation.layers or (None if top is None else top.owner) != operation.owner:
         raise ValueError("there are not as many layers as were planned, or not that top")
     names = [LAYER] * len(layers)
-    try:
+    parameter = "source.layers" if top is None else "source.top"
+    reason = SAME if top is None else f"it and one of the layers lie within each other, or {SAME}"
+    with refusing_loops(parameter, reason):
         return create_of(operation.options, names, layers, naming, "a stack", top, source=operation.name)
+
+
+@contextmanager
+def refusing_loops(parameter: str, reason: str) -> Iterator[None]:
+    """Raise InvalidParameter for what is refused as the kernel would come to the same directory twice."""
+    try:
+        yield
     except SyscallError as error:
-        if top is None or error.errno != errno.ELOOP:
+        if error.errno != errno.ELOOP:
             raise
-        reason = "it and one of the layers lie within each other, or two of the layers do"
-        raise InvalidParameter("source.top", reason) from None
+        raise InvalidParameter(parameter, reason) from None
 
 
 def create_of(

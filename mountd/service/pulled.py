@@ -41,7 +41,9 @@ def expand(request: MountRequest, context: RequestContext) -> MountRequest:
         above = [layer for each in request.layers for layer in parts(each, context)]
         if len(above) > MAXIMUM_STACKED:
             raise LimitExceeded("layers of a stack, with those of its images", MAXIMUM_STACKED)
-        return replace(request, layers=tuple(above))
+        once = without_repeats(above)
+        # Of one alone there is no stack: whoever has asked for that is told.
+        return replace(request, layers=tuple(above if len(once) == 1 and request.top is None else once))
     found = parts(request, context)
     if len(found) == 1:
         return found[0]
@@ -59,6 +61,22 @@ def parts(request: MountRequest, context: RequestContext) -> list[MountRequest]:
         return [request]
     layers = dict.fromkeys(reversed(layers_of(named, context)))
     return [replace(request, stored=each) for each in layers]
+
+
+def without_repeats(layers: list[MountRequest]) -> list[MountRequest]:
+    """Return the layers without those of images that come again further down.
+
+    That is what most images have in common, their base, and `parts` says why once is enough.
+    """
+    digests: set[str] = set()
+    found = []
+    for each in layers:
+        if isinstance(each.stored, StoredLayer):
+            if each.stored.digest in digests:
+                continue
+            digests.add(each.stored.digest)
+        found.append(each)
+    return found
 
 
 def layers_of(wanted: Reference, context: RequestContext) -> list[StoredLayer]:

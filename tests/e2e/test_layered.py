@@ -147,6 +147,24 @@ def test_an_image_as_a_layer_of_a_stack(daemon: Daemon, store: Store, image: Ima
         assert text_of(reply, "again") == "middle"
 
 
+def test_images_with_a_common_base(daemon: Daemon, store: Store) -> None:
+    """Also to who has the layers shared: an overlay has no directory twice."""
+    one = pulled(store, [LOWEST, {"one": "1", "both": "one"}])
+    two = pulled(store, [LOWEST, {"two": "2", "both": "two"}], "registry.example.com/apps/two")
+    assert one.layers[0] == two.layers[0]
+    source = {"layers": [{"reference": one.reference}, {"reference": two.reference}]}
+
+    def work() -> list[str]:
+        with (reply := mount_fds(daemon.socket, source, [])).mount:
+            return [text_of(reply, name) for name in ("one", "two", "both")]
+
+    for ask in (work, lambda: as_user(work, LAYERED)):
+        assert ask() == ["1", "2", "one"]
+    same = {"layers": [{"reference": one.reference}] * 2}
+    with (reply := mount_fds(daemon.socket, same, [])).mount:
+        assert text_of(reply, "both") == "one"
+
+
 def test_each_layer_is_judged_as_of_this_image(daemon: Daemon, store: Store, image: Image) -> None:
     """The same bytes are trusted under the name that a rule has, and under no other."""
     same = pulled(store, [LOWEST, MIDDLE, TOP], OTHERS)

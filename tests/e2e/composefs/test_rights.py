@@ -152,6 +152,9 @@ def test_what_is_refused(serving: Daemon, trees: Trees, own: Path, place: Path) 
     assert refusal(serving, trees.description, own, read_only=False)[0] == "NotSupported"
     assert refusal(serving, trees.description, own, file_system_type="ext4")[0] == "InvalidParameter"
     assert refusal(serving, trees.description, *[own] * 17)[0] == "LimitExceeded"
+    name, text = refusal(serving, trees.description, own, own)
+    assert name == "InvalidParameter"
+    assert "source.composefs.objectsFileDescriptors: two of the directories are the same" in text
     with OwnedFd(os.open(own, os.O_PATH)) as objects, OwnedFd(memfd(HEAD)) as text:
         source: dict[str, object] = {"composefs": {"dumpFileDescriptor": 0, "objectsFileDescriptors": [1]}}
         fds = [text.fileno(), objects.fileno()]
