@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,6 +83,34 @@ class TestQuota:
                 refused(lambda: store.verify(record.digest, ROOT), "transfers at the same time", 3)
             put(store, b"1", ROOT)
         put(store, b"2")
+
+    def test_slots_that_are_waited_for(self, home: Path) -> None:
+        store = limited(home, transfers=4, owner_transfers=2)
+        for owners in ([USER, USER], [OTHER, OTHER, ROOT, ROOT]):
+            with contextlib.ExitStack() as slots:
+                for owner in owners:
+                    slots.enter_context(store.slot(owner))
+                with pytest.raises(LimitExceeded) as raised, store.slot(USER, seconds=0.1):
+                    pass
+                assert raised.value.hint == "try again later"
+                soon = threading.Timer(0.2, slots.close)
+                soon.start()
+                with store.slot(USER, seconds=20):
+                    soon.join()
+
+    def test_the_same_work_once_for_each_owner(self, home: Path) -> None:
+        store = limited(home)
+        with store.slot(USER, work="image 1"):
+            with (
+                pytest.raises(LimitExceeded, match="of the same") as raised,
+                store.slot(USER, work="image 1"),
+            ):
+                pass
+            assert raised.value.hint == "try again later"
+            with store.slot(USER, work="image 2"), store.slot(OTHER, work="image 1"):
+                pass
+        with store.slot(USER, work="image 1"):
+            pass
 
     def test_a_full_disk(self, home: Path) -> None:
         with mounted_tmpfs(home / "small", "2m") as place:
