@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ from mountd.client import Client, Request
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
 from mountd.kernel.libc import call
+from mountd.store.record import Owner
 from mountd.store.store import Store
+from tests.container import USER
 from tests.daemon import Daemon
 from tests.e2e.calls import mount_fds, outcome
-from tests.e2e.composefs.calls import ask_as_user, refusal
+from tests.e2e.composefs.calls import ask, ask_as_user, refusal
 from tests.e2e.composefs.trees import BIG, DESCRIPTIONS, HEAD, Trees, described
 from tests.e2e.directories import peer
 
@@ -69,6 +73,52 @@ def test_explain_makes_nothing(serving: Daemon, trees: Trees, own: Path, place: 
         name, said = outcome(lambda: client.explain(request.source, request.fds))
     assert name == "InvalidImage"
     assert "line 13 of the description" in said
+    path.unlink()
+
+
+def test_many_at_the_same_time(serving: Daemon, own: Path, place: Path) -> None:
+    """Those of one owner wait for each other, and all have the one image that is made."""
+    lines = (b"/%d 1 100644 1 0 0 0 0.0 - x -\n" % number for number in range(40_000))
+    path = described(place, HEAD + b"".join(lines))
+    before = made_images(serving)
+
+    def mount(_: int) -> str:
+        with ask(serving, path, own) as reply:
+            return str(reply.decision["digest"])
+
+    with peer(), ThreadPoolExecutor(5) as pool:
+        digests = set(pool.map(mount, range(5)))
+    path.unlink()
+    assert made_images(serving) - before == {digest.removeprefix("sha256:") for digest in digests}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("verb", ["mount", "explain"])
+def test_reading_a_description_takes_a_slot(serving: Daemon, own: Path, place: Path, verb: str) -> None:
+    path = described(place, HEAD + b"/%s 1 100644 1 0 0 0 0.0 - x -\n" % verb.encode())
+    store = Store(serving.directory / "state").part("regenerated")
+    store.prepare()
+
+    def work() -> str:
+        with (
+            peer(),
+            Client(str(serving.socket)) as client,
+            Request(f"composefs:{path}", objects=[str(own)]) as request,
+        ):
+            if verb == "explain":
+                client.explain(request.source, request.fds)
+            else:
+                client.mount(request.source, request.fds, **request.parameters).mount.close()
+            return "done"
+
+    with ThreadPoolExecutor(1) as pool:
+        with ExitStack() as slots:
+            for _ in range(store.limits.owner_transfers):
+                slots.enter_context(store.slot(Owner(USER, USER)))
+            running = pool.submit(work)
+            with pytest.raises(TimeoutError):
+                running.result(1)
+        assert running.result(20) == "done"
     path.unlink()
 
 
