@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,7 +23,7 @@ from tests.container import USER
 from tests.daemon import Daemon
 from tests.e2e.calls import mount_fds, outcome
 from tests.e2e.composefs.calls import ask, ask_as_user, refusal
-from tests.e2e.composefs.trees import BIG, DESCRIPTIONS, HEAD, Trees, described
+from tests.e2e.composefs.trees import BIG, DESCRIPTIONS, HEAD, Trees, described, dump
 from tests.e2e.directories import peer
 
 BIND = 4096  # MS_BIND
@@ -129,6 +131,47 @@ def made_images(daemon: Daemon) -> set[str]:
 
 def of_one(place: Path, line: bytes) -> Path:
     return described(place, HEAD + line + b"\n")
+
+
+def test_what_mkcomposefs_writes_of_a_tree(serving: Daemon, own: Path, place: Path) -> None:
+    """One with whiteouts, and with a file from before 1970: the image is the same, byte by byte."""
+    tree, image = place / "tree-with-whiteouts", place / "with-whiteouts.cfs"
+    (tree / "below").mkdir(parents=True)
+    for each in (tree, tree / "below"):
+        os.mknod(each / "whiteout", stat.S_IFCHR)
+    (tree / "old").write_text("old")
+    os.utime(tree / "old", ns=(0, -99_999_500_000_000))
+    subprocess.run(["mkcomposefs", "--user-xattrs", tree, image], check=True)
+    path = described(place, dump(image))
+    shutil.rmtree(tree)
+    text = path.read_bytes()
+    assert b"trusted.overlay.opaque=x" in text.splitlines()[0]
+    assert b" -100000.5" in text
+    with ask_as_user(serving, path, own) as reply:
+        assert os.stat(f"/proc/self/fd/{reply.mount.fileno()}/old").st_mtime_ns == -99_999_500_000_000
+        digest = str(reply.decision["digest"])
+    fd, record = Store(serving.directory / "state").part("regenerated").lookup(digest)
+    with fd:
+        assert os.pread(fd.fileno(), record.size, 0) == image.read_bytes()
+    path.unlink()
+    image.unlink()
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        # As long as they may be, one or many, and as text.
+        b" user.a=" + b"1" * 32742,
+        b"".join(b" user.%02d=" % number + b"1" * 496 for number in range(64)),
+        b" user.a=" + b"\\xff" * 16382,
+    ],
+)
+def test_the_longest_attributes_that_mkcomposefs_takes(
+    serving: Daemon, own: Path, place: Path, attributes: bytes
+) -> None:
+    path = of_one(place, b"/x 1 100644 1 0 0 0 0.0 - x -" + attributes)
+    assert refusal(serving, path, own) == ("", "")
+    path.unlink()
 
 
 @pytest.mark.parametrize(
