@@ -362,7 +362,7 @@ class Store:
         with State(self._path) as state:
             while True:
                 try:
-                    with state.locked():
+                    with self._named("writing to the store"), state.locked():
                         fd = quota.take_slot(state, self.limits, owner, work)
                     break
                 except LimitExceeded:

@@ -119,9 +119,22 @@ class TestQuota:
             record = put(store, content(MIB))
             with pytest.raises(LimitExceeded, match="bytes on the disk of the store") as raised:
                 put(store, content(3 * MIB, 2))
+            assert "an administrator has to make room" in str(raised.value.hint)
             assert 0 < raised.value.parameters["maximum"] < 2 * MIB  # type: ignore[operator]
             assert tree(place) == files(record.digest)
             put(store, content(MIB // 2, 3))
+
+    def test_a_disk_without_room_for_a_slot(self, home: Path) -> None:
+        with mounted_tmpfs(home / "small", "2m") as place:
+            store = Store(place / "state")
+            store.prepare()
+            with (place / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
+                while rest.write(bytes(4096)):
+                    pass
+            limit = pytest.raises(LimitExceeded, match="at most 0 bytes on the disk of the store")
+            with limit as raised, store.slot(USER):
+                pass
+            assert "an administrator has to make room" in str(raised.value.hint)
 
     def test_a_disk_without_inodes(self, home: Path) -> None:
         with mounted_tmpfs(home / "small", "2m,nr_inodes=20") as place:
