@@ -7,7 +7,7 @@ is made once for the same description, whoever hands that over: who has it knows
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,7 @@ from mountd.source.descriptor import inspect_descriptor
 from mountd.source.directory import inspect_directory
 from mountd.source.model import Composefs, FileSystem, Source, SourceKind
 from mountd.store import composefs_build
-from mountd.store.quota import Limits
+from mountd.store.quota import Limits, is_of_owner
 from mountd.store.store import Known, finish
 from mountd.trust.contents import VERITY
 from mountd.trust.owned import CANNOT_IDMAP
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 EROFS = "erofs"
 PART = "regenerated"  # the store of images that were made of descriptions
 REGENERATED = "regenerated"
+SECONDS_TO_WAIT = 20  # for others of the same owner who read descriptions
 UNUSED_SECONDS = 30 * 24 * 3600  # after which such an image is removed when another is made
 TO_BE_MADE = FileSystem(EROFS, 0, 4096, None, None, needs_recovery=False)
 LIMITS = Limits(
@@ -172,8 +173,8 @@ def regenerated(
     if judged(found, request, caller, context) is not None:
         return found
     if not may_change:
-        context.enter(Phase.TRANSFER, composefs_build.SECONDS + transfer_seconds(size))
-        told = composefs_build.check(fd, size, rewrite)
+        with slot(size, caller, context):
+            told = composefs_build.check(fd, size, rewrite)
         context.enter(Phase.VERIFY)
         return replace(
             found, evidence=evidence_of(objects, None, verifiable=verifiable and not unverified(told))
@@ -231,32 +232,56 @@ def made(fd: int, size: int, caller: Caller, context: RequestContext) -> tuple[O
 
     It is looked for first. Raises what `composefs_build.build` does, NotFound without a store.
     """
+    store = store_of(context)
+    # By the bytes that it is made of, by what is let through of them, and by what makes it.
+    known = f"composefs-dump {composefs_dump.VERSION} {sha256_of(fd, size)} {composefs_build.identity()} "
+    found = made_before(known, store)
+    if found is not None:
+        return found
+    with slot(size, caller, context, known):
+        # Who has waited for another who made the same has it by now.
+        found = made_before(known, store)
+        if found is None:
+            with store.workspace() as directory:
+                image = composefs_build.build(fd, size, rewrite, directory)
+            with image.fd:
+                without = unverified(image.found)
+                digest = kept(image, f"{known}{without}", store, owner_of(caller))
+            found = *store.lookup(digest), without
+    context.enter(Phase.VERIFY)
+    return found
+
+
+def store_of(context: RequestContext) -> Store:
+    """Return the store of images that are made of descriptions. Raises NotFound where there is none."""
     if context.store is None:
         raise NotFound("the store", hint=NO_STORE)
-    store = context.store.part(PART, LIMITS)
-    # By the bytes that it is made of, and by what is let through of them.
-    known = f"composefs-dump {composefs_dump.VERSION} {sha256_of(fd, size)} "
-    for record in all_made(store):
-        # Nobody but mountd gives names there.
-        if record.name is not None and record.name.startswith(known):
-            with suppress(NotFound):
-                return *store.lookup(record.digest), int(record.name.removeprefix(known))
-    owner = owner_of(caller)
+    return context.store.part(PART, LIMITS)
+
+
+@contextmanager
+def slot(size: int, caller: Caller, context: RequestContext, work: str = "") -> Iterator[None]:
+    """Be one of those who read a description, of `size` bytes, which takes memory and time; wait for that.
+
+    The phase is that of a transfer then. Raises LimitExceeded, and what `owner_of` and `store_of` do.
+    """
+    store, owner = store_of(context), owner_of(caller)
     store.prepare()
-    context.enter(Phase.TRANSFER, composefs_build.SECONDS + transfer_seconds(size))
-    with store.slot(owner), store.workspace() as directory:
-        image = composefs_build.build(fd, size, rewrite, directory)
-        with image.fd:
-            without = unverified(image.found)
-            digest = kept(image, f"{known}{without}", store, owner)
-    context.enter(Phase.VERIFY)
-    return *store.lookup(digest), without
+    context.enter(Phase.TRANSFER, SECONDS_TO_WAIT + composefs_build.SECONDS + transfer_seconds(size))
+    with store.slot(owner, seconds=SECONDS_TO_WAIT, work=work):
+        yield
 
 
-def all_made(store: Store) -> Iterator[Record]:
-    """Yield the records of images that were made before; the store may not be there yet."""
+def made_before(known: str, store: Store) -> tuple[OwnedFd, Record, int] | None:
+    """Return the image whose name begins with `known`, as `made` does; None for none."""
+    # The store may not be there yet.
     with suppress(NotFound):
-        yield from store.records()
+        for record in store.records():
+            # Nobody but mountd gives names there.
+            if record.name is not None and record.name.startswith(known):
+                with suppress(NotFound):
+                    return *store.lookup(record.digest), int(record.name.removeprefix(known))
+    return None
 
 
 def kept(image: Made, name: str, store: Store, owner: Owner) -> str:
@@ -270,14 +295,21 @@ def kept(image: Made, name: str, store: Store, owner: Owner) -> str:
 
     def added() -> str:
         steps = store.adding(image.fd.fileno(), image.size, owner, name=name, judge=judge, within_slot=True)
-        return finish(steps, None).digest
+        record = finish(steps, None)
+        # The same image may have been made before of other lines, or by another mkcomposefs.
+        store.rename(record.digest, name)
+        return record.digest
 
     store.collect_garbage(maximum_age=UNUSED_SECONDS)
-    try:
-        return added()
-    except LimitExceeded:
-        # What nobody uses just now is made again when somebody needs it.
-        store.collect_garbage(maximum_age=0)
+    # What nobody uses just now is made again when somebody needs it: what is on the same account goes first,
+    # and that of others only where there is no room for anybody.
+    for charged in (owner.charged, None):
+        try:
+            return added()
+        except LimitExceeded as error:
+            if charged is None and is_of_owner(error):
+                raise
+        store.collect_garbage(maximum_age=0, charged=charged)
     return added()
 
 

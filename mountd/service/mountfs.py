@@ -82,7 +82,7 @@ class Fields:
         """Borrow both."""
         self._parameters = parameters
         self._fds = fds
-        self._named: set[int] = set()
+        self._named: dict[int, str] = {}
         self.given: list[OwnedFd] = []
 
     def owned(self, field: str, more: int = 0, kind: int | None = None) -> OwnedFd | None:
@@ -94,9 +94,13 @@ class Fields:
         index: int | None = self._parameters.get(field)
         if index is None:
             return None
-        if not 0 <= index < len(self._fds) or index in self._named:
-            raise InvalidParameter(field, f"there is no descriptor {index} for it")
-        self._named.add(index)
+        if not 0 <= index < len(self._fds):
+            raise InvalidParameter(
+                field, f"there is no descriptor {index}, only {len(self._fds)} came along"
+            )
+        if index in self._named:
+            raise InvalidParameter(field, f"descriptor {index} is {self._named[index]} already")
+        self._named[index] = field
         if kind is not None:
             check_kind(self._fds[index].fileno(), field, kind)
         flags = fd_flags(self._fds[index].fileno()) & ~(FLAGS | more | always_there())

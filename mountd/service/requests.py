@@ -67,7 +67,7 @@ DESCRIPTION_FIELD = f"{COMPOSEFS_FIELD}.dumpFileDescriptor"
 OBJECTS_FIELD = f"{COMPOSEFS_FIELD}.objectsFileDescriptors"
 COMPOSEFS_TYPES = ("composefs", "overlay")
 DIGEST = re.compile("[0-9a-f]{64}")
-MAXIMUM_OBJECTS = 16
+MAXIMUM_OBJECTS = 15  # one descriptor of a message is that of the metadata
 LAYERS_FIELD = "source.layers"
 # Each is a superblock of its own, and may take a loop device.
 MAXIMUM_LAYERS = 32

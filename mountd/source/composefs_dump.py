@@ -10,7 +10,7 @@ came, but what was understood: each line is taken apart here, checked, and writt
   nowhere but below an object directory.
 * A hard link is one to a file that came before it, and that is no link itself.
 * There are no devices, but what overlayfs calls a whiteout; of the extended attributes, only user.* is
-  anybody's to give.
+  anybody's to give. The mark of a directory with whiteouts is left out: mkcomposefs makes that itself.
 * The number of lines, and what each can be, is bounded: in time and memory it costs what its bytes cost.
 """
 
@@ -37,10 +37,14 @@ MAXIMUM_NAME = 255
 MAXIMUM_PATH = 4095
 MAXIMUM_CONTENT = 5000  # of a file that is in the image itself
 MAXIMUM_ATTRIBUTES = 64
-MAXIMUM_ALL_VALUES = 1 << 15  # names and values of one file
+# What mkcomposefs takes of one file: names and values with what each needs in the image, and all as text.
+MAXIMUM_ALL_VALUES = 32755
+ATTRIBUTE_OVERHEAD = 7
+MAXIMUM_ATTRIBUTE_TEXT = 65535
 MAXIMUM_ID = (1 << 32) - 2
 MAXIMUM_SIZE = (1 << 63) - 1
 FIELDS = 11
+MINIMUM_TIME = -1 << 63
 DECIMAL = re.compile(rb"[0-9]{1,20}")
 OCTAL = re.compile(rb"[0-7]{1,7}")
 DIGEST = re.compile(rb"[0-9a-f]{64}")
@@ -50,6 +54,8 @@ PLAIN = {b"\\": b"\\", b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 SAFE = re.compile(rb"[^!-\[\]-~]")
 SAFE_NAME = re.compile(rb"[^!-<>-\[\]-~]")
 NAMESPACE = b"user."
+HAS_WHITEOUTS = (b"trusted.overlay.opaque", b"x")  # of a directory
+UNIX_LINES = "lines end in a line feed alone"
 WITHOUT_DEVICES = "leave devices out: “mkcomposefs --skip-devices”"
 ONLY_USERS = "leave other attributes out: “mkcomposefs --user-xattrs”"
 KINDS = {
@@ -130,6 +136,8 @@ class Reader:
         raise InvalidImage(f"line {self._entries} of the description: {reason}{more}")
 
     def _read(self, line: bytes) -> None:
+        if line.endswith(b"\r"):
+            self._fail("it ends in a carriage return", UNIX_LINES)
         fields = line.split(b" ")
         if len(fields) < FIELDS:
             self._fail(f"it has {len(fields)} fields, and {FIELDS} are needed")
@@ -160,7 +168,7 @@ class Reader:
             optional(payload),
             optional(content),
             digest or b"-",
-            *self._attributes(fields[FIELDS:]),
+            *self._attributes(fields[FIELDS:], kind),
         ]
         self._write(b" ".join(parts) + b"\n")
 
@@ -232,7 +240,7 @@ class Reader:
         if any(name in (b"", b".", b"..") or len(name) > MAXIMUM_NAME for name in payload.split(b"/")):
             self._fail("the path of its object is no plain relative one")
 
-    def _attributes(self, fields: list[bytes]) -> list[bytes]:
+    def _attributes(self, fields: list[bytes], kind: int) -> list[bytes]:
         """Return the extended attributes as they are written."""
         if len(fields) > MAXIMUM_ATTRIBUTES:
             self._fail(f"it has more than {MAXIMUM_ATTRIBUTES} extended attributes")
@@ -244,16 +252,21 @@ class Reader:
                 self._fail("an extended attribute has no “=”")
             name = self._unescape(key, "the name of an attribute")
             value = self._unescape(text, "the value of an attribute")
-            total += len(name) + len(value)
-            if name in found or b"\0" in name or len(name) > MAXIMUM_NAME or total > MAXIMUM_ALL_VALUES:
-                self._fail(
-                    "an extended attribute is there twice, has no name that one can have, or is too long"
-                )
+            if kind == stat.S_IFDIR and (name, value) == HAS_WHITEOUTS:
+                continue
+            total += len(name) + len(value) + ATTRIBUTE_OVERHEAD
+            if total > MAXIMUM_ALL_VALUES:
+                self._fail(f"its extended attributes are longer than {MAXIMUM_ALL_VALUES} bytes together")
+            if name in found or b"\0" in name or len(name) > MAXIMUM_NAME:
+                self._fail("an extended attribute is there twice, or has no name that one can have")
             if not name.startswith(NAMESPACE) or name == NAMESPACE:
                 shown = "".join(chr(c) if 32 < c < 127 else "?" for c in name[:64])
                 self._fail(f"the extended attribute “{shown}” is not one of user.*", ONLY_USERS)
             found[name] = value
-        return [b"%s=%s" % (escape(name, SAFE_NAME), escape(value)) for name, value in found.items()]
+        written = [b"%s=%s" % (escape(name, SAFE_NAME), escape(value)) for name, value in found.items()]
+        if len(b" ".join(written)) > MAXIMUM_ATTRIBUTE_TEXT:
+            self._fail(f"its extended attributes are longer than {MAXIMUM_ATTRIBUTE_TEXT} bytes as text")
+        return written
 
     def _mode(self, text: bytes) -> int:
         mode = int(text, 8) if OCTAL.fullmatch(text) else 0
@@ -268,11 +281,15 @@ class Reader:
         return number
 
     def _time(self, text: bytes) -> bytes:
+        """Return a time as it is written; one before 1970 has negative seconds, and counts on from there."""
         seconds, dot, nanoseconds = text.partition(b".")
         if not dot:
             self._fail("its time has no “.” between seconds and nanoseconds")
+        before = seconds.startswith(b"-")
+        maximum = -MINIMUM_TIME if before else MAXIMUM_SIZE
+        number = self._number(seconds[before:], "the time in seconds, without its sign,", maximum)
         return b"%d.%d" % (
-            self._number(seconds, "the time in seconds", MAXIMUM_SIZE),
+            -number if before else number,
             self._number(nanoseconds, "the nanoseconds", 999_999_999),
         )
 

@@ -9,7 +9,9 @@ description gives the same image, bit by bit.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,6 +38,7 @@ FILTER_MEMORY = 512 << 20
 MEMORY = 2 << 30
 MAXIMUM_IMAGE = 256 << 20
 PIECE = 1 << 16
+IDENTITY = 16  # digits
 DISCARDED = "/dev/null"
 
 
@@ -46,6 +49,20 @@ class Made:
     fd: OwnedFd
     size: int
     found: dict[str, object]
+
+
+def identity() -> str:
+    """Return what tells one version of mkcomposefs from another, which may make another image.
+
+    It has no option that says so. Where it is missing, that is a version as well.
+    """
+    path = shutil.which(PROGRAM, path=program.ENVIRONMENT["PATH"])
+    if path is None:
+        return "missing"
+    status = os.stat(path)
+    # The time of the change as well: that of the contents is the same for all where images are reproducible.
+    about = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return hashlib.sha256(repr(about).encode()).hexdigest()[:IDENTITY]
 
 
 def build(description: int, size: int, filter: Filter, directory: int) -> Made:

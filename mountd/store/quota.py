@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mountd.store.disk import State
     from mountd.store.record import Owner
 
+LATER = "try again later"
+MAXIMUM_SLOT = 512  # bytes of what is written down about who has one
+OWNER_BYTES, OWNER_IMAGES = "bytes of one owner in the store", "images of one owner in the store"
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -47,29 +51,36 @@ def check(state: State, limits: Limits, size: int, owner: Owner) -> None:
     own = [size for size, charged in taken if owner.charged in charged]
     hint = "“mountctl image remove” makes room"
     if owner.uid != ROOT and sum(own) + size > limits.owner_bytes:
-        raise LimitExceeded("bytes of one owner in the store", limits.owner_bytes, hint=hint)
+        raise LimitExceeded(OWNER_BYTES, limits.owner_bytes, hint=hint)
     if owner.uid != ROOT and len(own) >= limits.owner_images:
-        raise LimitExceeded("images of one owner in the store", limits.owner_images, hint=hint)
+        raise LimitExceeded(OWNER_IMAGES, limits.owner_images, hint=hint)
     if sum(size for size, _ in taken) + size > limits.total_bytes:
         raise LimitExceeded("bytes in the store", limits.total_bytes, hint=hint)
     if len(taken) >= limits.images:
         raise LimitExceeded("images in the store", limits.images, hint=hint)
 
 
-def take_slot(state: State, limits: Limits, owner: Owner) -> OwnedFd:
+def is_of_owner(error: LimitExceeded) -> bool:
+    """Tell whether `check` has refused what is too much for the owner, whatever room others take."""
+    return error.parameters["limit"] in (OWNER_BYTES, OWNER_IMAGES)
+
+
+def take_slot(state: State, limits: Limits, owner: Owner, work: str = "") -> OwnedFd:
     """Return what has to be kept open during a transfer. The lock has to be held.
 
-    Raises LimitExceeded, SyscallError.
+    `work` is something that an owner does not do twice at the same time. Raises LimitExceeded, SyscallError.
     """
     free: OwnedFd | None = None
-    own = 0
+    own: list[str] = []
     try:
         for number in range(limits.transfers):
             fd = state.open(f"{SLOTS}/{number}", os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 fcntl.flock(fd.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                own += os.pread(fd.fileno(), 16, 0) == str(owner.charged).encode()
+                charged, _, busy_with = os.pread(fd.fileno(), MAXIMUM_SLOT, 0).decode().partition(" ")
+                if charged == str(owner.charged):
+                    own.append(busy_with)
                 fd.close()
                 continue
             if free is None:
@@ -77,11 +88,14 @@ def take_slot(state: State, limits: Limits, owner: Owner) -> OwnedFd:
             else:
                 fd.close()
         if free is None:
-            raise LimitExceeded("transfers at the same time", limits.transfers, hint="try again later")
-        if owner.uid != ROOT and own >= limits.owner_transfers:
-            raise LimitExceeded("transfers of one owner at the same time", limits.owner_transfers)
+            raise LimitExceeded("transfers at the same time", limits.transfers, hint=LATER)
+        if owner.uid != ROOT and len(own) >= limits.owner_transfers:
+            what = "transfers of one owner at the same time"
+            raise LimitExceeded(what, limits.owner_transfers, hint=LATER)
+        if work and work in own:
+            raise LimitExceeded("transfers of the same by one owner at the same time", 1, hint=LATER)
         os.ftruncate(free.fileno(), 0)
-        os.pwrite(free.fileno(), str(owner.charged).encode(), 0)
+        os.pwrite(free.fileno(), f"{owner.charged} {work}".encode(), 0)
     except BaseException:
         if free is not None:
             free.close()

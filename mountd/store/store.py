@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How old the time of the last access may be before it is written anew.
 TOUCH_SECONDS = 3600
+PAUSE_SECONDS = 0.05  # before a slot is asked for again
 
 T = TypeVar("T")
 
@@ -296,6 +297,14 @@ class Store:
         """As `verifying`, with a callback for done and total bytes."""
         return finish(self.verifying(digest, owner), report)
 
+    def rename(self, digest: str, name: str) -> None:
+        """Give an image another name. Raises InvalidParameter, NotFound, InvalidImage, SyscallError."""
+        check_name(name)
+        with self._named("writing to the store"), State(self._path) as state, state.locked():
+            record = self._record(state, digest)
+            if record.name != name:
+                state.write_record(replace(record, name=name))
+
     def remove(self, digest: str, by_uid: int) -> None:
         """Remove an image for one of its owners; the host's root (ROOT) removes it for all.
 
@@ -320,10 +329,13 @@ class Store:
                 # Or a tag would lead there again as soon as somebody has pulled it by its digest.
                 garbage.sweep_pulled(state)
 
-    def collect_garbage(self, by_uid: int = ROOT, maximum_age: int | None = None) -> Collected:
+    def collect_garbage(
+        self, by_uid: int = ROOT, maximum_age: int | None = None, *, charged: int | None = None
+    ) -> Collected:
         """Sweep, and remove images that nobody has used for `maximum_age` seconds, None for no image.
 
-        Only those of `by_uid` alone, for the host's root (ROOT) all; never what is in use.
+        Only those of `by_uid` alone, for the host's root (ROOT) all; of these, only those that nobody but
+        `charged` has on the account, None for whoever has. Never what is in use.
         """
         with self._named("writing to the store"), State(self._path) as state, state.locked():
             garbage.sweep(state)
@@ -334,16 +346,29 @@ class Store:
                 record
                 for record in all_records(state)
                 if (by_uid == ROOT or all(owner.uid == by_uid for owner in record.owners))
+                and (charged is None or all(owner.charged == charged for owner in record.owners))
                 and garbage.last_used(state, record) <= before
             ]
             return garbage.collect(state, candidates)
 
     @contextlib.contextmanager
-    def slot(self, owner: Owner) -> Iterator[None]:
-        """Be one of the transfers that run at the same time. Raises LimitExceeded, SyscallError."""
+    def slot(self, owner: Owner, *, seconds: float = 0.0, work: str = "") -> Iterator[None]:
+        """Be one of the transfers that run at the same time; wait up to `seconds` for that.
+
+        `work` is something that an owner does not do twice at the same time. Raises LimitExceeded,
+        SyscallError.
+        """
+        deadline = time.monotonic() + seconds
         with State(self._path) as state:
-            with state.locked():
-                fd = quota.take_slot(state, self.limits, owner)
+            while True:
+                try:
+                    with self._named("writing to the store"), state.locked():
+                        fd = quota.take_slot(state, self.limits, owner, work)
+                    break
+                except LimitExceeded:
+                    if time.monotonic() >= deadline:
+                        raise
+                time.sleep(PAUSE_SECONDS)
             with fd:
                 yield
 

@@ -212,8 +212,9 @@ class TestLimits:
             daemon = start(STORED, "--state-dir", str(disk / "state"))
             large = place / "large-image"
             large.write_bytes(os.urandom(2 * MIB))
-            with pytest.raises(LimitExceeded, match="bytes on the disk of the store"):
+            with pytest.raises(LimitExceeded, match="bytes on the disk of the store") as raised:
                 put(daemon, large)
+            assert "an administrator has to make room" in str(raised.value.hint)
             assert call(daemon, "List") == {"images": []}
             assert list((disk / "state/incoming").iterdir()) == []
             assert put(daemon, image)

@@ -16,6 +16,7 @@ from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
 from mountd.service import composefs
 from mountd.service.composefs import kept
+from mountd.store import composefs_build, program
 from mountd.store.composefs_build import Made
 from mountd.store.quota import Limits
 from mountd.store.record import Owner
@@ -91,26 +92,79 @@ def test_more_than_is_looked_at(directory: Path, monkeypatch: pytest.MonkeyPatch
     assert problem(directory) == "there are more than 2 names in it"
 
 
-def test_images_that_nobody_uses_make_room(scratch: Path, tmp_path: Path) -> None:
-    image = build_image("erofs", build_tree(tmp_path / "tree"), tmp_path / "image.erofs")
-    size = image.stat().st_size
-    store = Store(scratch / "state").part("regenerated", Limits(owner_images=1))
-    store.prepare()
+class Keeping:
+    """A store of images that are made anew, and images that differ in their label."""
 
-    def keep(name: str, label: bytes) -> str:
-        with OwnedFd(os.memfd_create(name)) as fd:
-            data = bytearray(image.read_bytes())
-            # Its label: another image, and an erofs all the same.
-            data[1024 + 0x48 : 1024 + 0x48 + len(label)] = label
+    def __init__(self, state: Path, image: Path, limits: Limits) -> None:
+        self.store = Store(state).part("regenerated", limits)
+        self.store.prepare()
+        self._data = image.read_bytes()
+
+    def keep(self, label: str, owner: Owner = OWNER, name: str | None = None) -> str:
+        with OwnedFd(os.memfd_create(label)) as fd:
+            data = bytearray(self._data)
+            data[1024 + 0x48 : 1024 + 0x48 + len(label)] = label.encode()
             os.write(fd.fileno(), data)
-            return kept(Made(fd, size, {}), name, store, OWNER)
+            return kept(Made(fd, len(data), {}), name or label, self.store, owner)
 
-    first = keep("one", b"one")
-    second = keep("two", b"two")
-    assert first != second
-    assert [record.digest for record in store.records()] == [second]
-    held, _ = store.lookup(second)
-    with held, pytest.raises(LimitExceeded):
-        keep("three", b"three")
-    assert composefs.LIMITS.owner_images < composefs.LIMITS.images
+    @property
+    def known(self) -> set[str]:
+        return {record.digest for record in self.store.records()}
+
+
+@pytest.fixture
+def keeping(scratch: Path, tmp_path: Path) -> Iterator[Callable[[Limits], Keeping]]:
+    image = build_image("erofs", build_tree(tmp_path / "tree"), tmp_path / "image.erofs")
+    yield lambda limits: Keeping(scratch / "state", image, limits)
     shutil.rmtree(scratch / "state")
+
+
+def test_images_that_nobody_uses_make_room(keeping: Callable[[Limits], Keeping]) -> None:
+    case = keeping(Limits(owner_images=1))
+    first = case.keep("one")
+    second = case.keep("two")
+    assert first != second
+    assert case.known == {second}
+    held, _ = case.store.lookup(second)
+    with held, pytest.raises(LimitExceeded):
+        case.keep("three")
+    assert composefs.LIMITS.owner_images < composefs.LIMITS.images
+
+
+def test_whoever_has_too_many_takes_none_from_others(keeping: Callable[[Limits], Keeping]) -> None:
+    case = keeping(Limits(owner_images=1, images=3))
+    of_other = case.keep("other", Owner(1001, 1001))
+    case.keep("one")
+    # On the same account, as whoever else pays.
+    second = case.keep("two", Owner(100000, OWNER.charged))
+    assert case.known == {of_other, second}
+    held, _ = case.store.lookup(second)
+    with held, pytest.raises(LimitExceeded):
+        case.keep("three")
+    assert case.known == {of_other, second}
+    # Where there is no room for anybody, it is made.
+    third = case.keep("third", Owner(1002, 1002))
+    assert case.known == {of_other, second, third}
+    fourth = case.keep("fourth", Owner(1003, 1003))
+    assert case.known == {fourth}
+
+
+def test_an_image_that_is_made_again_has_the_new_name(keeping: Callable[[Limits], Keeping]) -> None:
+    case = keeping(Limits())
+    digest = case.keep("one", name="by the old program")
+    assert case.keep("one", name="by the new program") == digest
+    assert case.store.record(digest).name == "by the new program"
+
+
+def test_another_program_is_told_apart(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = scratch / composefs_build.PROGRAM
+    monkeypatch.setitem(program.ENVIRONMENT, "PATH", str(scratch))
+    found = {composefs_build.identity()}
+    for text, time in (("one", 1), ("two", 1), ("two", 2)):
+        file.write_text(text)
+        file.chmod(0o755)
+        os.utime(file, (time, time))
+        found.add(composefs_build.identity())
+        assert composefs_build.identity() in found
+    assert len(found) == 4
+    file.unlink()

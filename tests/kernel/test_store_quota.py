@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,6 +84,34 @@ class TestQuota:
             put(store, b"1", ROOT)
         put(store, b"2")
 
+    def test_slots_that_are_waited_for(self, home: Path) -> None:
+        store = limited(home, transfers=4, owner_transfers=2)
+        for owners in ([USER, USER], [OTHER, OTHER, ROOT, ROOT]):
+            with contextlib.ExitStack() as slots:
+                for owner in owners:
+                    slots.enter_context(store.slot(owner))
+                with pytest.raises(LimitExceeded) as raised, store.slot(USER, seconds=0.1):
+                    pass
+                assert raised.value.hint == "try again later"
+                soon = threading.Timer(0.2, slots.close)
+                soon.start()
+                with store.slot(USER, seconds=20):
+                    soon.join()
+
+    def test_the_same_work_once_for_each_owner(self, home: Path) -> None:
+        store = limited(home)
+        with store.slot(USER, work="image 1"):
+            with (
+                pytest.raises(LimitExceeded, match="of the same") as raised,
+                store.slot(USER, work="image 1"),
+            ):
+                pass
+            assert raised.value.hint == "try again later"
+            with store.slot(USER, work="image 2"), store.slot(OTHER, work="image 1"):
+                pass
+        with store.slot(USER, work="image 1"):
+            pass
+
     def test_a_full_disk(self, home: Path) -> None:
         with mounted_tmpfs(home / "small", "2m") as place:
             store = Store(place / "state")
@@ -90,9 +119,22 @@ class TestQuota:
             record = put(store, content(MIB))
             with pytest.raises(LimitExceeded, match="bytes on the disk of the store") as raised:
                 put(store, content(3 * MIB, 2))
+            assert "an administrator has to make room" in str(raised.value.hint)
             assert 0 < raised.value.parameters["maximum"] < 2 * MIB  # type: ignore[operator]
             assert tree(place) == files(record.digest)
             put(store, content(MIB // 2, 3))
+
+    def test_a_disk_without_room_for_a_slot(self, home: Path) -> None:
+        with mounted_tmpfs(home / "small", "2m") as place:
+            store = Store(place / "state")
+            store.prepare()
+            with (place / "rest").open("wb", buffering=0) as rest, contextlib.suppress(OSError):
+                while rest.write(bytes(4096)):
+                    pass
+            limit = pytest.raises(LimitExceeded, match="at most 0 bytes on the disk of the store")
+            with limit as raised, store.slot(USER):
+                pass
+            assert "an administrator has to make room" in str(raised.value.hint)
 
     def test_a_disk_without_inodes(self, home: Path) -> None:
         with mounted_tmpfs(home / "small", "2m,nr_inodes=20") as place:

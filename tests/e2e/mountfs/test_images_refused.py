@@ -109,3 +109,13 @@ def test_image_refused(
             )
     finally:
         close_all(fds)
+
+
+def test_one_descriptor_for_two(serving: Daemon, sources: dict[str, Callable[[], int]]) -> None:
+    wishes = {"verityDataFileDescriptor": 0, "verityRootHash": HASH}
+    with OwnedFd(sources["erofs"]()) as fd:
+        name, parameters = refusal(serving, "MountImage", [fd.fileno()], imageFileDescriptor=0, **wishes)
+        assert name == PARAMETER
+        assert "descriptor 0 is imageFileDescriptor already" in parameters["reason"]
+        name, parameters = refusal(serving, "MountImage", [fd.fileno()], imageFileDescriptor=1)
+        assert "no descriptor 1, only 1 came along" in parameters["reason"]

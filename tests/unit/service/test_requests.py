@@ -252,7 +252,7 @@ def test_no_composefs(fds: list[OwnedFd], composefs: dict[str, Any], parameter: 
 
 def test_a_composefs_is_bounded_read_only_and_unsigned(fds: list[OwnedFd]) -> None:
     with pytest.raises(LimitExceeded):
-        request(fds, 2, source={"composefs": {**OBJECTS, "objectsFileDescriptors": [1] * 17}})
+        request(fds, 2, source={"composefs": {**OBJECTS, "objectsFileDescriptors": [1] * 16}})
     with pytest.raises(NotSupported, match="write"):
         request(fds, 2, source={"composefs": OBJECTS}, readOnly=False)
     with pytest.raises(InvalidParameter, match="fileSystemType"):

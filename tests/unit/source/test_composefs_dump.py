@@ -32,6 +32,10 @@ GOOD = [
     b"/w 0 20644 1 0 0 0 0.0 - - -",
     b"/p 0 10644 1 0 0 0 0.0 - - -",
     b"/a\\x20b\\x3d\\x0a\\xff 0 100644 1 0 0 0 0.0 - - - user.x=\\x00\\x0a user.\\x3dy=z",
+    b"/f 0 100644 1 0 0 0 -100000.5 - - -",
+    b"/f 0 100644 1 0 0 0 -9223372036854775808.0 - - -",
+    b"/f 0 100644 1 0 0 0 0.0 - - - user.a=" + b"1" * 32742,
+    b"/f 0 100644 1 0 0 0 0.0 - - - user.a=" + b"\\xff" * 16382,
     b"/f 0 100644 1 4294967294 4294967294 0 9223372036854775807.0 - - -",
 ]
 
@@ -54,6 +58,14 @@ def test_other_forms_become_ours() -> None:
         b"/s 3 120777 1 0 0 0 0.0 abc - -\n"
     )
     assert read(HEAD + b"/e 0 100644 1 0 0 0 0.0  - \n")[0].endswith(b"/e 0 100644 1 0 0 0 0.0 - - -\n")
+
+
+def test_the_mark_of_whiteouts_is_left_out() -> None:
+    marked = b" trusted.overlay.opaque=x user.overlay.opaque=x\n"
+    line = b"/d 0 40755 2 0 0 0 0.0 - - -"
+    assert read(HEAD.rstrip(b"\n") + marked + line + marked)[0] == (
+        HEAD.rstrip(b"\n") + b" user.overlay.opaque=x\n" + line + b" user.overlay.opaque=x\n"
+    )
 
 
 def test_hard_links() -> None:
@@ -112,7 +124,13 @@ def test_what_it_comes_to() -> None:
         (b"/x 0 20666 1 0 0 259 0.0 - - -", "--skip-devices"),
         (b"/x 0 60666 1 0 0 0 0.0 - - -", "--skip-devices"),
         (b"/x 0 100644 1 0 0 0 0 - - -", "time"),
-        (b"/x 0 100644 1 0 0 0 -1.0 - - -", "time"),
+        (b"/x 0 100644 1 0 0 0 --1.0 - - -", "time"),
+        (b"/x 0 100644 1 0 0 0 -.0 - - -", "time"),
+        (b"/x 0 100644 1 0 0 0 1.-1 - - -", "nanoseconds"),
+        (b"/x 0 100644 1 0 0 0 9223372036854775808.0 - - -", "time"),
+        (b"/x 0 100644 1 0 0 0 -9223372036854775809.0 - - -", "time"),
+        (b"/x 0 100644 1 0 0 0 0.0 - - -\r", "carriage return; lines end in a line feed alone"),
+        (b"/x 0 100644 1 0 0 0 0.0 - - - user.a=b\r", "carriage return"),
         (b"/x 0 100644 1 0 0 0 0.1000000000 - - -", "nanoseconds"),
         (b"/x 9 100644 1 0 0 0 0.0 - - -", "neither"),
         (b"/x 9 100644 1 0 0 0 0.0 /etc/shadow - -", "relative"),
@@ -130,12 +148,15 @@ def test_what_it_comes_to() -> None:
         (b"/s 0 120777 1 0 0 0 0.0 " + b"a" * 4096 + b" - -", "target"),
         (b"/p 0 10644 1 0 0 0 0.0 a - -", "a pipe"),
         (b"/x 0 100644 1 0 0 0 0.0 - - - trusted.overlay.redirect=/x", "user.*"),
+        (b"/x 0 100644 1 0 0 0 0.0 - - - trusted.overlay.opaque=x", "user.*"),
+        (b"/x 0 40755 1 0 0 0 0.0 - - - trusted.overlay.opaque=y", "user.*"),
         (b"/x 0 100644 1 0 0 0 0.0 - - - security.capability=x", "user.*"),
         (b"/x 0 100644 1 0 0 0 0.0 - - - system.posix_acl_access=x", "user.*"),
         (b"/x 0 100644 1 0 0 0 0.0 - - - user.=x", "user.*"),
         (b"/x 0 100644 1 0 0 0 0.0 - - - user.a", "="),
         (b"/x 0 100644 1 0 0 0 0.0 - - - user.a=1 user.\\x61=2", "twice"),
-        (b"/x 0 100644 1 0 0 0 0.0 - - - user.a=" + b"1" * 40000, "too long"),
+        (b"/x 0 100644 1 0 0 0 0.0 - - - user.a=" + b"1" * 32743, "32755 bytes together"),
+        (b"/x 0 100644 1 0 0 0 0.0 - - - user.a=" + b"\xff" * 16383, "65535 bytes as text"),
         (b"/x 0 100644 1 0 0 0 0.0 - - -" + b" user.a=" * 65, "more than"),
     ],
 )
