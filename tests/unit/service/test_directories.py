@@ -87,7 +87,7 @@ def test_objects_that_are_moved_while_they_are_mounted(
     monkeypatch.setattr(composefs, "run", run)
     with OwnedFd(os.open(tmp_path / "objects", os.O_RDONLY)) as fd:
         field = f"{OBJECTS_FIELD}[0]"
-        directory, speaking = composefs.look_at_objects(fd.fileno(), field, CALLER, context)
+        directory, speaking = composefs.look_at_objects(fd.fileno(), field, CALLER, context, inside=True)
         judged = SimpleNamespace(
             caller=CALLER,
             inspected=SimpleNamespace(
