@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -165,6 +166,8 @@ def metrics(options: argparse.Namespace) -> int:
     """Print the counters, or write them into a file."""
     import json
 
+    if options.output is not None:
+        check_output(options.output)
     reply = call("Metrics")
     try:
         text = json.dumps(reply, ensure_ascii=False) + "\n" if options.json else exposition(reply)
@@ -269,7 +272,24 @@ def number(value: float) -> str:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Write a file that everybody may read, as a whole or not at all. Raises OSError."""
+    """Write a file that everybody may read, as a whole or not at all. Raises OSError, which names `path`."""
+    try:
+        replace_whole(path, text)
+    except OSError as error:
+        # Of the file that it is written to first, nobody has heard.
+        raise OSError(error.errno, error.strerror, path) from None
+
+
+def check_output(path: str) -> None:
+    """Refuse what no file can be called or is a directory, before anything is done. Raises OSError."""
+    if not path:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    if path.endswith("/") or os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+
+
+def replace_whole(path: str, text: str) -> None:
+    """Write another file, and have it take the place of that one. Raises OSError."""
     directory, name = os.path.split(os.path.abspath(path))
     # The collector reads what ends in .prom.
     made = os.path.join(directory, f".{name}.{os.getpid()}.new")

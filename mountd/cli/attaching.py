@@ -8,7 +8,7 @@ import os
 from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
 from mountd.cli.report import printable, say, show_json, tell_done, tell_left_out
-from mountd.errors import NotFound, SyscallError, Unreachable
+from mountd.errors import InUse, MountdError, NotFound, SyscallError, Unreachable
 from mountd.fds import OwnedFd
 
 TYPE_CHECKING = False
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mountd.request import Request
 
 CAP_SYS_ADMIN = 21  # linux/capability.h
+ALL_IDS = ["0", "0", "4294967295"]  # /proc/self/uid_map outside of all user namespaces
 # How long one who has interrupted a call waits to hear whether it was carried out all the same.
 SECONDS_OF_REGRET = 1.0
 NO_MORE = "nothing more is to be done"
@@ -102,15 +103,18 @@ def umount(options: argparse.Namespace) -> int:
     id = mount_at(options.target)
     by = "this process"
     busy = None
+    # With what mountd and umount(8) know of it, if that is anything.
+    asked = done = detached_by_mountd(id, lazy=options.lazy)
     try:
-        done = can_attach() and detach_here(options.target, lazy=options.lazy)
+        done = done or (can_attach() and detach_here(options.target, lazy=options.lazy))
     except SyscallError as error:
         if error.errno != errno.EBUSY:
             raise
         # A tree of mounts is, and mountd takes down those that it has attached.
         done, busy = False, error
-    if not done:
+    if asked or not done:
         by = "mountd"
+    if not done:
         try:
             with Client() as client:
                 client.detach(id, lazy=options.lazy)
@@ -131,6 +135,32 @@ def umount(options: argparse.Namespace) -> int:
             say(printable(f"{options.target}: detached"))
 
     return tell_done(f"mountctl: {options.target}: it is detached", NO_MORE, print_it, needed=options.json)
+
+
+def detached_by_mountd(id: int, *, lazy: bool) -> bool:
+    """Have mountd detach a mount for the host's root, if it has attached it, for whomever.
+
+    What it has written down of it, and the line that umount(8) reads, go with it. False if it has not, or
+    cannot be asked. Raises InUse.
+    """
+    if not is_host_root():
+        return False
+    try:
+        with Client() as client:
+            client.detach(id, lazy=lazy)
+    except InUse:
+        raise
+    except MountdError:
+        return False
+    return True
+
+
+def is_host_root() -> bool:
+    """Tell whether this is root, and that of no container: mountd has attached nothing for others."""
+    if os.geteuid() != 0:
+        return False
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return file.read().split() == ALL_IDS
 
 
 def mount_at(path: str) -> int:

@@ -14,7 +14,7 @@ from mountd.request import MAXIMUM_INTEGER
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
 HEAD = ["ID", "USER", "AGE", "TYPE", "ACCESS", "RULE", "SOURCE", "ATTACHED AT"]
@@ -36,6 +36,8 @@ REVOKE_EXAMPLES = (
 )
 MOMENT = "%Y-%m-%d %H:%M:%S UTC"
 NOWHERE = "(held by a descriptor)"
+NOT_ALL = "(not all looked at)"  # nobody knows whether it is attached somewhere
+PARTLY = "there are too many mounts on this system to look at all: there may be other places"
 DIGITS = 20  # more than any id has
 MAXIMUM_UID = (1 << 32) - 2
 NO_LIST = "the reply is not what List returns"
@@ -118,6 +120,8 @@ def list_mounts(options: argparse.Namespace) -> int:
             rows = [row(mount, now) for mount in mounts]
             width, colour = terminal_width(), wants_colour()
             text = table(rows, HEAD, width=width, colour=colour, whole=WHOLE, spare=SPARE)
+            if any(mount.get("partly") for mount in mounts):
+                text += f"\n{PARTLY}"
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, OSError):
         raise ProtocolError(NO_LIST) from None
     if mounts:
@@ -152,7 +156,7 @@ def block(mount: Mapping[str, Any], now: float) -> list[str]:
         fields.append(
             ("not looked at", "there are too many mounts on this system, it may be in other places")
         )
-    if not mount["attached"] and not mount.get("unlisted"):
+    if not any(mount.get(name) for name in ("attached", "maybeAttached", "unlisted", "partly")):
         fields.append(("attached at", NOWHERE))
     return [printable(f"{name}: {'-' if value is None else value}") for name, value in fields]
 
@@ -164,9 +168,6 @@ def access(mount: Mapping[str, Any]) -> str:
 
 def row(mount: Mapping[str, Any], now: float) -> list[str]:
     """Return the cells of one mount."""
-    places = ", ".join(sorted({place["mountPoint"] for place in mount["attached"]}))
-    if mount.get("unlisted"):
-        places += f" and {mount['unlisted']} more"
     return [
         str(mount["id"]),
         str(mount["uid"]),
@@ -175,8 +176,25 @@ def row(mount: Mapping[str, Any], now: float) -> list[str]:
         access(mount),
         mount.get("rule") or "-",
         mount["source"],
-        places or NOWHERE,
+        whereabouts(mount),
     ]
+
+
+def whereabouts(mount: Mapping[str, Any]) -> str:
+    """Return where a mount is attached, as far as anybody knows."""
+    places = mount_points(mount["attached"])
+    if mount.get("unlisted"):
+        places += f"{' and ' if places else ''}{mount['unlisted']} more"
+    if places:
+        return places
+    if maybe := mount_points(mount.get("maybeAttached", ())):
+        return f"maybe {maybe}"
+    return NOT_ALL if mount.get("partly") else NOWHERE
+
+
+def mount_points(places: Iterable[Mapping[str, Any]]) -> str:
+    """Return each directory once, whatever mount namespaces it is in."""
+    return ", ".join(sorted({place["mountPoint"] for place in places}))
 
 
 def age(seconds: float) -> str:

@@ -260,7 +260,8 @@ def explain(options: argparse.Namespace, request: Request, client: Client) -> in
 def become(name: str) -> None:
     """Be another user for the rest of this process, so that mountd finds that one calling.
 
-    The image was opened before; whether that user may open it is not asked. Raises NotFound, OSError.
+    The image was opened before; whether that user may open it is not asked. Raises NotFound, UsageError,
+    OSError.
     """
     import pwd
 
@@ -268,9 +269,15 @@ def become(name: str) -> None:
         user = pwd.getpwnam(name)
     except KeyError:
         raise NotFound(f"a user “{name}”", hint="“getent passwd” lists them") from None
-    os.initgroups(user.pw_name, user.pw_gid)
-    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
-    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    try:
+        os.initgroups(user.pw_name, user.pw_gid)
+        os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+        os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    except PermissionError:
+        raise UsageError(
+            f"--as {name} is for root, who may be another user",
+            hint="run it as root, or without --as for yourself",
+        ) from None
 
 
 def explanation(reply: dict[str, object]) -> str:

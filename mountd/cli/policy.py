@@ -6,6 +6,8 @@ import os
 import sys
 
 import mountd
+from mountd.cli.report import EXIT_USAGE, fail
+from mountd.errors import NotSupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 # -I: nothing in the environment or the current directory has a say in what is imported; but, unlike for
 # mountctl itself, the system's packages are.
 FLAGS = "-I"
+NAME = "mountctl policy"
 PROGRAM = """\
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -22,7 +25,8 @@ try:
     from mountd.trust.policy_tool import main
     status = main()
 except ImportError as error:
-    status = f"mountctl policy: a package of mountd is missing: {error}"
+    from mountd.cli.policy import lacking
+    status = lacking(error, sys.argv[1:])
 except KeyboardInterrupt:
     status = 8
 sys.exit(status)
@@ -40,3 +44,11 @@ def become_policy_tool(arguments: Sequence[str]) -> NoReturn:
     """Run it in the place of this process. Raises OSError."""
     whole = command(arguments)
     os.execv(whole[0], whole)
+
+
+def lacking(error: ImportError, arguments: Sequence[str]) -> int:
+    """Report, in that program, that there is a package missing, and return the exit status."""
+    hint = f"install it for {sys.executable or 'this Python'}: on Debian it is python3-pydantic"
+    missing = NotSupported(f"policies, as a package of mountd is missing: {error}", hint=hint)
+    fail(NAME, missing, as_json="--json" in arguments)
+    return EXIT_USAGE  # whoever checks a policy is to take it for unchecked

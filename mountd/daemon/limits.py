@@ -35,6 +35,7 @@ SECONDS_OF_WORKER = 300
 # How long a worker stays with a connection that it has just answered, and for how many requests.
 LINGER_MILLISECONDS = 1
 REQUESTS_IN_A_ROW = 64
+REAPING_SECONDS = 5.0  # until an idle worker looks again which of its children that hung have ended
 MAXIMUM_SHARED_SECONDS = 3600
 SHARED_SECONDS = 5  # that a mount is kept for whoever asks for the same again
 IDLE_WORKER_SECONDS = 30  # above the minimum

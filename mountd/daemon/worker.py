@@ -20,6 +20,7 @@ from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
 from mountd.daemon.limits import (
     DEADLINES,
     LINGER_MILLISECONDS,
+    REAPING_SECONDS,
     REQUESTS_IN_A_ROW,
     REQUESTS_PER_WORKER,
     SECONDS_OF_WORKER,
@@ -28,6 +29,7 @@ from mountd.daemon.transport import DescriptorsLost, has_sent, read_message
 from mountd.errors import MountdError, PeerGone, TimedOut
 from mountd.fds import close_all
 from mountd.kernel import sockets
+from mountd.kernel.child import hanging
 from mountd.service.context import PolicyInForce, RequestContext
 from mountd.service.conversation import Conversation
 from mountd.service.mountfs_errors import in_their_words
@@ -104,7 +106,7 @@ class Worker:
         going_on = True
         try:
             while going_on:
-                while not channel.wait(self._own, self._seal.seconds_left()):
+                while not channel.wait(self._own, self._seconds_of_waiting()):
                     self._seal.expire()
                 request = channel.next_request(self._own)
                 if request is None:
@@ -126,6 +128,16 @@ class Worker:
             return  # the daemon has ended
         finally:
             self._seal.expire(0)
+
+    def _seconds_of_waiting(self) -> float | None:
+        """Return how long there is nothing to do but to wait for a request, None for until there is one.
+
+        Children that hung and have ended are reaped: no other request may come for which that is done.
+        """
+        left = self._seal.seconds_left()
+        if not hanging():
+            return left
+        return REAPING_SECONDS if left is None else min(left, REAPING_SECONDS)
 
     def _serve_in_a_row(self, held: Conversation) -> bool:
         """Serve a request and those that follow at once; return whether the connection can have another.

@@ -9,7 +9,7 @@ The host's is not, nor is one in a container of somebody else, to which a mount 
 There, nothing is detached but other mounts that were handed out to the same owner.
 
 No file system is asked for what lies in it if it can be one with a server in the holder's hands. What cannot
-be told from others, such as an overlay over one, is left alone once it takes too long.
+be told from others, such as an overlay over one, comes last, and is left alone once it takes too long.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from mountd.kernel import mount_api
 from mountd.kernel.flags import Clone, StatmountMask, StatxMask, Unmount
 from mountd.kernel.mount_info import statmount
 from mountd.kernel.namespaces import setns
+from mountd.kernel.numbers import AT_FDCWD
 from mountd.kernel.paths import statx
 from mountd.kernel.visitor import visit
 
@@ -49,20 +50,27 @@ FLAGS = Unmount.NOFOLLOW | Unmount.DETACH
 
 
 def take_back(
-    ids: Sequence[int], namespace_fd: int, user: Ids, loose: Collection[int] | None, seconds: float
+    ids: Sequence[int],
+    namespace_fd: int,
+    user: Ids,
+    loose: Collection[int] | None,
+    seconds: float,
+    *,
+    cautious: bool = False,
 ) -> int:
     """Detach the mounts with these unique ids in that namespace, one after the other, in `seconds` at most.
 
     The descriptor is borrowed; `user` are the ids of whose directories they are in. `loose` are the mounts
-    that may be detached if they are in the way, None for all. What can be detached is: who wants to know
-    looks afterwards. Returns how many calls that took, with what was in the way, so that one that begins
-    with more of that than there is time for can be told from one that gets nowhere. Raises SyscallError.
+    that may be detached if they are in the way, None for all. If it is `cautious`, what is below an overlay
+    is left out. What can be detached is: who wants to know looks afterwards. Returns how many calls that
+    took, with what was in the way, so that one that begins with more of that than there is time for can be
+    told from one that gets nowhere. Raises SyscallError, TooManyHanging.
     """
     end = time.monotonic() + seconds
 
     def work(_: Visitor) -> bytes:
         count = 0
-        for id in ids:
+        for id in safest_first(ids, end, cautious=cautious):
             with suppress(OSError):
                 for _step in detaching(id, namespace_fd, loose):
                     count += 1
@@ -73,6 +81,39 @@ def take_back(
     # A moment more, for one that is not held up to tell.
     (count,) = COUNT.unpack(visit(namespace_fd, [], user, work, seconds + SECONDS_TO_TELL))
     return int(count)
+
+
+def safest_first(ids: Sequence[int], end: float, *, cautious: bool) -> list[int]:
+    """Return mounts in the order in which to come to them, or only the safe ones if it is `cautious`.
+
+    What is below an overlay comes last: one that waits for a server comes to nothing that is after it. All
+    that is in a container whose root directory is an overlay is below that, which says nothing. Without
+    more time, what is left to look at is taken for being below one.
+    """
+    known = {mount_at(AT_FDCWD, ROOT): False}
+    safe: list[int] = []
+    others: list[int] = []
+    for id in ids:
+        (others if time.monotonic() > end or is_below_overlay(id, known) else safe).append(id)
+    return safe if cautious else safe + others
+
+
+def is_below_overlay(id: int, known: dict[int, bool]) -> bool:
+    """Tell whether a mount is, or is below, an overlay; `known` are answers, and gets those found out."""
+    passed: list[int] = []
+    answer = False
+    with suppress(OSError):
+        while id not in known and len(passed) < MAXIMUM_ANCESTORS:
+            passed.append(id)
+            known[id] = False  # of a root, which is below itself
+            answer = is_of(id, OVERLAY)
+            if answer:
+                break
+            id = statmount(id, StatmountMask.MNT_BASIC).parent_id
+        else:
+            answer = known.get(id, True)
+    known.update(dict.fromkeys(passed, answer))
+    return answer
 
 
 def detaching(id: int, namespace_fd: int, loose: Collection[int] | None) -> Iterator[None]:

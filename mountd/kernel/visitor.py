@@ -38,6 +38,14 @@ DONE, FAILED = b"+", b"-"
 NUMBER = struct.Struct("=i")
 
 
+class TooManyHanging(SyscallError):
+    """There is no further child while so many wait for file systems that do not answer."""
+
+    def __init__(self) -> None:
+        """It is what fork(2) raises where there are too many processes."""
+        super().__init__(11, "fork(one more child, while others hang in file systems)")  # EAGAIN
+
+
 class Visitor:
     """What the work of the child can do beside the other functions of this room."""
 
@@ -68,12 +76,12 @@ def visit(
 
     All descriptors are borrowed; the child has those in `keep` only. `ids` are the user id, the group id and
     the other groups whose rights it has to files. After `seconds`, if given, nobody waits for it any more,
-    even if it hangs in the kernel; EAGAIN is raised if too many do by now. Raises SyscallError for an
-    OSError of `work`, and where the namespace cannot be entered, or the child has ended without a word or
+    even if it hangs in the kernel; TooManyHanging is raised if too many do by now. Raises SyscallError for
+    an OSError of `work`, and where the namespace cannot be entered, or the child has ended without a word or
     is not waited for.
     """
     if seconds is not None and hanging() >= MAXIMUM_HANGING:
-        raise SyscallError(11, "fork(one more child, while others hang in file systems)")  # EAGAIN
+        raise TooManyHanging
     pid, reader = fork(lambda writer: _be(namespace_fd, keep, ids, work, writer))
     try:
         with reader:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
@@ -19,6 +19,7 @@ from mountd.execute import mount_table, taking_back
 from mountd.fds import OwnedFd
 from mountd.kernel import capabilities
 from mountd.kernel.mount_info import MountNamespace, mount_namespaces
+from mountd.kernel.visitor import TooManyHanging
 from mountd.ledger import find
 from mountd.service.admin import admit
 from mountd.service.listing import living, places
@@ -51,6 +52,10 @@ IN_THE_WAY = (
     " end the processes there, or unmount what is above it"
 )
 LATE = "there was no more time: revoke it once more"
+CROWDED = (
+    "so many processes of mountd hang in file systems that do not answer that it begins no others: end the"
+    " processes there, or abort the connections in /sys/fs/fuse/connections, and revoke it once more"
+)
 
 
 def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
@@ -69,14 +74,13 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     detached: list[Attachment] = []
     ids = {each.record.id for each in chosen}
     deadline = time.monotonic() + ROUNDS_SECONDS
-    moved = True
+    why = LATE
     # Once more for what was copied meanwhile, or had more in the way than is detached at a time.
-    while moved and any(each.attached for each in chosen) and time.monotonic() < deadline:
-        done, moved = take_back(chosen, everybody)
+    while why == LATE and any(each.attached for each in chosen) and time.monotonic() < deadline:
+        done, why = take_back(chosen, everybody)
         detached += done
         everybody = living(context)
         chosen = [each for each in everybody if each.record.id in ids]
-    why = LATE if moved else IN_THE_WAY
     held = holders(chosen, why) or unseen(chosen, context)
     told, unlisted = places(detached)
     reply = {"detached": told, "held": held, "unlisted": unlisted or None}
@@ -93,11 +97,11 @@ def is_meant(record: Record, name: str, value: object) -> bool:
     return record.id == value
 
 
-def take_back(chosen: list[Live], everybody: list[Live]) -> tuple[list[Attachment], bool]:
+def take_back(chosen: list[Live], everybody: list[Live]) -> tuple[list[Attachment], str]:
     """Detach mounts wherever they are attached, for SECONDS at the most; return where that was done.
 
-    And whether it is of use to go on: something was detached, if only what is in the way, or not all places
-    were come to.
+    And why the others are left, if there are any. It is of use to go on if that is LATE: something was
+    detached, if only what is in the way, or not all places were come to.
 
     Whoever asked for one could enter the directories above it; within an image, maybe nobody can.
     """
@@ -107,7 +111,7 @@ def take_back(chosen: list[Live], everybody: list[Live]) -> tuple[list[Attachmen
         for place in each.attached:
             by_space.setdefault(place.namespace, []).append((place, each.record))
     done: list[Attachment] = []
-    moved = len(by_space) > MAXIMUM_SPACES
+    moved, crowded = len(by_space) > MAXIMUM_SPACES, False
     with ExitStack() as stack:
         spaces = opened(by_space.keys(), stack)
         deadline = time.monotonic() + SECONDS
@@ -117,12 +121,18 @@ def take_back(chosen: list[Live], everybody: list[Live]) -> tuple[list[Attachmen
                 theirs = [(place, record) for place, record in there if record.owner == owner]
                 loose = {each.record.id for each in everybody if each.record.owner == owner}
                 own = find.owner(space.fd) == owner
-                moved |= take_back_there(theirs, space, None if own else loose, deadline)
+                try:
+                    moved |= take_back_there(theirs, space, None if own else loose, deadline)
+                except TooManyHanging:
+                    crowded = True
+                    break
             gone = [place for place, _ in there if not attaching.is_there(place.id, space.id)]
             if gone:
                 mount_table.note_detached(space.fd.fileno())
             done += gone
-    return done, moved or bool(done)
+            if crowded:
+                return done, CROWDED
+    return done, LATE if moved or done else IN_THE_WAY
 
 
 def opened(ids: Collection[int], stack: ExitStack) -> list[MountNamespace]:
@@ -146,8 +156,12 @@ def opened(ids: Collection[int], stack: ExitStack) -> list[MountNamespace]:
 def take_back_there(
     there: list[tuple[Attachment, Record]], space: MountNamespace, loose: set[int] | None, deadline: float
 ) -> bool:
-    """Detach what is attached in one mount namespace, and is of one owner; return whether to go on."""
-    moved = False
+    """Detach what is attached in one mount namespace, and is of one owner; return whether to go on.
+
+    Once it takes too long, a silent server was asked, and the others come only to what is below none for
+    sure. Raises TooManyHanging.
+    """
+    moved = hung = False
     ways: list[tuple[int, AbstractContextManager[None]]] = [
         (uid, nullcontext()) for uid in sorted({record.uid for _, record in there})
     ]
@@ -159,10 +173,18 @@ def take_back_there(
         begin = time.monotonic()
         seconds = min(SECONDS_OF_ONE, deadline - begin)
         if ids and seconds > 0:
-            with suppress(SyscallError, MountdError), rights:
-                moved |= taking_back.take_back(ids, space.fd.fileno(), (uid, uid, ()), loose, seconds) > 0
+            try:
+                with rights:
+                    fd, user = space.fd.fileno(), (uid, uid, ())
+                    moved |= taking_back.take_back(ids, fd, user, loose, seconds, cautious=hung) > 0
+            except TooManyHanging:
+                raise  # it is no matter of this place
+            except (SyscallError, MountdError):
+                pass  # what could not be detached is looked at afterwards
         if time.monotonic() - begin >= seconds:
-            break  # nor would it answer another
+            if hung:
+                break  # nor would it answer another
+            hung = True
     return moved
 
 

@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -44,13 +45,22 @@ exit status: 0 if nothing is wrong, whatever the warnings; 1 if there are errors
 """
 
 
+class Wrong(Exception):
+    """The command line cannot be understood."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        """The hint is the way out."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
 class Parser(argparse.ArgumentParser):
     """One line for an error, as the other verbs of mountctl have it."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and end."""
-        say(f"{PROGRAM}: {message} (hint: see “{self.prog} --help”)", 2)
-        sys.exit(EXIT_ERRORS)
+        """Raise Wrong."""
+        raise Wrong(message, f"see “{self.prog} --help”")
 
     def _print_message(self, message: str, file: object = None) -> None:
         """Print help at once. Raises OSError."""
@@ -61,8 +71,7 @@ class Parser(argparse.ArgumentParser):
             known = [*map(str, action.choices), "reload"]
             nearest = difflib.get_close_matches(str(value), known, 1)
             meant = f"did you mean “{nearest[0]}”? " if nearest else ""
-            say(f"{PROGRAM}: there is no verb “{value}” (hint: {meant}see “{self.prog} --help”)", 2)
-            sys.exit(EXIT_ERRORS)
+            raise Wrong(f"there is no verb “{value}”", f"{meant}see “{self.prog} --help”")
 
 
 def parser() -> Parser:
@@ -80,7 +89,7 @@ def parser() -> Parser:
         ("show", "print all rules and keys in the order in which they are tried, with their origins"),
     ):
         verb = add_verb(verbs, name, text, (f"mountctl policy {name}", f"mountctl policy {name} ./policy.d"))
-        verb.add_argument("--json", action="store_true", help="print JSON")
+        verb.add_argument("--json", action="store_true", help="print JSON, for errors as well")
         verb.add_argument(
             "directories",
             metavar="DIR",
@@ -238,9 +247,25 @@ VERBS = {"check": check, "show": show, "schema": schema}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says, and return the exit status."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        options = parser().parse_args(argv)
+        options = parser().parse_args(words)
         return VERBS[options.verb](options)
+    except Wrong as problem:
+        fail("UsageError", problem.message, problem.hint, as_json="--json" in words)
+        return EXIT_ERRORS
     except OSError as problem:
-        say(f"{PROGRAM}: {problem.strerror}", 2)
+        where = "" if problem.filename is None else f"{os.fsdecode(problem.filename)}: "
+        fail(type(problem).__name__, f"{where}{problem.strerror}", None, as_json="--json" in words)
         return EXIT_OUTPUT
+
+
+def fail(name: str, message: str, hint: str | None, *, as_json: bool) -> None:
+    """Say what is wrong in one line, and in JSON as every verb of mountctl has it (error.schema.json)."""
+    message = shown(message, MAXIMUM_MESSAGE)
+    say(f"{PROGRAM}: {message}" + ("" if hint is None else f" (hint: {hint})"), 2)
+    if as_json:
+        parameters = {} if hint is None else {"hint": hint}
+        said = {"error": name, "message": message, "hint": hint, "parameters": parameters}
+        with suppress(OSError):  # it may be that nothing can be written there
+            say(json.dumps(said))

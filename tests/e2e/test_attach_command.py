@@ -17,9 +17,10 @@ from tests.container import forked
 from tests.daemon import Daemon
 from tests.e2e.attaching import id_at, records
 from tests.e2e.conftest import trusting
-from tests.programs import Done, as_user, check_line, etc_files, run
+from tests.programs import Done, as_user, check_line, etc_files, in_private, run
 
 GUS, ZOE = 4240, 4241
+UTAB = Path("/run/mount/utab")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,46 @@ def test_root_needs_no_help(scene: Scene, images: dict[str, Path]) -> None:
     assert said["id"] == id_at(target) == said["mounts"][0]["id"]
     done = run([scene.program, "umount", "--json", target], scene.daemon.socket)
     assert json.loads(done.stdout)["detachedBy"] == "this process"
+
+
+@pytest.mark.parametrize("lazy", [[], ["--lazy"]])
+def test_root_leaves_nothing_of_what_was_attached_for_a_user(
+    scene: Scene, images: dict[str, Path], installed: Path, tmp_path: Path, lazy: list[str]
+) -> None:
+    """Neither the record of mountd, nor the line by which umount(8) would ask it."""
+    target = directory(scene, f"roots{len(lazy)}")
+
+    def noted() -> bool:
+        return UTAB.exists() and f"TARGET={target} " in UTAB.read_text()
+
+    def work() -> tuple[Done, tuple[bool, bool], Done, Done, tuple[bool, bool]]:
+        done = scene.call("mount", images["erofs"], target)
+        before = noted(), bool(records(scene.daemon))
+        with open(target / "hello", encoding="utf-8"):
+            busy = run([scene.program, "umount", target], scene.daemon.socket)
+        gone = run([scene.program, "umount", "--json", *lazy, target], scene.daemon.socket)
+        return done, before, busy, gone, (noted(), bool(records(scene.daemon)))
+
+    done, before, busy, gone, after = in_private(installed, work, {}, tmp_path)
+    assert (done.returncode, done.stderr, before) == (0, "", (True, True))
+    assert busy.returncode == 32
+    check_line(busy, "^mountctl: the mount is in use .hint: ")
+    assert (gone.returncode, gone.stderr, after) == (0, "", (False, False))
+    assert json.loads(gone.stdout)["detachedBy"] == "mountd"
+
+
+def test_root_needs_no_daemon_for_that(
+    scene: Scene, images: dict[str, Path], installed: Path, tmp_path: Path
+) -> None:
+    target = directory(scene, "alone")
+
+    def work() -> tuple[Done, Done]:
+        done = run([scene.program, "mount", images["erofs"], target], scene.daemon.socket)
+        return done, run([scene.program, "umount", "--json", target], tmp_path / "nobody")
+
+    done, gone = in_private(installed, work, {}, tmp_path)
+    assert (done.returncode, gone.returncode, gone.stderr) == (0, 0, "")
+    assert json.loads(gone.stdout)["detachedBy"] == "this process"
 
 
 @pytest.mark.parametrize("uid", [GUS, ZOE])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import socket
 import struct
@@ -151,20 +152,24 @@ def test_what_is_mounted_over_it_goes_first(
     wait_for(lambda: not listed(serving, everybody=True))
 
 
-def serve_directories(device: int, silent: int) -> NoReturn:
-    """A FUSE server of directories in directories, which says nothing any more once `silent` can be read."""
+def serve_directories(device: int, silent: int, unanswered: mmap.mmap) -> NoReturn:
+    """A FUSE server of directories in directories, which says nothing any more once `silent` can be read.
+
+    What it is asked then becomes the first byte of `unanswered`.
+    """
     os.set_blocking(silent, False)
     try:
         end_with_parent()
         while True:
             request = os.read(device, 1 << 17)
             _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
-            with contextlib.suppress(BlockingIOError):
-                if os.read(silent, 1):
-                    os.set_blocking(silent, True)
-                    os.read(silent, 1)  # until the test ends
             if opcode in NEVER_ANSWERED:
                 continue
+            with contextlib.suppress(BlockingIOError):
+                if os.read(silent, 1):
+                    unanswered[0] = opcode
+                    os.set_blocking(silent, True)
+                    os.read(silent, 1)  # until the test ends
             failure, body = 0, b""
             if opcode == Op.INIT:
                 body = struct.pack("=IIIIHHIIHHI28x", 7, 31, 65536, 0, 0, 0, 65536, 1, 0, 0, 0)
@@ -185,8 +190,12 @@ def serve_directories(device: int, silent: int) -> NoReturn:
 @contextlib.contextmanager
 def below_a_server(
     daemon: Daemon, images: dict[str, Path], *, overlay: bool
-) -> Iterator[tuple[int, int, Callable[[], bool]]]:
-    """A container with an image below its own silent FUSE, or an overlay over that, and one at /mnt/o."""
+) -> Iterator[tuple[int, int, Callable[[], bool], mmap.mmap]]:
+    """A container with an image below its own silent FUSE, or an overlay over that, and one at /mnt/o.
+
+    Yields the ids of both, whether the second is read, and what the server has been asked and is silent on.
+    """
+    unanswered = mmap.mmap(-1, 1)
 
     def work(theirs: socket.socket) -> None:
         tmpfs("/mnt")
@@ -194,11 +203,13 @@ def below_a_server(
             os.mkdir(f"/mnt/{name}")
         device = os.open(FUSE, os.O_RDWR)
         reader, writer = os.pipe()
-        options = f"fd={device},rootmode=40000,user_id=0,group_id=0"
+        # An overlay judges by the mode that the root directory has when it is mounted: nobody has asked the
+        # server for it by then.
+        options = f"fd={device},rootmode=40755,user_id=0,group_id=0"
         call("mount", b"test", b"/mnt/f", b"fuse", 0, options.encode())
         if os.fork() == 0:
             os.close(writer)
-            serve_directories(device, reader)
+            serve_directories(device, reader, unanswered)
         os.close(device)
         os.close(reader)
         if overlay:
@@ -218,32 +229,46 @@ def below_a_server(
 
     with staying_in_container(work) as ours:
         one, other = map(int, ours.recv(100).split())
-        yield one, other, lambda: is_read(ours)
+        yield one, other, lambda: is_read(ours), unanswered
 
 
 def test_a_server_that_is_silent_is_not_asked(
     serving: Daemon, images: dict[str, Path], containers: None, fuse_for_all: None
 ) -> None:
-    with below_a_server(serving, images, overlay=False) as (one, other, is_read):
+    with below_a_server(serving, images, overlay=False) as (one, other, is_read, unanswered):
         assert is_read()
         reply = revoke(serving, uid=USER)
         assert {place["id"] for place in reply["detached"]} >= {one, other}
         assert reply["held"] == []
         assert not is_read()
+        assert not unanswered[0]
     wait_for(lambda: not listed(serving, everybody=True))
+
+
+def hung(daemon: Daemon) -> list[int]:
+    """The children of the workers, also those that have ended and were not reaped."""
+    return [child for worker in daemon.workers for child in daemon.children(worker)]
 
 
 def test_one_that_has_to_be_asked_holds_up_nothing_else(
     serving: Daemon, images: dict[str, Path], containers: None, fuse_for_all: None
 ) -> None:
-    """What is left is said, with the processes that are to be ended."""
-    with below_a_server(serving, images, overlay=True) as (one, other, is_read):
+    """What is left is said, with the processes that are to be ended.
+
+    An overlay asks the file system below it with the rights of whoever mounted it, for a visitor as well,
+    who asks by a user id that the container maps. That one waits until the server has ended, and mountd is
+    rid of it then, whether or not it is asked for something else.
+    """
+    with below_a_server(serving, images, overlay=True) as (one, other, is_read, unanswered):
         reply = revoke(serving, uid=USER)
         assert [place["id"] for place in reply["detached"]] == [other]
         assert not is_read()
         assert "end the processes there" in reply["held"][0]["what"]
         assert any(each["pid"] for each in reply["held"])
         assert [each["id"] for each in listed(serving, everybody=True)] == [one]
+        assert unanswered[0] == Op.LOOKUP
+        assert hung(serving)
+    wait_for(lambda: not hung(serving))
     wait_for(lambda: not listed(serving, everybody=True))
 
 

@@ -117,7 +117,7 @@ def test_one_that_hangs_is_counted_until_it_ends(
             with pytest.raises(SyscallError, match="ECHILD"):
                 visit(namespace, [], ROOT, work, 0.1)
             assert child.hanging() == count
-        with pytest.raises(SyscallError, match="EAGAIN"):
+        with pytest.raises(visitor.TooManyHanging, match="EAGAIN"):
             visit(namespace, [], ROOT, lambda _: b"said", 5)
         fuse.abort()
         deadline = time.monotonic() + 10

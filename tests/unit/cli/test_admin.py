@@ -10,6 +10,7 @@ import pytest
 
 from mountd.cli import admin
 from mountd.cli.admin import describe, exposition, labels, number, replace_file, span
+from mountd.cli.mountctl import parse
 
 POOL = {
     "workers": 3, "idle": 1, "busy": 1, "stuck": 1, "killed": 2, "forks": 9, "restarts": 0, "connections": 4,
@@ -113,3 +114,24 @@ def test_a_file_is_replaced_or_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         replace_file(str(path), "two\n")
     assert os.listdir(tmp_path) == ["x.prom"]
     assert path.read_text() == "one\n"
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    path = f"{tmp_path}/nowhere/x.prom"
+    with pytest.raises(FileNotFoundError) as caught:
+        replace_file(path, "one\n")
+    assert caught.value.filename == path
+
+
+@pytest.mark.parametrize(
+    ("output", "kind"), [("", FileNotFoundError), ("/", IsADirectoryError), (".", IsADirectoryError)]
+)
+def test_what_is_no_name_of_a_file_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, output: str, kind: type[OSError]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(admin, "call", asked.append)
+    with pytest.raises(kind) as caught:
+        admin.metrics(parse(["metrics", "--output", output]))
+    assert caught.value.filename == output
+    assert not asked

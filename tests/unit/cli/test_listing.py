@@ -135,7 +135,7 @@ def test_a_table_that_fits(
 ) -> None:
     """In a pipe as well; with the whole id, which has to be typed in somewhere else."""
     monkeypatch.setenv("COLUMNS", str(columns))
-    head, *rows = printed(monkeypatch, capsys, [MOUNT, BARE]).splitlines()
+    head, *rows = printed(monkeypatch, capsys, [{**MOUNT, "partly": None}, BARE]).splitlines()
     assert max(len(line) for line in (head, *rows)) <= columns
     assert head.startswith("ID")
     assert [row.split()[0] for row in rows] == ["2147500000", "7"]
@@ -147,7 +147,47 @@ def test_an_id_is_whole_though_nothing_fits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "3")
-    assert printed(monkeypatch, capsys, [MOUNT]) == "ID\n2147500000\n"
+    assert printed(monkeypatch, capsys, [{**MOUNT, "partly": None}]) == "ID\n2147500000\n"
+
+
+MAYBE = {"maybeAttached": MOUNT["maybeAttached"]}
+
+
+@pytest.mark.parametrize(
+    ("known", "cell", "field"),
+    [
+        ({}, "(held by a descriptor)", "attached at: (held by a descriptor)"),
+        ({"partly": True}, "(not all looked at)", "not looked at: there are too many"),
+        (MAYBE, "maybe /srv", "maybe at: /srv (mount"),
+        ({**MAYBE, "partly": True}, "maybe /srv", "maybe at: /srv (mount"),
+        ({**MAYBE, "attached": MOUNT["attached"]}, "/home/me/base, /mnt", "attached at: /mnt (mount"),
+        ({"unlisted": 3}, "3 more", "not listed: 3 more places"),
+    ],
+)
+def test_only_what_is_known_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    known: dict[str, Any],
+    cell: str,
+    field: str,
+) -> None:
+    """A descriptor holds what is attached nowhere, if everything was looked at and nothing is unsure."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    mount = {**BARE, **known}
+    _, line, *below = printed(monkeypatch, capsys, [mount]).splitlines()
+    assert line.split("tmpfs:64M")[1].strip() == cell
+    assert below == ([listing.PARTLY] if known.get("partly") else [])
+    text = printed(monkeypatch, capsys, [mount], "--long")
+    assert f"\n{field}" in text
+    assert ("held by a descriptor" in text) == (not known)
+
+
+def test_what_was_not_looked_at_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(monkeypatch, capsys, [{**BARE, "partly": True}, {**BARE, "partly": True}, BARE])
+    assert text.count(listing.PARTLY) == 1
+    assert text.endswith(f"{listing.PARTLY}\n")
 
 
 class TestWidth:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mountd.cli.policy import FLAGS, command
+from mountd.cli.report import EXIT_USAGE
+
 ROOT = Path(__file__).parents[3]
 # As units/program writes it.
 MOUNTCTL = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from mountd.cli.mountctl import main; main()"
@@ -50,6 +53,26 @@ def test_the_current_directory_and_the_environment_have_no_say(tmp_path: Path) -
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = mountctl("policy", "check", str(ROOT / "units/policy.d"), cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_python_without_the_packages(words: list[str]) -> None:
+    """As the system's own may be: -S leaves them out."""
+    whole = command(["check", *words])
+    assert whole[1] == FLAGS
+    whole[1] = f"{FLAGS}S"
+    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_USAGE
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("mountctl policy: ")
+    assert "No module named 'pydantic'" in line
+    assert "hint: install it" in line
+    if words:
+        said = json.loads(done.stdout)
+        assert said["error"] == "NotSupported"
+        assert said["message"] in line
+    else:
+        assert done.stdout == ""
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2])

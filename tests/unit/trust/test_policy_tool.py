@@ -288,7 +288,31 @@ def test_the_schema_has_every_key_and_no_other(capfd: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("line", ["", "bogus", "check --bogus", "schema x", "show --jso"])
 def test_wrong_usage(line: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        main(line.split())
-    assert raised.value.code == 1
-    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert main(line.split()) == 1
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", ["--json", "bogus --json", "check --json --bogus"])
+def test_wrong_usage_in_json(line: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 1
+    said = capfd.readouterr()
+    error = json.loads(said.out)
+    assert error["error"] == "UsageError"
+    assert said.err == f"mountctl policy: {error['message']} (hint: {error['hint']})\n"
+
+
+def test_what_cannot_be_looked_at_in_json(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert main(["check", "--json", "/x"]) == 2
+    said = capfd.readouterr()
+    assert json.loads(said.out) == {
+        "error": "PermissionError", "message": "/x: Permission denied", "hint": None, "parameters": {}
+    }  # fmt: skip
+    assert said.err == "mountctl policy: /x: Permission denied\n"
