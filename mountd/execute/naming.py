@@ -48,10 +48,14 @@ class Naming:
             return True
         if not is_name(name):
             return False
-        self._forget()
+        path = f"{self._directory}/{name.lstrip('/')}"
+        known, self._known = self._known, None
         try:
-            path = f"{self._directory}/{name.lstrip('/')}"
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            if known is not None and known[0] == name:
+                os.unlink(path)
+            else:
+                self._forget()
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             os.symlink(f"/proc/self/fd/{fd}", path)
         except OSError:
             return False
@@ -94,7 +98,6 @@ class Naming:
 
     def _forget(self) -> None:
         """Remove what is left of the last name, also of a worker that was killed."""
-        self._known = None
         with suppress(OSError):
             for name in os.listdir(self._directory):
                 if name not in (PROC, ATTACHED):

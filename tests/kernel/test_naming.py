@@ -207,3 +207,20 @@ def test_mounts_are_attached_for_a_while(directory: Path, tmp_path: Path) -> Non
         return found
 
     assert forked(work) == [2, [True, True], 0, 1, 0]
+
+
+def test_a_name_that_comes_again_leads_to_the_other_file(directory: Path) -> None:
+    """And where its link is gone, as in no way that is known of, there is no name for once."""
+
+    def work() -> list[object]:
+        staged(directory)
+        names = Naming(f"{directory}/0")
+        link = directory / "0/srv/image"
+        found: list[object] = []
+        for fd in (3, 3, 4):
+            found += [names.lead("/srv/image", fd), os.readlink(link)]
+        link.unlink()
+        return [*found, names.lead("/srv/image", 5), names.lead("/srv/image", 5), os.readlink(link)]
+
+    three, four, five = (f"/proc/self/fd/{fd}" for fd in (3, 4, 5))
+    assert forked(work) == [True, three, True, three, True, four, False, True, five]
