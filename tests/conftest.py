@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mountd.kernel import fuse, mount_api
+
 
 def descriptors() -> dict[str, str]:
     """The open descriptors of this process and what they refer to, without the one used for listing."""
@@ -54,6 +56,16 @@ def state() -> dict[str, object]:
         "loop devices": loop_devices(),
         "mounts": mounts(),
     }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fusectl() -> Iterator[None]:
+    """Mounted, as on every started system, so that no test is the one that mounts it."""
+    there = os.path.ismount(fuse.CONNECTIONS)
+    fuse.mount_fusectl()
+    yield
+    if not there and os.path.ismount(fuse.CONNECTIONS):
+        mount_api.umount(fuse.CONNECTIONS)
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,8 @@ def check_policy(directories: tuple[str, ...] = ()) -> list[Finding]:
     try:
         told = json.loads(said)
     except ValueError:
+        told = None
+    if not isinstance(told, list):  # but an error, or nothing
         why = (complaint.strip().splitlines() or [f"it ends with {code}"])[-1]
         fix = "install the packages that mountd depends on"
         return [*found, Finding("check", FAIL, f"the policy cannot be read: {why}", fix)]
