@@ -34,6 +34,7 @@ from mountd.kernel import making, namespaces
 from mountd.kernel.paths import fd_flags, statx
 from mountd.plan.idmap import IdMapKind, IdMapWish
 from mountd.service import directories, encrypted, nsresourced
+from mountd.service.descriptors import Descriptors
 from mountd.service.handing_out import handing_out
 from mountd.service.inspection import Inspected
 from mountd.service.mount import Judged, allowed, judge, make
@@ -82,7 +83,7 @@ class Fields:
         """Borrow both."""
         self._parameters = parameters
         self._fds = fds
-        self._named: dict[int, str] = {}
+        self._table = Descriptors(fds)
         self.given: list[OwnedFd] = []
 
     def owned(self, field: str, more: int = 0, kind: int | None = None) -> OwnedFd | None:
@@ -94,13 +95,7 @@ class Fields:
         index: int | None = self._parameters.get(field)
         if index is None:
             return None
-        if not 0 <= index < len(self._fds):
-            raise InvalidParameter(
-                field, f"there is no descriptor {index}, only {len(self._fds)} came along"
-            )
-        if index in self._named:
-            raise InvalidParameter(field, f"descriptor {index} is {self._named[index]} already")
-        self._named[index] = field
+        self._table.take(index, field)
         if kind is not None:
             check_kind(self._fds[index].fileno(), field, kind)
         flags = fd_flags(self._fds[index].fileno()) & ~(FLAGS | more | always_there())
@@ -131,9 +126,7 @@ class Fields:
 
     def check_all_named(self) -> None:
         """Raise InvalidParameter for a descriptor that no field names."""
-        for index in range(len(self._fds)):
-            if index not in self._named:
-                raise InvalidParameter("fileDescriptors", f"no field names descriptor {index}")
+        self._table.check_all_named()
 
     def give_back(self, count: int) -> None:
         """Have what was opened on the way, beyond the first `count`, closed with those of the message."""
