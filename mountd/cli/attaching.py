@@ -26,6 +26,8 @@ CAP_SYS_ADMIN = 21  # linux/capability.h
 ALL_IDS = ["0", "0", "4294967295"]  # /proc/self/uid_map outside of all user namespaces
 # How long one who has interrupted a call waits to hear whether it was carried out all the same.
 SECONDS_OF_REGRET = 1.0
+# How long root waits for mountd to detach before doing it without.
+SECONDS_TO_DETACH = 10.0
 NO_MORE = "nothing more is to be done"
 MOUNTED = "“findmnt” shows what is mounted"
 
@@ -146,7 +148,7 @@ def detached_by_mountd(id: int, *, lazy: bool) -> bool:
     if not is_host_root():
         return False
     try:
-        with Client() as client:
+        with Client(timeout=SECONDS_TO_DETACH) as client:
             client.detach(id, lazy=lazy)
     except InUse:
         raise
