@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mountd.fds import OwnedFd
 from mountd.store.store import Store
 from tests.container import mapper
 from tests.daemon import ROOT, Daemon
@@ -113,6 +114,15 @@ def start(place: Path) -> Iterator[Callable[..., Daemon]]:
         daemon.stop()
         assert "internal error" not in daemon.log, daemon.log
         shutil.rmtree(daemon.directory)
+
+
+@pytest.fixture
+def held() -> Iterator[list[OwnedFd]]:
+    """Mounts that are dropped at the end."""
+    mounts: list[OwnedFd] = []
+    yield mounts
+    for each in mounts:
+        each.close()
 
 
 @pytest.fixture

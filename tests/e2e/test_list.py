@@ -60,15 +60,6 @@ def serving(start: Callable[..., Daemon], images: dict[str, Path]) -> Daemon:
     return start(trusting(images["erofs"].parent))
 
 
-@pytest.fixture
-def held() -> Iterator[list[OwnedFd]]:
-    """Mounts that are dropped at the end."""
-    mounts: list[OwnedFd] = []
-    yield mounts
-    for each in mounts:
-        each.close()
-
-
 @pytest.mark.parametrize("type", ["erofs", "squashfs", "ext4", "xfs", "btrfs"])
 def test_a_mount_is_listed_while_it_is_there(
     serving: Daemon, images: dict[str, Path], held: list[OwnedFd], type: str

@@ -63,15 +63,6 @@ def crowd(count: int, mounts: int = 0, owner: int = USER, depth: int = 0) -> Ite
 
 
 @pytest.fixture
-def held() -> Iterator[list[OwnedFd]]:
-    """Mounts that are closed at the end."""
-    mounts: list[OwnedFd] = []
-    yield mounts
-    for each in mounts:
-        each.close()
-
-
-@pytest.fixture
 def serving(start: Callable[..., Daemon], images: dict[str, Path]) -> Daemon:
     return start(trusting(images["erofs"].parent))
 
