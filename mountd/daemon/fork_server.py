@@ -166,6 +166,9 @@ class ForkServer:
             self._serve(woken)
         finally:
             signal.set_wakeup_fd(-1)  # children may end later than the socket
+            if self._staging is not None:
+                # The kernel does that as well, some time after the last process has ended.
+                self._staging.keep_nothing()
 
     def _serve(self, woken: socket.socket) -> None:
         poller = select.poll()

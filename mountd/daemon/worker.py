@@ -30,6 +30,7 @@ from mountd.errors import MountdError, PeerGone, TimedOut
 from mountd.fds import close_all
 from mountd.kernel import sockets
 from mountd.kernel.child import hanging
+from mountd.ledger.live import in_use
 from mountd.service.context import PolicyInForce, RequestContext
 from mountd.service.conversation import Conversation
 from mountd.service.mountfs_errors import in_their_words
@@ -107,7 +108,7 @@ class Worker:
         try:
             while going_on:
                 while not channel.wait(self._own, self._seconds_of_waiting()):
-                    self._seal.expire()
+                    self._look_after_kept()
                 request = channel.next_request(self._own)
                 if request is None:
                     return
@@ -126,8 +127,14 @@ class Worker:
                 channel.tell(self._own, Word.FREE, going_on)
         except ConnectionError:
             return  # the daemon has ended
-        finally:
-            self._seal.expire(0)
+
+    def _look_after_kept(self) -> None:
+        """Let go of what is kept for whoever asks for the same again, and is not in use any more."""
+        due = self._seal.due()
+        if due:
+            devices = set().union(*due.values())
+            used = set() if self._ledger is None else in_use(self._ledger, devices)
+            self._seal.settle(due, [name for name in due if due[name] & used])
 
     def _seconds_of_waiting(self) -> float | None:
         """Return how long there is nothing to do but to wait for a request, None for until there is one.
@@ -232,7 +239,7 @@ class Worker:
     def _clean_up(self) -> None:
         """Let go of everything that the last requests have left."""
         self._seal.clear()
-        self._seal.expire()
+        self._look_after_kept()
         if self._ledger is not None:
             self._ledger.collect()
         if self._attachments is not None:

@@ -66,6 +66,9 @@ class Sealer(Protocol):
     def again(self, name: str, *, locked: bool = True) -> OwnedFd | None:
         """Return another such mount as was kept under `name`, if it is still there."""
 
+    def making(self, name: str) -> AbstractContextManager[None]:
+        """Be the one who makes what has this name: whoever else does has ended by then."""
+
     def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
         """Take `mount` over and return one of the same that is not locked; keep it, if there is room."""
 
@@ -131,11 +134,11 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
     # Nothing is made once ids are mapped.
     making = [operation for operation in plan.operations if not isinstance(operation, MAPPING)]
     locked = any(isinstance(operation, Seal) for operation in making)
-    mount = None if plan.shared is None else inputs.seal.again(plan.shared, locked=locked)
-    if mount is None:
-        mount = make(making, plan.shared, inputs)
-        if plan.shared is not None and not locked:
-            mount = inputs.seal.keep(mount, plan.shared)
+    mount = (
+        make(making, None, inputs)
+        if plan.shared is None
+        else shared(making, plan.shared, inputs, locked=locked)
+    )
     try:
         if inputs.note is not None:
             inputs.note(mount)
@@ -145,6 +148,20 @@ def run(plan: Plan, inputs: Inputs) -> OwnedFd:
         mount.close()
         raise
     return mount
+
+
+def shared(operations: Sequence[Operation], name: str, inputs: Inputs, *, locked: bool) -> OwnedFd:
+    """Return what is there under `name`, or make it, once for all who ask for it at the same moment."""
+    seal = inputs.seal
+    found = seal.again(name, locked=locked)
+    if found is not None:
+        return found
+    with seal.making(name):
+        found = seal.again(name, locked=locked)
+        if found is not None:
+            return found
+        made = make(operations, name, inputs)
+        return made if locked else seal.keep(made, name)
 
 
 def make(operations: Sequence[Operation], shared: str | None, inputs: Inputs) -> OwnedFd:

@@ -16,7 +16,7 @@ To detach something, the kernel waits until nobody looks at the tree of mounts a
 than all the rest of a request. So there is a stand at the spot, a mount with a directory for each of several
 mounts, and it is detached together with all of them.
 
-What others may want, too, is not attached at the spot but kept for a while (`execute.shared`).
+What others may want, too, is not attached at the spot but kept (`execute.shared`).
 
 Between entering and coming back nothing happens but one system call. The sealer shows the same files as the
 daemon's own namespace, and nobody else can get into it.
@@ -25,6 +25,7 @@ daemon's own namespace, and nobody else can get into it.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from mountd.errors import NotSupported, SyscallError
@@ -37,8 +38,11 @@ from mountd.kernel.libc import call
 from mountd.kernel.mount_info import namespace_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
+    from contextlib import AbstractContextManager
     from typing import NoReturn
+
+    from mountd.execute.shared import Device
 
 MAXIMUM_STAGED = 16
 SHARED = "shared"
@@ -63,7 +67,7 @@ class Seal:
         """`own_fd` is the mount namespace of this process. Raises OSError."""
         self.spot = f"{directory}/{number}"
         self.naming = naming.Naming(f"{directory}{NAMES}/{number}")
-        self._shared = SharedMounts(f"{directory}/{SHARED}", number, shared_seconds, self._clone)
+        self._shared = SharedMounts(f"{directory}/{SHARED}", shared_seconds, self._clone)
         self._own_fd = own_fd
         self._sealer_fd = sealer_fd
         self._standing = False  # whether there is a stand
@@ -77,9 +81,9 @@ class Seal:
     def __call__(self, mount: OwnedFd, name: str | None = None) -> OwnedFd:
         """Take `mount` over and return a mount of the same with its attributes locked, private, detached.
 
-        With a `name`, it is kept for those who ask for that again. `clear` has to follow, and does by itself
-        after MAXIMUM_STAGED calls; it is apart as it takes time that nobody need wait for. Raises
-        SyscallError.
+        With a `name` that this worker is `making`, it is kept for those who ask for that again. `clear` has
+        to follow, and does by itself after MAXIMUM_STAGED calls; it is apart as it takes time that nobody
+        need wait for. Raises SyscallError.
         """
         try:
             kept = None if name is None else self._shared.keep(name, mount)
@@ -105,6 +109,13 @@ class Seal:
             return self._shared.find(name, mount_api.clone_mount)
         found = self._shared.find(name)
         return None if found is None else self._private(found)
+
+    def making(self, name: str) -> AbstractContextManager[None]:
+        """Be the one who makes what has this name, for as long as a with statement. Raises OSError.
+
+        Who else makes it is waited for; then it may be there.
+        """
+        return self._shared.making(name)
 
     def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
         """Take `mount` over, keep it for those who ask for it again, and return one that is not locked.
@@ -177,12 +188,20 @@ class Seal:
             mount_api.umount(self.spot)
 
     def seconds_left(self) -> float | None:
-        """Return in how many seconds `expire` has something to do, None if it has not."""
+        """Return in how many seconds to look what is `due`, None for never."""
         return self._shared.seconds_left()
 
-    def expire(self, seconds: float | None = None) -> None:
-        """Give up what nobody has asked for in `seconds`, or as usual. Raises SyscallError, OSError."""
-        self._shared.expire(seconds)
+    def due(self) -> dict[str, set[Device]]:
+        """Return what is kept and nobody has asked for lately, as `SharedMounts.due`. Raises OSError."""
+        return self._shared.due()
+
+    def settle(self, due: Collection[str], used: Collection[str]) -> None:
+        """Keep what of that is in use, and take away the rest. Raises SyscallError, OSError."""
+        self._shared.settle(due, used)
+
+    def give_up_all(self) -> None:
+        """Keep nothing. Raises SyscallError, OSError."""
+        self._shared.give_up_all()
 
 
 class NoSeal:
@@ -199,6 +218,10 @@ class NoSeal:
     def again(self, name: str, *, locked: bool = True) -> OwnedFd | None:
         """Return None: there is none."""
 
+    def making(self, name: str) -> AbstractContextManager[None]:
+        """Do nothing: nobody else makes any."""
+        return nullcontext()
+
     def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
         """Return `mount`: nothing is kept."""
         return mount
@@ -211,10 +234,14 @@ class NoSeal:
         """There is nothing to clear."""
 
     def seconds_left(self) -> float | None:
-        """Return None: there is nothing to expire."""
+        """Return None: there is nothing to look at."""
 
-    def expire(self, seconds: float | None = None) -> None:
-        """There is nothing to expire."""
+    def due(self) -> dict[str, set[Device]]:
+        """Return nothing: nothing is kept."""
+        return {}
+
+    def settle(self, due: Collection[str], used: Collection[str]) -> None:
+        """There is nothing to settle."""
 
 
 class Staging:
@@ -238,7 +265,7 @@ class Staging:
         for number in range(spots):
             for place in range(MAXIMUM_STAGED):
                 os.makedirs(f"{directory}/{number}/{place}", 0o700)
-        shared.prepare(f"{directory}/{SHARED}", spots)
+        shared.prepare(f"{directory}/{SHARED}")
         self._sealer = self._make_sealer()
         # After the sealer, which has no use for them.
         os.makedirs(f"{directory}{NAMES}", 0o700, exist_ok=True)
@@ -249,10 +276,13 @@ class Staging:
         return Seal(self.directory, number, self._own.fileno(), self._sealer.fileno(), self._shared_seconds)
 
     def clean(self, number: int) -> None:
-        """Detach what a worker that was killed has left, and has kept. Raises SyscallError."""
+        """Detach what a worker that was killed has left. Raises SyscallError."""
         shared.take_away(f"{self.directory}/{number}")
-        shared.clean(f"{self.directory}/{SHARED}", number)
         naming.detach(f"{self.directory}{NAMES}/{number}")
+
+    def keep_nothing(self) -> None:
+        """Take away all that is kept: nobody is going to ask for it. Raises SyscallError, OSError."""
+        self.seal(0).give_up_all()
 
     def namespaces(self) -> frozenset[int]:
         """Return the ids of both mount namespaces. Raises SyscallError, NotSupported."""

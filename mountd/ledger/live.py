@@ -100,6 +100,17 @@ def settled(book: Book, records: list[Record]) -> list[Live]:
     ]
 
 
+def in_use(book: Book, devices: set[Device]) -> set[Device]:
+    """Return which superblocks have a mount that was handed out, or are a layer of one. Raises SyscallError.
+
+    By the marks alone: the superblocks are there in any case, as mountd itself keeps them.
+    """
+    records = book.records()
+    sure = book.sure(records)
+    used = [record for record in records if record.id in sure]
+    return devices & {device for record in used for device in (record.device, *record.layers)}
+
+
 def maybe_copies(
     records: list[Record], known: set[int], copies: list[Attachment]
 ) -> dict[int, list[Attachment]]:

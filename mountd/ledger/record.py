@@ -19,7 +19,7 @@ class Record:
     for people; `since` is in seconds since the epoch. `superblock` is whether the superblock was made for
     this, so that every mount of it is one that was handed out, or a copy of one; `shared`, whether there may
     be several of those; `sent`, whether it went to the caller as a descriptor, which may take its time to
-    arrive.
+    arrive. `layers` are the devices of what an overlay is made of.
     """
 
     id: int
@@ -43,6 +43,7 @@ class Record:
     digest: str | None = None
     roots_namespace: int = 0
     mark: int = 0
+    layers: tuple[tuple[int, int], ...] = ()
 
     def encode(self) -> bytes:
         """Return it as JSON."""
@@ -58,7 +59,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("source", "file_system", "id_map"), str),
     **dict.fromkeys(("read_only", "superblock", "shared", "sent"), bool),
     **dict.fromkeys(("unit", "rule", "trusted_by", "signer", "digest"), (str, type(None))),
-    "device": list,
+    **dict.fromkeys(("device", "layers"), list),
 }
 
 
@@ -78,10 +79,16 @@ def decode(data: bytes) -> Record | None:
         kind = KINDS[name]
         if not isinstance(value, kind) or (kind is int and not is_number(value)):
             return None
-    device = found["device"]
-    if len(device) != 2 or not all(is_number(each) for each in device):
+    devices = [found["device"], *found.get("layers", ())]
+    if not all(is_device(each) for each in devices):
         return None
-    return Record(**{**found, "device": (device[0], device[1])})
+    device, *layers = [(each[0], each[1]) for each in devices]
+    return Record(**{**found, "device": device, "layers": tuple(layers)})
+
+
+def is_device(value: object) -> bool:
+    """Tell whether `value` is a device number."""
+    return isinstance(value, list) and len(value) == 2 and all(is_number(each) for each in value)
 
 
 def is_number(value: object) -> bool:

@@ -26,6 +26,7 @@ from mountd.evidence.objects import collect_objects
 from mountd.evidence.sealed import prove_sealed
 from mountd.execute.run import Inputs, run, run_all
 from mountd.fds import close_all
+from mountd.kernel.compat import mount_id_and_device
 from mountd.plan.composefs import ids_of_metadata, plan_composefs, plan_objects
 from mountd.plan.planner import plan_mounts
 from mountd.service.images import owner_of, transfer_seconds
@@ -325,6 +326,7 @@ def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None
     mounts: list[OwnedFd] = []
     try:
         mounts += metadata(judged, context)
+        context.layers += [mount_id_and_device(mount.fileno())[1] for mount in mounts]
         for at, fd in enumerate(request.composefs.objects_fds):
             mounts.append(objects(judged, at, fd, context))
         inputs = Inputs(

@@ -114,8 +114,9 @@ class RequestContext:
     `called_off` is a descriptor, borrowed, that can be read once the policy has changed or the daemon is to
     end. `put_in` is what this request has put into the store, and `asked_for` how many seconds it has waited
     for people.
-    `registers` is whether what is made is told to who guards the user namespace it is for (nsresourced), and
-    `must_be_registered` whether that has to know the namespace.
+    `layers` are the devices of what an overlay that it has made is of. `registers` is whether what is made
+    is told to who guards the user namespace it is for (nsresourced), and `must_be_registered` whether that
+    has to know the namespace.
     """
 
     peer: Peer
@@ -136,6 +137,7 @@ class RequestContext:
     claim: Callable[[str], None] | None = None
     put_in: list[str] = field(default_factory=list)
     asked_for: float = 0.0
+    layers: list[tuple[int, int]] = field(default_factory=list)
     registers: bool = False
     must_be_registered: bool = False
     _caller: Caller | None = None

@@ -139,6 +139,7 @@ class Entry:
             trusted_by=decision.trusted_by,
             signer=decision.signer,
             digest=decision.digest or self._context.notes.get("digest"),
+            layers=tuple(dict.fromkeys(self._context.layers)),
         )
 
 

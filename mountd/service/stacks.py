@@ -15,6 +15,7 @@ from mountd.errors import NotSupported
 from mountd.evidence.model import Evidence
 from mountd.execute.run import Inputs, run
 from mountd.fds import close_all
+from mountd.kernel.compat import mount_id_and_device
 from mountd.plan.stack import plan_stack
 from mountd.service import tops
 from mountd.service.inspection import Inspected
@@ -164,6 +165,7 @@ def make(
         for where, layer in parts_of(judged.layers, None):
             with at_part(where):
                 mounts += make_layer(layer, context)
+        context.layers += [mount_id_and_device(mount.fileno())[1] for mount in mounts]
         with tops.made(judged.top, mounts, context) as top:
             inputs = Inputs(
                 image_fd=None,
