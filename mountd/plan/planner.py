@@ -108,11 +108,12 @@ def plan_mount(
     operations: list[Operation] = [made, MakeMount(attributes)]
     shared = None
     # What is asked of the host's root is nothing: it may clear whatever it likes.
-    if attributes and not caller.is_host_root:
-        if not as_layer:
-            operations.append(Seal())
-        # What takes a password is for whoever has just said it.
-        shared = None if made.backing is Backing.CRYPT else shared_name(source, decision, made, caller.payer)
+    if attributes and not caller.is_host_root and not as_layer:
+        operations.append(Seal())
+    # What root mounts for itself is to be gone once it is unmounted; what takes a password is for whoever
+    # has just said it.
+    if (not caller.is_host_root or idmap is IdMapKind.NAMESPACE) and made.backing is not Backing.CRYPT:
+        shared = shared_name(source, decision, made, caller.payer)
     if idmap is IdMapKind.NAMESPACE:
         operations.append(MapToNamespace())
     elif idmap is IdMapKind.RANGES:

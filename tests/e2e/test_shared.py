@@ -16,7 +16,7 @@ import pytest
 
 from mountd.execute.shared import KEPT
 from mountd.fds import OwnedFd
-from mountd.kernel import mount_api
+from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import MountAttr
 from tests.container import USER, as_user, in_container
 from tests.daemon import Daemon
@@ -207,6 +207,32 @@ def test_who_asks_at_the_same_moment_gets_the_same(
     finally:
         for reply in replies:
             reply.close()
+    daemon.stop()
+    wait_until_dropped(images["squashfs"])
+
+
+def test_roots_own_are_gone_with_it_and_those_for_containers_are_shared(
+    start: Callable[..., Daemon], images: dict[str, Path]
+) -> None:
+    """A runtime is root and mounts for containers; what an administrator unmounts is free at once."""
+    daemon = start(trusting(images["squashfs"].parent), *LONG)
+    mounts = daemon.held()["mounts"]
+    own = [superblock(daemon, images["squashfs"], 0) for _ in range(2)]
+    assert own[0][0] != own[1][0]
+    for _, each in own:
+        each.close()
+    wait_until_dropped(images["squashfs"])
+    assert daemon.held()["mounts"] == mounts
+    found = []
+    for base in (100000, 300000):
+        rows = [(0, base, 65536)]
+        with namespaces.make_user_namespace(rows, rows) as userns:
+            path = f"/proc/self/fd/{userns.fileno()}"
+            found.append(superblock(daemon, images["squashfs"], 0, userns=path))
+    assert found[0][0] == found[1][0]
+    assert [os.fstat(each.fileno()).st_uid for _, each in found] == [100000, 300000]
+    for _, each in found:
+        each.close()
     daemon.stop()
     wait_until_dropped(images["squashfs"])
 
