@@ -20,8 +20,9 @@ from mountd.kernel import namespaces
 from mountd.source.remembered import SETTLED
 from tests.bench import layered, mounting, shared, stored
 from tests.bench.bare import mount_and_map
+from tests.bench.serving import Serving
 from tests.container import RANGE, in_container, mapper
-from tests.daemon import ROOT, Daemon
+from tests.daemon import ROOT
 from tests.images import build_image, build_tree
 
 POLICY = """
@@ -57,7 +58,7 @@ def line(name: str, times: list[float]) -> str:
     return f"{name:<42}" + "".join(f"{value * 1e6:>11.0f}" for value in values)
 
 
-def in_blocks(daemon: Daemon, image: Path) -> tuple[list[float], list[float]]:
+def in_blocks(daemon: Serving, image: Path) -> tuple[list[float], list[float]]:
     """Alternate between bare mounts and mounts through the socket, and return the seconds of both."""
     go, gone = socket.socketpair()
 
@@ -105,7 +106,7 @@ def in_blocks(daemon: Daemon, image: Path) -> tuple[list[float], list[float]]:
     return bare, through
 
 
-def questions(daemon: Daemon) -> list[float]:
+def questions(daemon: Serving) -> list[float]:
     """Return what it takes to ask something for which nothing is to be done."""
     with Client(str(daemon.socket)) as client:
 
@@ -117,7 +118,7 @@ def questions(daemon: Daemon) -> list[float]:
         return timed(ask, BLOCK * BLOCKS)
 
 
-def mounts_per_second(daemon: Daemon, image: Path, clients: int) -> float:
+def mounts_per_second(daemon: Serving, image: Path, clients: int) -> float:
     """Have so many containers, each of another owner, mount as fast as they can."""
 
     def client() -> int:
@@ -190,7 +191,7 @@ def memory(pid: int) -> tuple[int, int]:
     return fields["Rss"], fields["Pss"]
 
 
-def report(daemon: Daemon, directory: Path, image: Path) -> bool:
+def report(daemon: Serving, directory: Path, image: Path) -> bool:
     """Measure, print, and tell whether the ratio holds."""
     bare, through = in_blocks(daemon, image)
     print(f"{'microseconds':<42}{'min':>11}{'median':>11}{'p99':>11}")
@@ -226,7 +227,7 @@ def main() -> int:
         subprocess.run(["sync"], check=True)
         # What has changed just now is not remembered; a warm image has been there for a while.
         time.sleep(SETTLED / 1e9)
-        daemon = Daemon(directory, POLICY.format(trusted))
+        daemon = Serving(directory, POLICY.format(trusted))
         good = report(daemon, directory, image)
         good = mounting.report(directory / "mounting", 3 if QUICK else mounting.ROUNDS) and good
         good = stored.report(directory / "stored", image, BLOCK * BLOCKS, line) and good

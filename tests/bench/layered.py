@@ -19,8 +19,8 @@ from mountd.client import Client, Request
 from mountd.kernel import namespaces
 from mountd.store.store import Store
 from tests.bench.bare import mount_and_map, overlay
+from tests.bench.serving import Serving
 from tests.container import RANGE, in_container, mapper
-from tests.daemon import Daemon
 from tests.layered import Image, pulled, rule
 
 LAYERS = 10
@@ -30,10 +30,10 @@ RATIO = 3.0
 BLOCK, WARM_UP = 10, 10
 
 
-def prepare(directory: Path, *arguments: str) -> tuple[Daemon, Image]:
+def prepare(directory: Path, *arguments: str) -> tuple[Serving, Image]:
     """Start a daemon in the new `directory` and put the image into its store."""
     directory.mkdir(mode=0o755)
-    daemon = Daemon(directory, rule("apps/*"), arguments)
+    daemon = Serving(directory, rule("apps/*"), arguments)
     try:
         store = Store(directory / "state")
         return daemon, pulled(store, [{"number": str(n), f"file-{n}": str(n)} for n in range(LAYERS)])

@@ -23,8 +23,9 @@ from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation, Unmount
 from mountd.kernel.libc import call as system_call
 from mountd.source.remembered import SETTLED
+from tests.bench.serving import Serving
 from tests.container import USER, forked
-from tests.daemon import ROOT, Daemon
+from tests.daemon import ROOT
 from tests.images import build_image, build_tree
 from tests.programs import environment, with_mount_helper
 
@@ -171,7 +172,7 @@ def report(directory: Path, rounds: int = ROUNDS) -> bool:
 @contextmanager
 def serving(directory: Path, policy: str, *arguments: str) -> Iterator[Path]:
     """Yield the socket of a daemon."""
-    daemon = Daemon(directory, policy, arguments)
+    daemon = Serving(directory, policy, arguments)
     try:
         yield daemon.socket
     finally:

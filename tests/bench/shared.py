@@ -22,8 +22,8 @@ from mountd.kernel.flags import MountAttr
 from mountd.plan.operations import Backing, CreateSuperblock, MakeMount, Plan, Seal
 from mountd.plan.planner import FORCED, FORCED_READ_ONLY
 from mountd.source.remembered import SETTLED
+from tests.bench.serving import Serving
 from tests.container import USER, as_user, forked
-from tests.daemon import Daemon
 from tests.images import build_image
 
 POLICY = """
@@ -56,7 +56,7 @@ def report(directory: Path, tree: Path, line: Callable[[str, list[float]], str])
             subprocess.run(["cp", "--sparse=always", images[type][0], images[type][-1]], check=True)
     subprocess.run(["sync"], check=True)
     time.sleep(SETTLED / 1e9)
-    daemon = Daemon(directory / "daemon", POLICY.format(trusted), ("--shared-seconds", "60"))
+    daemon = Serving(directory / "daemon", POLICY.format(trusted), ("--shared-seconds", "60"))
     good = True
     try:
         print(f"{'first and second mount, microseconds':<42}{'min':>11}{'median':>11}{'p99':>11}")

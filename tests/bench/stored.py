@@ -19,8 +19,8 @@ from pathlib import Path
 
 from mountd.client import Client, Request
 from mountd.fds import OwnedFd
+from tests.bench.serving import Serving
 from tests.container import USER, in_container, mapper
-from tests.daemon import Daemon
 from tests.signing import Signatory
 
 POLICY = """
@@ -52,7 +52,7 @@ WARM_UP = 30
 class Scene:
     """The image where root has put it, a copy of a user's, and a signature over both."""
 
-    daemon: Daemon
+    daemon: Serving
     trusted: Path
     users: Path
     signature: Path
@@ -75,7 +75,7 @@ def prepare(directory: Path, image: Path) -> Scene:
     os.chown(users, USER, USER)
     os.chown(users / "image.raw", USER, USER)
     os.sync()
-    daemon = Daemon(directory / "daemon", POLICY.format(trusted))
+    daemon = Serving(directory / "daemon", POLICY.format(trusted))
     try:
         with Client(str(daemon.socket)) as client, OwnedFd(os.open(image, os.O_RDONLY)) as fd:
             signed = base64.b64encode(signature.read_bytes()).decode()
