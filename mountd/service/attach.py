@@ -43,6 +43,7 @@ from mountd.service.phase import Phase
 from mountd.service.requests import TARGET_FIELD
 from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust import attach as places
+from mountd.trust.made import grant_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,7 +111,8 @@ def attach_made(
     """Attach a mount that Mount has made for the same caller: that very one, and no copy of it.
 
     Its flags were locked when it was made, and its contents judged; whether it may be attached is asked of
-    the rule by which it was, as that is now. Raises AttachNotPermitted for any other mount.
+    the rule by which it was, as that is now. Raises AttachNotPermitted for any other mount, DeniedByPolicy
+    where that rule does not allow this caller anything.
     """
     context.enter(Phase.VERIFY)
     for name, value in parameters.items():
@@ -124,7 +126,7 @@ def attach_made(
     record = made_for(caller, root_id(mount_fd, MOUNT_FIELD), context)
     if os.fstatvfs(mount_fd).f_flag & LOCKED_FLAGS != LOCKED_FLAGS:
         raise AttachNotPermitted("the mount is not nosuid and nodev", hint=BY_ITSELF)
-    grant = next((each.grant for each in context.policy.policy.rules if each.name == record.rule), None)
+    grant = grant_of(context.policy.policy, record.rule, caller)
     patterns = () if grant is None else grant.attach
     with site_of(target_fd, caller, record.rule, patterns, context) as site:
         namespace = id_of(site.namespace_fd)
