@@ -35,7 +35,7 @@ from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
 from mountd.ledger import find
 from mountd.service import encrypted
-from mountd.service.attachments import Attachment, Attachments
+from mountd.service.attachments import ATTACHED, Attachment, Attachments
 from mountd.service.descriptors import Descriptors
 from mountd.service.handing_out import handing_out
 from mountd.service.mount import allowed, decision_reply, described, judge, make
@@ -131,7 +131,7 @@ def attach_made(
     with site_of(target_fd, caller, record.rule, patterns, context) as site:
         namespace = id_of(site.namespace_fd)
         if records.find(record.id) is not None or attachment.is_there(record.id, namespace):
-            raise AttachNotPermitted("the mount is attached already", hint="detach it first")
+            raise AttachNotPermitted(ATTACHED, hint="detach it first")
         context.enter(Phase.MOUNT)
         context.notes["mount"] = str(record.id)
         written_down_and_put([Part(mount_fd, record.id)], record.rule, site, records, context)
@@ -285,42 +285,43 @@ def made_and_attached(
 def written_down_and_put(
     parts: list[Part], rule: str | None, site: Site, records: Attachments, context: RequestContext
 ) -> None:
-    """Attach a tree of mounts once it is written down that it is. Raises what `put_there` does, OSError."""
+    """Attach a tree of mounts once it is written down that it is. Raises what `put_there` and
+    `Attachments.add` do.
+    """
     tree = tuple(each.id for each in parts) if len(parts) > 1 else ()
-    try:
-        for part in parts:
-            records.add(
-                Attachment(
-                    id=part.id,
-                    uid=site.who.uid,
-                    gid=site.who.gid,
-                    namespace=id_of(site.namespace_fd),
-                    rule=rule,
-                    path=os.path.join(site.place.path, part.place) if part.place else site.place.path,
-                    since=int(time.time()),
-                    tree=tree,
-                )
-            )
-        put_there([each.fd for each in parts], site, context)
-    except BaseException:
-        for part in parts:
-            records.remove(part.id)
-        raise
+    attached = [
+        Attachment(
+            id=part.id,
+            uid=site.who.uid,
+            gid=site.who.gid,
+            namespace=id_of(site.namespace_fd),
+            rule=rule,
+            path=os.path.join(site.place.path, part.place) if part.place else site.place.path,
+            since=int(time.time()),
+            tree=tree,
+        )
+        for part in parts
+    ]
+    with records.held(attached) as locks:
+        put_there([each.fd for each in parts], site, context, locks)
     found = [statx(each.fd, "", StatxMask.MNT_ID, sync=False) for each in parts]
     mount_table.note_attached(site.namespace_fd, *(int(each.stx_mnt_id) for each in found))
 
 
-def put_there(mounts: list[int], site: Site, context: RequestContext) -> None:
+def put_there(mounts: list[int], site: Site, context: RequestContext, locks: list[int]) -> None:
     """Attach the first of the mounts, which the others are below, unless something is no longer what it was.
 
-    That is the place, and the caller. Raises AttachNotPermitted, PeerGone, SyscallError.
+    That is the place, and the caller. `locks` are held for as long as anybody is about to attach them.
+    Raises AttachNotPermitted, PeerGone, SyscallError.
     """
     mount_fd, *below = mounts
 
     def problem(mounted: int | None) -> str | None:
         return site.place.problem(site.who, mounted)
 
-    wrong = attachment.attach(mount_fd, site.target_fd, site.namespace_fd, site.who.ids, problem, below)
+    wrong = attachment.attach(
+        mount_fd, site.target_fd, site.namespace_fd, site.who.ids, problem, below, locks
+    )
     if wrong is not None:
         raise AttachNotPermitted(wrong, hint="leave the directories above it alone meanwhile")
     try:
@@ -356,15 +357,14 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     groups = caller.groups if caller.uid == record.uid else frozenset()
     context.peer.check()
     context.enter(Phase.MOUNT)
-    with context.peer.mount_namespace() as namespace:
-        ids = (record.uid, record.gid, groups)
-        outcome, gone = taken_away(record, namespace.fileno(), ids, lazy=bool(parameters.get("lazy")))
-        here = id_of(namespace.fileno())
-        if outcome in (Outcome.DONE, Outcome.PARTLY):
-            mount_table.note_detached(namespace.fileno(), None if record.tree else record.path)
-    if outcome is not Outcome.ABSENT or (here and record.namespace == here):
-        for each in gone:
-            records.remove(each)
+    try:
+        with records.locked(id) as there:
+            outcome = Outcome.ABSENT
+            if there:
+                ids = (record.uid, record.gid, groups)
+                outcome = detached(record, ids, records, context, lazy=bool(parameters.get("lazy")))
+    except TimeoutError:
+        raise InUse("the mount is just being attached, or detached", hint="try again") from None
     if outcome is Outcome.ABSENT:
         raise NotFound(f"the mount with the id {id} in your mount namespace", hint=YOURS)
     if outcome is Outcome.BUSY:
@@ -374,6 +374,24 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     if outcome is Outcome.COVERED:
         raise InUse("something else is mounted over the mount", hint="unmount that first")
     return {}, []
+
+
+def detached(
+    record: Attachment, ids: Ids, records: Attachments, context: RequestContext, *, lazy: bool
+) -> Outcome:
+    """Detach a mount in the mount namespace of the caller, and forget what is not attached there then.
+
+    Raises PeerGone, SyscallError, OSError.
+    """
+    with context.peer.mount_namespace() as namespace:
+        outcome, gone = taken_away(record, namespace.fileno(), ids, lazy=lazy)
+        here = id_of(namespace.fileno())
+        if outcome in (Outcome.DONE, Outcome.PARTLY):
+            mount_table.note_detached(namespace.fileno(), None if record.tree else record.path)
+    if outcome is not Outcome.ABSENT or (here and record.namespace == here):
+        for each in gone:
+            records.remove(each)
+    return outcome
 
 
 def taken_away(record: Attachment, namespace_fd: int, ids: Ids, *, lazy: bool) -> tuple[Outcome, set[int]]:

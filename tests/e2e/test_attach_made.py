@@ -5,10 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +25,7 @@ from mountd.kernel.mount_info import mount_id
 from tests.container import as_user, forked
 from tests.daemon import Daemon
 from tests.e2e.admin import ask
-from tests.e2e.attaching import Answer, User, asked, detached, granting, user_of
+from tests.e2e.attaching import Answer, User, asked, detached, granting, id_at, records, user_of
 from tests.e2e.calls import mounted
 from tests.e2e.conftest import trusting
 
@@ -170,6 +174,18 @@ def asked_by_source(user: User, image: Path, target: Path) -> Answer:
         return asked(user.daemon.socket, image, fd.fileno())
 
 
+def together(works: list[Callable[[], Any]]) -> list[Any]:
+    """Do all of it at the same time, each in a process of the user's; return what they return."""
+    start = threading.Barrier(len(works))
+
+    def do(work: Callable[[], Any]) -> Any:
+        start.wait()
+        return as_user(work, ALICE)
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(do, works))
+
+
 class TestTheRuleAsItIsNow:
     """Attaching by what the policy no longer lets the caller have, or never did where it is."""
 
@@ -253,3 +269,47 @@ verdict = "deny"
     ) -> None:
         policy = restored.replace("{ any = true }", f"{{ users = [{ALICE}] }}")
         assert self.asked(alice, images["erofs"], "narrower", policy)[0] == ""
+
+
+class TestAtOnce:
+    """Whatever comes of several calls about one mount: who has it attached can have it detached."""
+
+    ROUNDS = 25
+
+    def test_two_attach_it(self, alice: User, images: dict[str, Path]) -> None:
+        targets = [alice.directory("first"), alice.directory("second")]
+        for _ in range(self.ROUNDS):
+            with as_owner(alice, images["erofs"]) as made:
+                answers = together([partial(attach, alice, made, at) for at in targets])
+                assert sorted(answer[0] for answer in answers) == ["", "AttachNotPermitted"], answers
+                assert any("just being attached" in answer[1] for answer in answers)
+                (id,) = [answer[2] for answer in answers if not answer[0]]
+                assert records(alice.daemon) == [str(id)]
+                assert alice.detach(id, lazy=True) == ("", "", id)
+            assert [os.listdir(at) for at in targets] == [[], []]
+
+    def test_one_detaches_it_meanwhile(self, alice: User, images: dict[str, Path]) -> None:
+        target = alice.directory("meanwhile")
+        nothing = id_at(target)
+        said: set[str] = set()
+        for _ in range(self.ROUNDS):
+            with as_owner(alice, images["erofs"]) as made:
+                id = mount_id(made)
+                answer, found = together(
+                    [partial(attach, alice, made, target), partial(self.detached_often, alice, id, target)]
+                )
+                said |= found
+                assert answer[0] == "", answer
+                if id_at(target) == id:
+                    assert alice.detach(id, lazy=True) == ("", "", id)
+            assert records(alice.daemon) == []
+            assert id_at(target) == nothing
+        assert said <= {"", "NotFound", "InUse"}, said
+
+    def detached_often(self, user: User, id: int, target: Path) -> set[str]:
+        """Ask for the end of a mount until something is there, or was; return the answers."""
+        found: set[str] = set()
+        deadline = time.monotonic() + 2
+        while id_at(target) != id and not found & {"", "InUse"} and time.monotonic() < deadline:
+            found.add(detached(user.daemon.socket, id)[0])
+        return found
