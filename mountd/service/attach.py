@@ -47,6 +47,7 @@ from mountd.trust.made import grant_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from mountd.caller.model import Caller
     from mountd.evidence.target import Place
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from mountd.ledger.record import Record
     from mountd.service.context import RequestContext
     from mountd.service.mount import Judged
+    from mountd.trust.decide import Decision
 
     Reply = tuple[dict[str, object], list[OwnedFd]]
 
@@ -93,16 +95,26 @@ def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         return attach_made(parameters, fds, records, context)
     if parameters.get("source") is None:
         raise InvalidParameter("source", f"one of source and {MOUNT_FIELD} has to be given")
-    judged = allowed(judge(parameters, fds, context, may_change=True), fds, context)
-    decision = judged.decision
-    target_fd = judged.request.target_fd
+    judged = judge(parameters, fds, context, may_change=True)
+    judged = allowed(judged, fds, context, lambda: check_before(judged, context))
+    # Found again after a question: that may have taken minutes.
+    with site_for(judged, context) as site, encrypted.opened(judged, context) as judged:
+        return made_and_attached(judged, site, records, context), []
+
+
+def check_before(judged: Judged, context: RequestContext) -> None:
+    """Raise for what could not be attached, whoever consents to it."""
+    mount_points(judged.decision)
+    with site_for(judged, context):
+        pass
+
+
+def site_for(judged: Judged, context: RequestContext) -> AbstractContextManager[Site]:
+    """Find out where a request wants to have something attached, as `site_of` does."""
+    decision, target_fd = judged.decision, judged.request.target_fd
     if target_fd is None:
         raise InvalidParameter(TARGET_FIELD)
-    with (
-        site_of(target_fd, judged.caller, decision.rule, decision.attach, context) as site,
-        encrypted.opened(judged, context) as judged,
-    ):
-        return made_and_attached(judged, site, records, context), []
+    return site_of(target_fd, judged.caller, decision.rule, decision.attach, context)
 
 
 def attach_made(
@@ -249,11 +261,7 @@ def made_and_attached(
     # As for everybody but the host's root, who is not served here; said once more, since it is the promise.
     decision = replace(judged.decision, attributes=judged.decision.attributes | ALWAYS)
     judged = replace(judged, decision=decision)
-    places = [MOUNT_POINTS[use.partition.designator] for use in decision.uses] or [""]
-    if len(places) > 1 and places[0]:
-        raise NotSupported(
-            "attaching several partitions, none of which is the root, for a caller", hint=ONE_OF_THEM
-        )
+    places = mount_points(decision)
     with handing_out(judged, context) as entry:
         made = make(judged, context, entry.notice)
         try:
@@ -280,6 +288,16 @@ def made_and_attached(
             if each.get("mountPoint") not in left_out
         ]
     return reply | ({"leftOut": left_out} if left_out else {})
+
+
+def mount_points(decision: Decision) -> list[str]:
+    """Return where each mount is attached, below the first; raise NotSupported if that is not the root."""
+    found = [MOUNT_POINTS[use.partition.designator] for use in decision.uses] or [""]
+    if len(found) > 1 and found[0]:
+        raise NotSupported(
+            "attaching several partitions, none of which is the root, for a caller", hint=ONE_OF_THEM
+        )
+    return found
 
 
 def written_down_and_put(
