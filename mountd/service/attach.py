@@ -1,4 +1,4 @@
-"""Attach and Detach of io.mountd.Mount: for callers that may not attach a mount by themselves.
+"""Attach of io.mountd.Mount: for callers that may not attach a mount by themselves.
 
 The route of Attach is that of Mount, and goes on: where the target lies is found out, the rule that allows
 the mount has to grant the place, and the mount that is made then is attached there instead of being sent.
@@ -17,9 +17,7 @@ from mountd.caller.model import OVERFLOW_ID
 from mountd.errors import (
     AttachNotPermitted,
     BadFileDescriptor,
-    InUse,
     InvalidParameter,
-    NotFound,
     NotSupported,
     PeerGone,
     SyscallError,
@@ -27,13 +25,11 @@ from mountd.errors import (
 from mountd.evidence.target import Who
 from mountd.evidence.target import find as find_target
 from mountd.execute import attachment, mount_table, trees
-from mountd.execute.attachment import Outcome
 from mountd.execute.seal import ONE_OF_THEM
 from mountd.fds import close_all
 from mountd.kernel import mount_info, namespaces
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
-from mountd.ledger import find
 from mountd.service import encrypted
 from mountd.service.attachments import ATTACHED, Attachment, Attachments
 from mountd.service.descriptors import Descriptors
@@ -51,7 +47,6 @@ if TYPE_CHECKING:
 
     from mountd.caller.model import Caller
     from mountd.evidence.target import Place
-    from mountd.execute.attachment import Ids
     from mountd.fds import OwnedFd
     from mountd.ledger.record import Record
     from mountd.service.context import RequestContext
@@ -65,8 +60,6 @@ CAP_SYS_ADMIN = 21  # linux/capability.h
 ALWAYS = frozenset({"nosuid", "nodev"})
 LOCKED_FLAGS = os.ST_NOSUID | os.ST_NODEV
 BY_ITSELF = "call Mount, and attach what it returns with move_mount(2)"
-CLOSE_OR_LAZY = "close what is open in it (“fuser -vm DIR” shows it), or be lazy"
-YOURS = "“mountctl list” shows what is attached for you"
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,90 +353,6 @@ def id_of(namespace_fd: int) -> int:
         return 0
 
 
-def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
-    """io.mountd.Mount.Detach: detach what was attached for the caller."""
-    context.enter(Phase.VERIFY)
-    records = needed(context)
-    id = wanted_id(parameters, fds)
-    caller = context.caller()
-    context.notes["mount"] = str(id)
-    record = records.find(id)
-    if record is None or not (caller.is_host_root or (record.uid == caller.uid != OVERFLOW_ID)):
-        raise NotFound(f"a mount with the id {id} that is attached for you", hint=YOURS)
-    # Or the mount would be in use by whoever is to detach it.
-    close_all(fds)
-    groups = caller.groups if caller.uid == record.uid else frozenset()
-    context.peer.check()
-    context.enter(Phase.MOUNT)
-    try:
-        with records.locked(id) as there:
-            outcome = Outcome.ABSENT
-            if there:
-                ids = (record.uid, record.gid, groups)
-                outcome = detached(record, ids, records, context, lazy=bool(parameters.get("lazy")))
-    except TimeoutError:
-        raise InUse("the mount is just being attached, or detached", hint="try again") from None
-    if outcome is Outcome.ABSENT:
-        raise NotFound(f"the mount with the id {id} in your mount namespace", hint=YOURS)
-    if outcome is Outcome.BUSY:
-        raise InUse("the mount is in use", hint=CLOSE_OR_LAZY)
-    if outcome is Outcome.PARTLY:
-        raise InUse("the mount is in use, and what was mounted below it is detached", hint=CLOSE_OR_LAZY)
-    if outcome is Outcome.COVERED:
-        raise InUse("something else is mounted over the mount", hint="unmount that first")
-    return {}, []
-
-
-def detached(
-    record: Attachment, ids: Ids, records: Attachments, context: RequestContext, *, lazy: bool
-) -> Outcome:
-    """Detach a mount in the mount namespace of the caller, and forget what is not attached there then.
-
-    Raises PeerGone, SyscallError, OSError.
-    """
-    with context.peer.mount_namespace() as namespace:
-        outcome, gone = taken_away(record, namespace.fileno(), ids, lazy=lazy)
-        here = id_of(namespace.fileno())
-        if outcome in (Outcome.DONE, Outcome.PARTLY):
-            mount_table.note_detached(namespace.fileno(), None if record.tree else record.path)
-    if outcome is not Outcome.ABSENT or (here and record.namespace == here):
-        for each in gone:
-            records.remove(each)
-    return outcome
-
-
-def taken_away(record: Attachment, namespace_fd: int, ids: Ids, *, lazy: bool) -> tuple[Outcome, set[int]]:
-    """Detach a mount, with what is below it in its tree; return which mounts of it are not attached then.
-
-    Raises SyscallError.
-    """
-    if not record.tree:
-        outcome = attachment.detach(record.id, namespace_fd, ids, lazy=lazy)
-        return outcome, {record.id} if outcome in (Outcome.DONE, Outcome.ABSENT) else set()
-    asked_of = set(record.tree) if record.id == record.tree[0] else {record.id}
-    if not lazy and find.uses(set(), asked_of)[0]:
-        return Outcome.BUSY, set()
-    return trees.detach(record.id, record.tree, namespace_fd, ids, lazy=lazy)
-
-
-def wanted_id(parameters: dict[str, Any], fds: list[OwnedFd]) -> int:
-    """Return the id of the mount that is to be detached.
-
-    Raises InvalidParameter, BadFileDescriptor.
-    """
-    id, index = parameters.get("id"), parameters.get(TARGET_FIELD)
-    if (id is None) is (index is None):
-        raise InvalidParameter("id", f"one of id and {TARGET_FIELD} has to be given")
-    table = Descriptors(fds)
-    target_fd = table.optional(index, TARGET_FIELD)
-    table.check_all_named()
-    if id is not None:
-        if id <= 0:
-            raise InvalidParameter("id", "it is a positive number")
-        return int(id)
-    return root_id(target_fd or 0, TARGET_FIELD)
-
-
 def root_id(fd: int, field: str) -> int:
     """Return the unique id of the mount whose root directory `fd` is. Raises BadFileDescriptor."""
     status = statx(fd, "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)
@@ -452,4 +361,4 @@ def root_id(fd: int, field: str) -> int:
     return int(status.stx_mnt_id)
 
 
-METHODS = {"io.mountd.Mount.Attach": attach, "io.mountd.Mount.Detach": detach}
+METHODS = {"io.mountd.Mount.Attach": attach}
