@@ -5,13 +5,15 @@ That is found by the unique id of the mount, and only in the mount namespace of 
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 from mountd.caller.model import OVERFLOW_ID
-from mountd.errors import InUse, InvalidParameter, NotFound
+from mountd.errors import InUse, InvalidParameter, NotFound, SyscallError
 from mountd.execute import attachment, mount_table, trees
 from mountd.execute.attachment import Outcome
 from mountd.fds import close_all
+from mountd.kernel import capabilities
 from mountd.ledger import find
 from mountd.service.attach import id_of, needed, root_id
 from mountd.service.descriptors import Descriptors
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     Reply = tuple[dict[str, object], list[OwnedFd]]
 
 CLOSE_OR_LAZY = "close what is open in it (“fuser -vm DIR” shows it), or be lazy"
+ROOT = (0, 0, ())
 YOURS = "“mountctl list” shows what is attached for you"
 
 
@@ -43,14 +46,15 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     # Or the mount would be in use by whoever is to detach it.
     close_all(fds)
     groups = caller.groups if caller.uid == record.uid else frozenset()
+    ids = (record.uid, record.gid, groups)
+    lazy = bool(parameters.get("lazy"))
     context.peer.check()
     context.enter(Phase.MOUNT)
     try:
         with records.locked(id) as there:
             outcome = Outcome.ABSENT
             if there:
-                ids = (record.uid, record.gid, groups)
-                outcome = detached(record, ids, records, context, lazy=bool(parameters.get("lazy")))
+                outcome = detached(record, ids, records, context, lazy=lazy, by_root=caller.is_host_root)
     except TimeoutError:
         raise InUse("the mount is just being attached, or detached", hint="try again") from None
     if outcome is Outcome.ABSENT:
@@ -65,14 +69,27 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
 
 
 def detached(
-    record: Attachment, ids: Ids, records: Attachments, context: RequestContext, *, lazy: bool
+    record: Attachment,
+    ids: Ids,
+    records: Attachments,
+    context: RequestContext,
+    *,
+    lazy: bool,
+    by_root: bool,
 ) -> Outcome:
     """Detach a mount in the mount namespace of the caller, and forget what is not attached there then.
 
-    Raises PeerGone, SyscallError, OSError.
+    No mode of a directory above it keeps root from it, which has none of the user's groups. Raises PeerGone,
+    SyscallError, OSError.
     """
     with context.peer.mount_namespace() as namespace:
-        outcome, gone = taken_away(record, namespace.fileno(), ids, lazy=lazy)
+        try:
+            outcome, gone = taken_away(record, namespace.fileno(), ids, lazy=lazy)
+        except SyscallError as error:
+            if not by_root or error.errno != errno.EACCES:
+                raise
+            with capabilities.reading_everything():
+                outcome, gone = taken_away(record, namespace.fileno(), ROOT, lazy=lazy)
         here = id_of(namespace.fileno())
         if outcome in (Outcome.DONE, Outcome.PARTLY):
             mount_table.note_detached(namespace.fileno(), None if record.tree else record.path)

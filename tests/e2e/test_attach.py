@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tests.e2e.conftest import TMPFS_RULE, trusting
 from tests.rogue import eventually
 
 ALICE, BOB, CAROL = 4210, 4211, 4212
+TEAM = 4219
 BY_ITSELF = ("AttachNotPermitted", "attaching not permitted: the caller can attach a mount by itself")
 Scene = tuple[Daemon, Path]
 
@@ -102,6 +104,19 @@ def test_only_its_user_detaches(alice: User, bob: User, images: dict[str, Path])
         assert id_at(alice.own / "hers") == id
         assert detached(alice.daemon.socket, id) == ("", "", id)
         assert id_at(alice.own / "hers") != id
+
+
+def test_root_detaches_where_only_a_group_may_enter(scene: Scene, images: dict[str, Path]) -> None:
+    """Which the user is in, and root is not; nor does mountd have its capabilities for files in effect."""
+    alice = replace(user_of(*scene, ALICE), groups=(TEAM,))
+    above = alice.directory("of-a-team", 0o750)
+    target = alice.directory("of-a-team/target")
+    os.chown(above, 0, TEAM)
+    with alice.attached(images["erofs"], target) as id:
+        assert alice.attach(images["erofs"], target)[0] == "AttachNotPermitted"
+        assert detached(alice.daemon.socket, id) == ("", "", id)
+        assert records(alice.daemon) == []
+        assert id_at(target) != id
 
 
 def test_the_same_user_in_a_container_is_in_another_mount_namespace(
