@@ -205,7 +205,8 @@ def refuse_capable(caller: Caller, namespace_fd: int) -> None:
                 own = namespaces.identity(owner.fileno()) == identity_of(caller)
         except SyscallError:
             raise AttachNotPermitted(
-                "the mount namespace of the caller does not lie within mountd's"
+                "the mount namespace of the caller does not lie within mountd's",
+                hint="call where mountd runs, or in a container there; or ask the host's mountd",
             ) from None
         try:
             effective = namespaces.effective_capabilities(caller.pid)
