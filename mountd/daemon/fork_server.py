@@ -41,6 +41,7 @@ from mountd.service.admin import METHODS as ADMIN_METHODS
 from mountd.service.attach import METHODS as ATTACH_METHODS
 from mountd.service.attachments import Attachments
 from mountd.service.context import PolicyInForce, PolicyOrigin
+from mountd.service.detach import METHODS as DETACH_METHODS
 from mountd.service.images import METHODS as IMAGE_METHODS
 from mountd.service.listing import METHODS as LIST_METHODS
 from mountd.service.mount import METHODS
@@ -125,7 +126,14 @@ class ForkServer:
         self._pull_socket = None if only_pull else places.pull_socket
         self._attachments = None if only_pull else Attachments(places.attached)
         self._questions = None if only_pull else places.staging.with_name(QUESTIONS_FILE)
-        others = {**METHODS, **LIST_METHODS, **ATTACH_METHODS, **IMAGE_METHODS, **PULL_METHODS}
+        others = {
+            **METHODS,
+            **LIST_METHODS,
+            **ATTACH_METHODS,
+            **DETACH_METHODS,
+            **IMAGE_METHODS,
+            **PULL_METHODS,
+        }
         methods = {**(FOR_OTHERS if only_pull else others), **ADMIN_METHODS, **REVOKE_METHODS}
         theirs = {} if only_pull else MOUNTFS_METHODS
         counters.name_methods([*methods, *theirs, *QUESTIONS])

@@ -56,12 +56,14 @@ def attach(
     ids: Ids,
     problem: Problem,
     below: Sequence[int] = (),
+    keep: Sequence[int] = (),
 ) -> str | None:
     """Attach the mount at the target, in that namespace; all descriptors are borrowed.
 
-    `below` are the mounts that are attached below it already, and come along. Returns what is wrong with
-    the place, None if it is attached there now. `problem` is called in the child, before and afterwards.
-    Whatever is wrong, the mount is attached nowhere then. Raises SyscallError.
+    `below` are the mounts that are attached below it already, and come along; `keep`, what the child shall
+    have open for as long as it is there. Returns what is wrong with the place, None if it is attached there
+    now. `problem` is called in the child, before and afterwards. Whatever is wrong, the mount is attached
+    nowhere then. Raises SyscallError.
     """
     id = mount_id(mount_fd)
 
@@ -82,7 +84,7 @@ def attach(
         return wrong.encode(errors="surrogateescape")
 
     try:
-        said = visit(namespace_fd, [mount_fd, target_fd, *below], ids, work)
+        said = visit(namespace_fd, [mount_fd, target_fd, *below, *keep], ids, work)
     except BaseException:
         # Who has done it may have been ended in between.
         with suppress(SyscallError):

@@ -143,7 +143,8 @@ def change(directory_fd: int, edit: "Callable[[list[str]], list[str]]") -> None:
             write(directory_fd, after)
     with contextlib.suppress(OSError):
         # Who watches the file is told once it is unlocked (util-linux 2.40).
-        os.close(os.open(EVENT, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory_fd))
+        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        os.close(os.open(EVENT, flags, dir_fd=directory_fd))
 
 
 def read(directory_fd: int) -> list[str]:
@@ -183,9 +184,12 @@ def write(directory_fd: int, lines: list[str]) -> None:
 @contextlib.contextmanager
 def locked(directory_fd: int) -> "Iterator[None]":
     """Hold libmount's lock. Raises TimeoutError if somebody else has it for too long, OSError."""
-    flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    flags = os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     with OwnedFd(os.open(LOCK, flags, 0o644, dir_fd=directory_fd)) as lock:
-        if not os.fstat(lock.fileno()).st_mode & 0o004:
+        mode = os.fstat(lock.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is not a file", LOCK)
+        if not mode & 0o004:
             os.fchmod(lock.fileno(), 0o644)  # made now: service managers of users watch it
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:

@@ -1,4 +1,4 @@
-"""Attach and Detach of io.mountd.Mount: for callers that may not attach a mount by themselves.
+"""Attach of io.mountd.Mount: for callers that may not attach a mount by themselves.
 
 The route of Attach is that of Mount, and goes on: where the target lies is found out, the rule that allows
 the mount has to grant the place, and the mount that is made then is attached there instead of being sent.
@@ -17,9 +17,7 @@ from mountd.caller.model import OVERFLOW_ID
 from mountd.errors import (
     AttachNotPermitted,
     BadFileDescriptor,
-    InUse,
     InvalidParameter,
-    NotFound,
     NotSupported,
     PeerGone,
     SyscallError,
@@ -27,15 +25,13 @@ from mountd.errors import (
 from mountd.evidence.target import Who
 from mountd.evidence.target import find as find_target
 from mountd.execute import attachment, mount_table, trees
-from mountd.execute.attachment import Outcome
 from mountd.execute.seal import ONE_OF_THEM
 from mountd.fds import close_all
 from mountd.kernel import mount_info, namespaces
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.paths import STATX_ATTR_MOUNT_ROOT, statx
-from mountd.ledger import find
 from mountd.service import encrypted
-from mountd.service.attachments import Attachment, Attachments
+from mountd.service.attachments import ATTACHED, Attachment, Attachments
 from mountd.service.descriptors import Descriptors
 from mountd.service.handing_out import handing_out
 from mountd.service.mount import allowed, decision_reply, described, judge, make
@@ -43,17 +39,19 @@ from mountd.service.phase import Phase
 from mountd.service.requests import TARGET_FIELD
 from mountd.source.partition_types import MOUNT_POINTS
 from mountd.trust import attach as places
+from mountd.trust.made import grant_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from mountd.caller.model import Caller
     from mountd.evidence.target import Place
-    from mountd.execute.attachment import Ids
     from mountd.fds import OwnedFd
     from mountd.ledger.record import Record
     from mountd.service.context import RequestContext
     from mountd.service.mount import Judged
+    from mountd.trust.decide import Decision
 
     Reply = tuple[dict[str, object], list[OwnedFd]]
 
@@ -62,8 +60,6 @@ CAP_SYS_ADMIN = 21  # linux/capability.h
 ALWAYS = frozenset({"nosuid", "nodev"})
 LOCKED_FLAGS = os.ST_NOSUID | os.ST_NODEV
 BY_ITSELF = "call Mount, and attach what it returns with move_mount(2)"
-CLOSE_OR_LAZY = "close what is open in it (“fuser -vm DIR” shows it), or be lazy"
-YOURS = "“mountctl list” shows what is attached for you"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,16 +88,26 @@ def attach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         return attach_made(parameters, fds, records, context)
     if parameters.get("source") is None:
         raise InvalidParameter("source", f"one of source and {MOUNT_FIELD} has to be given")
-    judged = allowed(judge(parameters, fds, context, may_change=True), fds, context)
-    decision = judged.decision
-    target_fd = judged.request.target_fd
+    judged = judge(parameters, fds, context, may_change=True)
+    judged = allowed(judged, fds, context, lambda: check_before(judged, context))
+    # Found again after a question: that may have taken minutes.
+    with site_for(judged, context) as site, encrypted.opened(judged, context) as judged:
+        return made_and_attached(judged, site, records, context), []
+
+
+def check_before(judged: Judged, context: RequestContext) -> None:
+    """Raise for what could not be attached, whoever consents to it."""
+    mount_points(judged.decision)
+    with site_for(judged, context):
+        pass
+
+
+def site_for(judged: Judged, context: RequestContext) -> AbstractContextManager[Site]:
+    """Find out where a request wants to have something attached, as `site_of` does."""
+    decision, target_fd = judged.decision, judged.request.target_fd
     if target_fd is None:
         raise InvalidParameter(TARGET_FIELD)
-    with (
-        site_of(target_fd, judged.caller, decision.rule, decision.attach, context) as site,
-        encrypted.opened(judged, context) as judged,
-    ):
-        return made_and_attached(judged, site, records, context), []
+    return site_of(target_fd, judged.caller, decision.rule, decision.attach, context)
 
 
 def attach_made(
@@ -110,7 +116,8 @@ def attach_made(
     """Attach a mount that Mount has made for the same caller: that very one, and no copy of it.
 
     Its flags were locked when it was made, and its contents judged; whether it may be attached is asked of
-    the rule by which it was, as that is now. Raises AttachNotPermitted for any other mount.
+    the rule by which it was, as that is now. Raises AttachNotPermitted for any other mount, DeniedByPolicy
+    where that rule does not allow this caller anything.
     """
     context.enter(Phase.VERIFY)
     for name, value in parameters.items():
@@ -124,12 +131,12 @@ def attach_made(
     record = made_for(caller, root_id(mount_fd, MOUNT_FIELD), context)
     if os.fstatvfs(mount_fd).f_flag & LOCKED_FLAGS != LOCKED_FLAGS:
         raise AttachNotPermitted("the mount is not nosuid and nodev", hint=BY_ITSELF)
-    grant = next((each.grant for each in context.policy.policy.rules if each.name == record.rule), None)
+    grant = grant_of(context.policy.policy, record.rule, caller)
     patterns = () if grant is None else grant.attach
     with site_of(target_fd, caller, record.rule, patterns, context) as site:
         namespace = id_of(site.namespace_fd)
         if records.find(record.id) is not None or attachment.is_there(record.id, namespace):
-            raise AttachNotPermitted("the mount is attached already", hint="detach it first")
+            raise AttachNotPermitted(ATTACHED, hint="detach it first")
         context.enter(Phase.MOUNT)
         context.notes["mount"] = str(record.id)
         written_down_and_put([Part(mount_fd, record.id)], record.rule, site, records, context)
@@ -198,7 +205,8 @@ def refuse_capable(caller: Caller, namespace_fd: int) -> None:
                 own = namespaces.identity(owner.fileno()) == identity_of(caller)
         except SyscallError:
             raise AttachNotPermitted(
-                "the mount namespace of the caller does not lie within mountd's"
+                "the mount namespace of the caller does not lie within mountd's",
+                hint="call where mountd runs, or in a container there; or ask the host's mountd",
             ) from None
         try:
             effective = namespaces.effective_capabilities(caller.pid)
@@ -247,11 +255,7 @@ def made_and_attached(
     # As for everybody but the host's root, who is not served here; said once more, since it is the promise.
     decision = replace(judged.decision, attributes=judged.decision.attributes | ALWAYS)
     judged = replace(judged, decision=decision)
-    places = [MOUNT_POINTS[use.partition.designator] for use in decision.uses] or [""]
-    if len(places) > 1 and places[0]:
-        raise NotSupported(
-            "attaching several partitions, none of which is the root, for a caller", hint=ONE_OF_THEM
-        )
+    places = mount_points(decision)
     with handing_out(judged, context) as entry:
         made = make(judged, context, entry.notice)
         try:
@@ -280,45 +284,56 @@ def made_and_attached(
     return reply | ({"leftOut": left_out} if left_out else {})
 
 
+def mount_points(decision: Decision) -> list[str]:
+    """Return where each mount is attached, below the first; raise NotSupported if that is not the root."""
+    found = [MOUNT_POINTS[use.partition.designator] for use in decision.uses] or [""]
+    if len(found) > 1 and found[0]:
+        raise NotSupported(
+            "attaching several partitions, none of which is the root, for a caller", hint=ONE_OF_THEM
+        )
+    return found
+
+
 def written_down_and_put(
     parts: list[Part], rule: str | None, site: Site, records: Attachments, context: RequestContext
 ) -> None:
-    """Attach a tree of mounts once it is written down that it is. Raises what `put_there` does, OSError."""
+    """Attach a tree of mounts once it is written down that it is. Raises what `put_there` and
+    `Attachments.add` do.
+    """
     tree = tuple(each.id for each in parts) if len(parts) > 1 else ()
-    try:
-        for part in parts:
-            records.add(
-                Attachment(
-                    id=part.id,
-                    uid=site.who.uid,
-                    gid=site.who.gid,
-                    namespace=id_of(site.namespace_fd),
-                    rule=rule,
-                    path=os.path.join(site.place.path, part.place) if part.place else site.place.path,
-                    since=int(time.time()),
-                    tree=tree,
-                )
-            )
-        put_there([each.fd for each in parts], site, context)
-    except BaseException:
-        for part in parts:
-            records.remove(part.id)
-        raise
+    attached = [
+        Attachment(
+            id=part.id,
+            uid=site.who.uid,
+            gid=site.who.gid,
+            namespace=id_of(site.namespace_fd),
+            rule=rule,
+            path=os.path.join(site.place.path, part.place) if part.place else site.place.path,
+            since=int(time.time()),
+            tree=tree,
+        )
+        for part in parts
+    ]
+    with records.held(attached) as locks:
+        put_there([each.fd for each in parts], site, context, locks)
     found = [statx(each.fd, "", StatxMask.MNT_ID, sync=False) for each in parts]
     mount_table.note_attached(site.namespace_fd, *(int(each.stx_mnt_id) for each in found))
 
 
-def put_there(mounts: list[int], site: Site, context: RequestContext) -> None:
+def put_there(mounts: list[int], site: Site, context: RequestContext, locks: list[int]) -> None:
     """Attach the first of the mounts, which the others are below, unless something is no longer what it was.
 
-    That is the place, and the caller. Raises AttachNotPermitted, PeerGone, SyscallError.
+    That is the place, and the caller. `locks` are held for as long as anybody is about to attach them.
+    Raises AttachNotPermitted, PeerGone, SyscallError.
     """
     mount_fd, *below = mounts
 
     def problem(mounted: int | None) -> str | None:
         return site.place.problem(site.who, mounted)
 
-    wrong = attachment.attach(mount_fd, site.target_fd, site.namespace_fd, site.who.ids, problem, below)
+    wrong = attachment.attach(
+        mount_fd, site.target_fd, site.namespace_fd, site.who.ids, problem, below, locks
+    )
     if wrong is not None:
         raise AttachNotPermitted(wrong, hint="leave the directories above it alone meanwhile")
     try:
@@ -339,73 +354,6 @@ def id_of(namespace_fd: int) -> int:
         return 0
 
 
-def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
-    """io.mountd.Mount.Detach: detach what was attached for the caller."""
-    context.enter(Phase.VERIFY)
-    records = needed(context)
-    id = wanted_id(parameters, fds)
-    caller = context.caller()
-    context.notes["mount"] = str(id)
-    record = records.find(id)
-    if record is None or not (caller.is_host_root or (record.uid == caller.uid != OVERFLOW_ID)):
-        raise NotFound(f"a mount with the id {id} that is attached for you", hint=YOURS)
-    # Or the mount would be in use by whoever is to detach it.
-    close_all(fds)
-    groups = caller.groups if caller.uid == record.uid else frozenset()
-    context.peer.check()
-    context.enter(Phase.MOUNT)
-    with context.peer.mount_namespace() as namespace:
-        ids = (record.uid, record.gid, groups)
-        outcome, gone = taken_away(record, namespace.fileno(), ids, lazy=bool(parameters.get("lazy")))
-        here = id_of(namespace.fileno())
-        if outcome in (Outcome.DONE, Outcome.PARTLY):
-            mount_table.note_detached(namespace.fileno(), None if record.tree else record.path)
-    if outcome is not Outcome.ABSENT or (here and record.namespace == here):
-        for each in gone:
-            records.remove(each)
-    if outcome is Outcome.ABSENT:
-        raise NotFound(f"the mount with the id {id} in your mount namespace", hint=YOURS)
-    if outcome is Outcome.BUSY:
-        raise InUse("the mount is in use", hint=CLOSE_OR_LAZY)
-    if outcome is Outcome.PARTLY:
-        raise InUse("the mount is in use, and what was mounted below it is detached", hint=CLOSE_OR_LAZY)
-    if outcome is Outcome.COVERED:
-        raise InUse("something else is mounted over the mount", hint="unmount that first")
-    return {}, []
-
-
-def taken_away(record: Attachment, namespace_fd: int, ids: Ids, *, lazy: bool) -> tuple[Outcome, set[int]]:
-    """Detach a mount, with what is below it in its tree; return which mounts of it are not attached then.
-
-    Raises SyscallError.
-    """
-    if not record.tree:
-        outcome = attachment.detach(record.id, namespace_fd, ids, lazy=lazy)
-        return outcome, {record.id} if outcome in (Outcome.DONE, Outcome.ABSENT) else set()
-    asked_of = set(record.tree) if record.id == record.tree[0] else {record.id}
-    if not lazy and find.uses(set(), asked_of)[0]:
-        return Outcome.BUSY, set()
-    return trees.detach(record.id, record.tree, namespace_fd, ids, lazy=lazy)
-
-
-def wanted_id(parameters: dict[str, Any], fds: list[OwnedFd]) -> int:
-    """Return the id of the mount that is to be detached.
-
-    Raises InvalidParameter, BadFileDescriptor.
-    """
-    id, index = parameters.get("id"), parameters.get(TARGET_FIELD)
-    if (id is None) is (index is None):
-        raise InvalidParameter("id", f"one of id and {TARGET_FIELD} has to be given")
-    table = Descriptors(fds)
-    target_fd = table.optional(index, TARGET_FIELD)
-    table.check_all_named()
-    if id is not None:
-        if id <= 0:
-            raise InvalidParameter("id", "it is a positive number")
-        return int(id)
-    return root_id(target_fd or 0, TARGET_FIELD)
-
-
 def root_id(fd: int, field: str) -> int:
     """Return the unique id of the mount whose root directory `fd` is. Raises BadFileDescriptor."""
     status = statx(fd, "", StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE, sync=False)
@@ -414,4 +362,4 @@ def root_id(fd: int, field: str) -> int:
     return int(status.stx_mnt_id)
 
 
-METHODS = {"io.mountd.Mount.Attach": attach, "io.mountd.Mount.Detach": detach}
+METHODS = {"io.mountd.Mount.Attach": attach}

@@ -4,37 +4,44 @@ Its name is the mount's unique id, which the kernel gives to no other mount whil
 directory is gone when it does not. So a file that has outlived its mount says nothing about any other. It is
 written before the mount is attached, so that there is none without it, and the kernel has the last word on
 whether it still is: what is attached no more is forgotten by and by.
+
+Who attaches a mount, detaches it or forgets it has locked its file meanwhile (flock(2)), which ends with the
+process: otherwise what is just being attached would look like what is attached no more.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
 import stat
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass
 from dataclasses import fields as fields_of
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING
 
-from mountd.errors import SyscallError
+from mountd.errors import AttachNotPermitted, LimitExceeded, SyscallError
 from mountd.execute.attachment import is_there
 from mountd.fds import OwnedFd
 from mountd.ledger.record import is_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-MAXIMUM_FILE = 16 << 10  # bytes
+MAXIMUM_FILE = 32 << 10  # bytes: JSON may have six for one of a path
 ABANDONED = 60.0  # seconds after which nobody is about to attach what was written down
 OVERFLOW = 0xFFFFFFFF
 LONGEST_ID = 19  # digits
 READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 NO_FILE = (errno.ELOOP, errno.ENXIO)  # a link, or a socket
+PATIENCE_SECONDS = 0.5  # for who attaches or detaches the same mount
+TICK_SECONDS = 0.005
+ATTACHED = "the mount is attached already, or just being attached"
 LOOKED_AT = 4  # files for each that was added, so that there are never many whose mount is gone
 
 
@@ -68,20 +75,69 @@ class Attachments:
         self._directory = directory
         self._to_look_at = 0
 
-    def add(self, attachment: Attachment) -> None:
-        """Write one down. Raises OSError."""
+    @contextmanager
+    def held(self, attachments: Iterable[Attachment]) -> Iterator[list[int]]:
+        """Write down what is attached meanwhile, and forget it if that fails; yield the locks on the files.
+
+        Raises what `add` does.
+        """
+        with ExitStack() as stack:
+            locks: list[int] = []
+            added: list[int] = []
+            try:
+                for each in attachments:
+                    locks.append(stack.enter_context(self.add(each)).fileno())
+                    added.append(each.id)
+                yield locks
+            except BaseException:
+                # And nothing that another has written down.
+                for id in added:
+                    self.remove(id)
+                raise
+
+    def add(self, attachment: Attachment) -> OwnedFd:
+        """Write one down, and return the file, which is locked until it is closed.
+
+        Raises AttachNotPermitted for what is written down already, LimitExceeded for what could not be read
+        again, OSError.
+        """
+        data = json.dumps(asdict(attachment)).encode()
+        if len(data) > MAXIMUM_FILE:
+            raise LimitExceeded("bytes of what is written down of one mount", MAXIMUM_FILE)
         self._directory.mkdir(mode=0o700, exist_ok=True)
         self._to_look_at += LOOKED_AT
         with ExitStack() as stack:
             directory = stack.enter_context(OwnedFd(os.open(self._directory, os.O_PATH | os.O_CLOEXEC)))
             # It is given its name once it is whole: of who is killed before nothing is left.
-            file = stack.enter_context(open(self._directory, "w", opener=without_name))
-            file.write(json.dumps(asdict(attachment)))
-            file.flush()
-            os.link(f"/proc/self/fd/{file.fileno()}", str(attachment.id), dst_dir_fd=directory.fileno())
+            file = stack.enter_context(OwnedFd(without_name(self._directory)))
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.write(file.fileno(), data) != len(data):
+                raise SyscallError(errno.ENOSPC, "write(an attachment)")
+            name = f"/proc/self/fd/{file.fileno()}"
+            try:
+                os.link(name, str(attachment.id), dst_dir_fd=directory.fileno())
+            except FileExistsError:
+                raise AttachNotPermitted(ATTACHED, hint="detach it first") from None
+            return OwnedFd(file.take())
+
+    @contextmanager
+    def locked(self, id: int, seconds: float = PATIENCE_SECONDS) -> Iterator[bool]:
+        """Have the file of one to oneself, and yield whether there is one.
+
+        Raises TimeoutError where another has it for longer than `seconds`, OSError.
+        """
+        try:
+            file = OwnedFd(os.open(self._directory / str(id), READING))
+        except FileNotFoundError:
+            yield False
+            return
+        with file:
+            lock(file.fileno(), seconds)
+            # Or it was forgotten meanwhile, and its name may be another's.
+            yield os.fstat(file.fileno()).st_nlink > 0
 
     def remove(self, id: int) -> None:
-        """Forget one, if there is one. Raises OSError."""
+        """Forget one, if there is one; for who has it locked. Raises OSError."""
         (self._directory / str(id)).unlink(missing_ok=True)
 
     def find(self, id: int) -> Attachment | None:
@@ -118,15 +174,26 @@ class Attachments:
         if not self._to_look_at:
             return
         number, self._to_look_at = self._to_look_at, 0
-        names = os.listdir(self._directory)
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return
         for name in random.sample(names, min(number, len(names))):
-            path = self._directory / name
-            with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime <= ABANDONED:
-                    continue
-                attachment = self.find(int(name)) if is_id(name) else None
-                if attachment is None or not still_there(attachment):
-                    path.unlink()
+            with suppress(FileNotFoundError, TimeoutError):
+                self._look_at(name)
+
+    def _look_at(self, name: str) -> None:
+        """Forget a file of this name if it tells of nothing. Raises OSError, TimeoutError for one in use."""
+        path = self._directory / name
+        if time.time() - path.stat().st_mtime <= ABANDONED:
+            return
+        if not is_id(name):
+            path.unlink()
+            return
+        with self.locked(int(name), 0) as there:
+            attachment = self.find(int(name)) if there else None
+            if there and (attachment is None or not still_there(attachment)):
+                path.unlink()
 
 
 def decode(data: bytes) -> Attachment | None:
@@ -176,6 +243,19 @@ def still_there(attachment: Attachment) -> bool:
         return True
 
 
-def without_name(directory: Path | str, _: int) -> int:
-    """Open a new file in a directory that ends with its descriptor unless it is linked; for `open`."""
+def without_name(directory: Path) -> int:
+    """Open a new file in a directory that ends with its descriptor unless it is linked."""
     return os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+
+
+def lock(fd: int, seconds: float) -> None:
+    """Lock a file, for as long as it is open. Raises TimeoutError if another has it for longer, OSError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "somebody holds the lock") from None
+        time.sleep(TICK_SECONDS)

@@ -109,11 +109,17 @@ def described(judged: Judged, ids: list[int]) -> list[dict[str, object]]:
     return found
 
 
-def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judged:
+def allowed(
+    judged: Judged,
+    fds: list[OwnedFd],
+    context: RequestContext,
+    before: Callable[[], None] | None = None,
+) -> Judged:
     """Return what was judged if it is allowed, by the policy or by whom that wants to have asked.
 
-    Raises the error of the decision, what `consent.ask` does, and KeyRequired and InvalidParameter; what was
-    put into the store only for the question is taken out again then.
+    `before` is called before anybody is asked, and raises for what would fail all the same. Raises the error
+    of the decision, what `consent.ask` and `before` do, and KeyRequired and InvalidParameter; what was put
+    into the store only for the question is taken out again then.
     """
     if judged.decision.verdict is not Verdict.ASK:
         if judged.decision.error is not None:
@@ -122,6 +128,8 @@ def allowed(judged: Judged, fds: list[OwnedFd], context: RequestContext) -> Judg
     try:
         # Nobody is asked about what would fail without it.
         encrypted.needed_password(judged)
+        if before is not None:
+            before()
         return consented(judged, context)
     except BaseException:
         take_out(judged.caller, fds, context)

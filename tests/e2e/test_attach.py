@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,16 @@ from mountd.errors import MountdError
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces, sockets
 from mountd.kernel.flags import Clone, MountAttr, Propagation
-from mountd.kernel.mount_info import mount_id, statmount
+from mountd.kernel.mount_info import statmount
 from mountd.wire.framing import encode
 from tests.container import as_user, forked, in_container
 from tests.daemon import Daemon
 from tests.e2e.attaching import Answer, User, asked, detached, granting, id_at, records, user_of
-from tests.e2e.calls import mounted
 from tests.e2e.conftest import TMPFS_RULE, trusting
 from tests.rogue import eventually
 
 ALICE, BOB, CAROL = 4210, 4211, 4212
+TEAM = 4219
 BY_ITSELF = ("AttachNotPermitted", "attaching not permitted: the caller can attach a mount by itself")
 Scene = tuple[Daemon, Path]
 
@@ -105,6 +104,19 @@ def test_only_its_user_detaches(alice: User, bob: User, images: dict[str, Path])
         assert id_at(alice.own / "hers") == id
         assert detached(alice.daemon.socket, id) == ("", "", id)
         assert id_at(alice.own / "hers") != id
+
+
+def test_root_detaches_where_only_a_group_may_enter(scene: Scene, images: dict[str, Path]) -> None:
+    """Which the user is in, and root is not; nor does mountd have its capabilities for files in effect."""
+    alice = replace(user_of(*scene, ALICE), groups=(TEAM,))
+    above = alice.directory("of-a-team", 0o750)
+    target = alice.directory("of-a-team/target")
+    os.chown(above, 0, TEAM)
+    with alice.attached(images["erofs"], target) as id:
+        assert alice.attach(images["erofs"], target)[0] == "AttachNotPermitted"
+        assert detached(alice.daemon.socket, id) == ("", "", id)
+        assert records(alice.daemon) == []
+        assert id_at(target) != id
 
 
 def test_the_same_user_in_a_container_is_in_another_mount_namespace(
@@ -308,102 +320,3 @@ def test_what_is_no_request(alice: User, method: str, parameters: dict[str, obje
             return ""
 
     assert as_user(work, ALICE) == error
-
-
-class TestMadeBefore:
-    """A mount that Mount has made, attached later by its descriptor."""
-
-    def attach(self, user: User, mount_fd: int, target: Path, **fields: object) -> Answer:
-        fds = [OwnedFd(os.dup(mount_fd)), OwnedFd(os.open(target, os.O_PATH))]
-        parameters = {"mountFileDescriptor": 0, "targetFileDescriptor": 1, **fields}
-        try:
-            with Client(str(user.daemon.socket)) as client:
-                reply = client.call("Attach", parameters, fds)[0]
-        except MountdError as error:
-            return type(error).__name__, str(error), 0
-        finally:
-            for fd in fds:
-                fd.close()
-        assert isinstance(reply["decision"], dict)
-        assert reply["decision"]["rule"] in ("trusted in the test", "small tmpfs")
-        return "", "", int(str(reply["id"]))
-
-    def test_it_is_attached_once(self, alice: User, images: dict[str, Path]) -> None:
-        target, other = alice.directory("made"), alice.directory("made-other")
-
-        def work() -> tuple[Answer, int, bool, Answer, Answer]:
-            with mounted(alice.daemon.socket, images["erofs"]) as reply:
-                made = mount_id(reply.mount.fileno())
-                answer = self.attach(alice, reply.mount.fileno(), target)
-                seen = (target / "hello").exists()
-                again = self.attach(alice, reply.mount.fileno(), other)
-            return answer, made, seen, again, detached(alice.daemon.socket, answer[2])
-
-        answer, made, seen, again, end = as_user(work, ALICE)
-        assert (answer, seen) == (("", "", made), True)
-        assert (again[0], "attached already" in again[1]) == ("AttachNotPermitted", True)
-        assert end[:2] == ("", "")
-        assert os.listdir(target) == []
-
-    def test_no_copy_of_it(self, alice: User, images: dict[str, Path]) -> None:
-        """Such as somebody else has made, whose flags may be others: it has another id."""
-        target, first = alice.directory("copies"), alice.directory("copied-from")
-        with alice.attached(images["erofs"], first), mount_api.clone_mount(str(first)) as copy:
-            answer = as_user(lambda: self.attach(alice, copy.fileno(), target), ALICE)
-        assert answer[0] == "AttachNotPermitted"
-        assert "no mount that mountd has made for the caller" in answer[1]
-
-    def test_not_for_another(self, alice: User, bob: User, images: dict[str, Path]) -> None:
-        """Nor what somebody else has mounted, nor what is no mount."""
-        target = bob.directory("stolen")
-        with as_owner(alice, images["erofs"]) as made:
-            for fd in (made, os.open("/usr", os.O_PATH), os.open("/proc", os.O_PATH)):
-                name, text, _ = as_user(lambda fd=fd: self.attach(bob, fd, target), BOB)  # type: ignore[misc]
-                assert name in ("AttachNotPermitted", "BadFileDescriptor"), text
-                if fd != made:
-                    os.close(fd)
-
-    def test_nothing_else_goes_with_it(self, alice: User, images: dict[str, Path]) -> None:
-        target = alice.directory("wishes")
-        with OwnedFd(os.open("/proc", os.O_PATH)) as fd:
-
-            def ask(**fields: object) -> str:
-                return as_user(lambda: self.attach(alice, fd.fileno(), target, **fields), ALICE)[0]
-
-            assert ask(readOnly=False) == "InvalidParameter"
-            assert ask(options=["dev"]) == "InvalidParameter"
-            assert ask(source={"tmpfs": {"size": 4096}}) == "InvalidParameter"
-            assert ask(interactive=True) == "AttachNotPermitted"
-
-
-def taken(pidfd: int, number: int) -> int:
-    """A descriptor of another process (pidfd_getfd(2))."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(438, pidfd, number, 0)
-    assert fd >= 0, os.strerror(ctypes.get_errno())
-    return int(fd)
-
-
-@contextmanager
-def as_owner(user: User, image: Path) -> Iterator[int]:
-    """A mount that was made for `user`, in a process of its own; yields a descriptor of it, for this one."""
-    ready, say = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setresgid(user.uid, user.uid, user.uid)
-            os.setresuid(user.uid, user.uid, user.uid)
-            with mounted(user.daemon.socket, image) as reply:
-                os.write(say, str(reply.mount.fileno()).encode())
-                time.sleep(60)
-        finally:
-            os._exit(1)
-    os.close(say)
-    try:
-        number = int(os.read(ready, 8))
-        with namespaces.pidfd_open(pid) as pidfd, OwnedFd(taken(pidfd.fileno(), number)) as fd:
-            yield fd.fileno()
-    finally:
-        os.close(ready)
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)

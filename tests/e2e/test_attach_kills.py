@@ -74,7 +74,10 @@ class Target:
             if each is not None and still_there(each):
                 found.append(each)
             elif each is not None:
-                self.attachments.remove(each.id)
+                with contextlib.suppress(TimeoutError), self.attachments.locked(each.id, 0) as there:
+                    # Or it was attached just now.
+                    if there and not still_there(each):
+                        self.attachments.remove(each.id)
         return found
 
     def settle(self) -> bool:

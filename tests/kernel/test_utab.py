@@ -134,6 +134,20 @@ def test_no_link_is_followed(directory: int, tmp_path: Path, name: str) -> None:
     assert victim.read_text() == "precious\n"
 
 
+@pytest.mark.parametrize("kind", ["fifo", "directory"])
+def test_a_lock_that_is_no_file_is_not_waited_for(directory: int, tmp_path: Path, kind: str) -> None:
+    (os.mkfifo if kind == "fifo" else os.mkdir)(tmp_path / "utab.lock")
+    with pytest.raises(OSError, match="not a file|directory"):
+        utab.add(directory, entry(31))
+    assert not (tmp_path / "utab").exists()
+
+
+def test_nobody_waits_for_who_watches(directory: int, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "utab.event")
+    utab.add(directory, entry(31))
+    assert (tmp_path / "utab").read_text() == entry(31).line()
+
+
 def test_a_file_that_is_none_is_left_alone(directory: int, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "utab")
     with pytest.raises(OSError, match="too large"):

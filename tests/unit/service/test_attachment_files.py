@@ -77,7 +77,7 @@ def test_what_is_no_file_is_none(tmp_path: Path, kind: str) -> None:
 def test_all_of_them(tmp_path: Path) -> None:
     records = Attachments(tmp_path / "attached")
     assert list(records.all()) == []
-    records.add(ONE)
+    records.add(ONE).close()
     for name in ("other", "\u0666", "9" * 40):
         (tmp_path / "attached" / name).touch()
     assert list(records.all()) == [ONE]
