@@ -265,7 +265,7 @@ def finish(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - a user has no use for a traceback
-        complain(f"{program}: this is a bug of mountd, please report it: {error!r}")
+        complain(f"{program}: this is a bug of mountd, please report it: {errors.bug(error)}")
     return status
 
 

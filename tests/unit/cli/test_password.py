@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import os
+import pty
+import termios
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,41 @@ def test_it_is_not_asked_for_where_nobody_wants_that(
     with Request("tmpfs:1M") as request, pytest.raises(KeyRequired):
         call(request, "one")
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "outcome"),
+    [
+        (
+            b"p\xe4ss\n",
+            "InvalidParameter: invalid parameter password: what was typed is no text in UTF-8 False!",
+        ),
+        (b"\x04", "KeyboardInterrupt:  False!"),
+    ],
+)
+def test_what_is_typed_is_never_shown(typed: bytes, outcome: str) -> None:
+    """Neither text in another encoding, nor an end of input, is a bug of mountd's."""
+    ours, theirs = pty.openpty()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        try:
+            agent.asked_for()
+        except BaseException as error:  # noqa: BLE001 - each is told
+            chained = error.__cause__ or not error.__suppress_context__
+            os.write(theirs, f"{type(error).__name__}: {error} {chained}!".encode())
+        os._exit(0)
+    said = b""
+    while not said.endswith(b"image: "):
+        said += os.read(ours, 100)
+    os.write(ours, typed)
+    while not said.endswith(b"!"):
+        said += os.read(ours, 1000)
+    os.waitpid(child, 0)
+    os.close(ours)
+    os.close(theirs)
+    assert said.decode().splitlines()[-1].removeprefix("Password of the encrypted image: ") == outcome
 
 
 def test_key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
