@@ -26,7 +26,7 @@ CAP_SYS_ADMIN = 21  # linux/capability.h
 ALL_IDS = ["0", "0", "4294967295"]  # /proc/self/uid_map outside of all user namespaces
 # How long one who has interrupted a call waits to hear whether it was carried out all the same.
 SECONDS_OF_REGRET = 1.0
-# How long root waits for mountd to detach before doing it without.
+# How long those wait for mountd to detach who may do so without.
 SECONDS_TO_DETACH = 10.0
 NO_MORE = "nothing more is to be done"
 MOUNTED = "“findmnt” shows what is mounted"

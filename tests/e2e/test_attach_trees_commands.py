@@ -104,7 +104,7 @@ def test_what_is_in_use(scene: Scene, disk: Path) -> None:
         with open(target / "var/tmp/name", encoding="utf-8"):
             busy = scene.alice("umount", target)
             assert busy.returncode == 32
-            check_line(busy, "^umount.mountd: .*with space: it is in use .hint: “fuser -vm DIR”")
+            check_line(busy, "^umount.mountd: .*with space: the mount is in use .hint: close what .*fuser")
             assert seen(target) == WHOLE
             assert len(UTAB.read_text().splitlines()) == len(PLACES)
         assert told(scene.alice("umount", target)) == (0, "", "")
@@ -141,6 +141,30 @@ def test_mountctl(scene: Scene, disk: Path) -> None:
         assert scene.root(program, "mount", disk, target).returncode == 0
         check_line(scene.root(program, "umount", target), "^mountctl: umount2.*: EBUSY")
         assert scene.root(program, "umount", "--lazy", target).returncode == 0
+
+    scene.play(work)
+
+
+def test_root_with_the_helper(scene: Scene, disk: Path) -> None:
+    """Root may unmount by itself, but for the others below it, which to the kernel are a use of it."""
+    target, helper = scene.target, scene.installed / "sbin/umount.mountd"
+
+    def work() -> None:
+        assert told(scene.alice("mount", "-t", "mountd", disk, target)) == (0, "", "")
+        with open(target / "usr/name", encoding="utf-8"):
+            busy = scene.root(helper, target)
+            assert busy.returncode == 32
+            check_line(busy, f"^umount.mountd: {target}: the mount is in use .hint: close what .*fuser")
+        assert told(scene.root(helper, target)) == (0, "", "")
+        assert os.listdir(target) == []
+        assert UTAB.read_text() == ""
+        assert records(scene.daemon) == []
+        # Of what mountd has not attached, the kernel's word is what is said.
+        assert scene.root("mount", "-t", "mountd", disk, target).returncode == 0
+        check_line(
+            scene.root(helper, target), f"^umount.mountd: {target}: it is in use .hint: “fuser -vm DIR”"
+        )
+        assert scene.root("umount", "--recursive", target).returncode == 0
 
     scene.play(work)
 

@@ -117,14 +117,23 @@ def test_fstab(daemon: Daemon, installed: Path, images: dict[str, Path], place: 
     assert "already mounted" in again
 
 
+@pytest.mark.parametrize(
+    "proc",
+    [
+        "",
+        "mount -t tmpfs none /proc;",  # as where processes have a namespace of their own, in which we are none
+        "mount -t tmpfs none /proc; mkdir /proc/self; mkfifo /proc/self/status;",
+    ],
+    ids=["usual", "none", "trap"],
+)
 def test_in_another_mount_namespace(
-    daemon: Daemon, installed: Path, images: dict[str, Path], target: Path
+    daemon: Daemon, installed: Path, images: dict[str, Path], target: Path, proc: str
 ) -> None:
-    """With -N: mount(8) finds the helper and the image here, and the directory there."""
+    """With -N: mount(8) finds the helper and the image here, and the directory there, and nothing else."""
 
     def work() -> object:
         there = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE
+            ["unshare", "--mount", "sh", "-ec", f"{proc} echo; exec sleep 60"], stdout=subprocess.PIPE
         )
         assert there.stdout is not None
         there.stdout.readline()

@@ -212,7 +212,9 @@ def test_busy_and_lazy(scene: Scene, images: dict[str, Path]) -> None:
         with open(scene.target / "hello"):
             busy = scene.alice("umount", scene.target)
             assert busy.returncode == 32
-            check_line(busy, f"^umount.mountd: {scene.target}: it is in use .hint: .*fuser")
+            check_line(
+                busy, f"^umount.mountd: {scene.target}: the mount is in use .hint: close what .*fuser"
+            )
             assert len(UTAB.read_text().splitlines()) == 1
             assert told(scene.alice("umount", "--lazy", scene.target)) == (0, "", "")
             assert mounted(scene.target) is None
