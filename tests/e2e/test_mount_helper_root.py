@@ -121,7 +121,7 @@ def test_fstab(daemon: Daemon, installed: Path, images: dict[str, Path], place: 
     "proc",
     [
         "",
-        "mount -t tmpfs none /proc;",  # as where processes have a namespace of their own, in which we are none
+        "mount -t tmpfs none /proc;",  # as where processes have a namespace of their own
         "mount -t tmpfs none /proc; mkdir /proc/self; mkfifo /proc/self/status;",
     ],
     ids=["usual", "none", "trap"],
