@@ -13,7 +13,6 @@ more rights than the user has, it gives them up first: what mountd judges is the
 
 from __future__ import annotations
 
-import errno
 import os
 
 from mountd.asking import Client, attach_reply, open_target
@@ -22,7 +21,7 @@ from mountd.cli.attaching import attached, can_attach, left_out_of, regretting
 from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import UsageError, show_json, tell_done, tell_left_out
-from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
+from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted
 from mountd.fds import OwnedFd
 from mountd.request import COMPOSEFS, IDMAPS, Request, split_options
 
@@ -314,32 +313,19 @@ def attach_ourselves(
     Raises MountdError, OSError.
     """
     place, directory = where
-    with ask(client.mount, request, wishes.sloppy) as reply:
+
+    def attach() -> list[str]:
+        with place.inside():
+            return attach_reply(made, target.fileno(), directory)
+
+    with ask(client.mount, request, wishes.sloppy) as made:
         if wishes.digest is not None:
-            check_digest(wishes.digest, reply.decision, request)
-        try:
-            with place.inside():
-                left_out = attach_reply(reply, target.fileno(), directory)
-        except KeyboardInterrupt:
-            drop(reply.mount)
-            raise
-        except SyscallError as error:
-            if error.errno != errno.EPERM or place.path is not None:
-                raise
-        else:
-            tell_left_out(PROGRAM, left_out)
-            return {"attachedBy": "this process", **attached(reply, left_out)}
-    return have_attached(client, request, target, wishes)
-
-
-def drop(mount: OwnedFd) -> None:
-    """Detach a mount that may have been attached already."""
-    from mountd.kernel import moving
-
-    try:
-        moving.detach(mount.fileno())
-    except OSError:
-        return  # it was not
+            check_digest(wishes.digest, made.decision, request)
+        reply = attached(made, attach, or_ask=place.path is None)
+    if reply is None:
+        return have_attached(client, request, target, wishes)
+    tell_left_out(PROGRAM, left_out_of(reply))
+    return reply
 
 
 def have_attached(client: Client, request: Request, target: OwnedFd, wishes: Wishes) -> Made:
