@@ -73,6 +73,8 @@ TAKEN_AS = {
 DIGEST = "sha256:"
 DIGEST_DIGITS = 64
 OF_COMPOSEFS = "composefs"  # the type that SPEC is the metadata of
+BETWEEN = ", "  # the digests of several layers
+MANIFEST = "name it by the digest of its manifest, oci:NAME@sha256:…, and leave mountd.digest= out"
 HASHED_AT_ONCE = 1 << 20  # bytes
 # For mount(8), for the init system, or the default anyway.
 IGNORED = {
@@ -203,10 +205,13 @@ class OtherImage(MountdError):
     """The image is not the one that was asked for; not an error of the daemon's."""
 
     def __init__(self, wanted: str, found: str) -> None:
-        """Both are digests."""
+        """Both are digests; of an image of several layers, those of all."""
+        several = BETWEEN in found
         super().__init__(
-            f"this is another image: its digest is {found}, not {wanted}",
-            hint="see that SPEC is the right image, or correct mountd.digest=",
+            f"this is another image: its digest is {found}, not {wanted}"
+            if not several
+            else f"this image has several layers, each with a digest of its own: {found}",
+            hint=MANIFEST if several else "see that SPEC is the right image, or correct mountd.digest=",
         )
 
 
@@ -272,7 +277,7 @@ def mount(wishes: Wishes) -> int:
         request.asks = request.asks and not wishes.json
         if wishes.fake:
             explained = ask(client.explain, request, wishes.sloppy)
-            return judge(explained["decision"], directory, wishes)
+            return judge(explained["decision"], directory, wishes, request)
         if place.path is None and not can_attach():
             reply = have_attached(client, request, target, wishes)
         else:
@@ -394,10 +399,15 @@ def ask(method: Callable[..., Reply], request: Request, sloppy: bool) -> Reply:
             request.parameters["options"] = [each for each in options if each != refused]
 
 
-def judge(decision: object, directory: str, wishes: Wishes) -> int:
-    """Return the exit status of a call with -f, and say why it is not 0. Raises OSError."""
+def judge(decision: object, directory: str, wishes: Wishes, request: Request) -> int:
+    """Return the exit status of a call with -f, and say why it is not 0.
+
+    Raises OtherImage, OptionNotPermitted, OSError.
+    """
     fields = decision if isinstance(decision, dict) else {}
     if fields.get("verdict") == "allow":
+        if wishes.digest is not None:
+            check_digest(wishes.digest, fields, request)
         if wishes.json:
             show_json({"target": directory, "mounts": [], "decision": fields})
         return 0
