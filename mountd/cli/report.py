@@ -99,6 +99,7 @@ WAYS_OUT: Sequence[tuple[type[BaseException], str, str]] = (
     (FileNotFoundError, "", "see that the path is right"),
     (IsADirectoryError, "", "give a file"),
     (NotADirectoryError, "", "give a directory that is there"),
+    (OSError, "name too long", "give a shorter path, such as one from a directory that is nearer to it"),
     (PermissionError, "", "mountd opens nothing for you: it takes the right to do that yourself"),
 )
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from mountd.cli import image, mountctl
-from mountd.cli.image import details, digest_of, line_of, parse_age, read_signature, size_of
-from mountd.errors import InvalidParameter, NotFound, ProtocolError
+from mountd.cli.image import details, digest_of, line_of, parse_age, size_of
+from mountd.errors import InvalidParameter, ProtocolError
 
 DIGEST = "sha256:" + "0a" * 32
 IMAGE = {
@@ -95,17 +93,6 @@ def test_digest() -> None:
 def test_a_reply_without_an_image() -> None:
     with pytest.raises(ProtocolError):
         image.image_of({})
-
-
-def test_signature(tmp_path: Path) -> None:
-    path = tmp_path / "signature"
-    path.write_bytes(b"\0\xff")
-    assert read_signature(str(path)) == "AP8="
-    path.write_bytes(bytes(image.MAXIMUM_SIGNATURE + 1))
-    with pytest.raises(InvalidParameter, match="longer"):
-        read_signature(str(path))
-    with pytest.raises(NotFound):
-        read_signature(str(tmp_path / "missing"))
 
 
 def test_progress_is_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
