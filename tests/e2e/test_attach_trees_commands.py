@@ -16,7 +16,7 @@ from tests.e2e.conftest import trusting
 from tests.e2e.schema import problems
 from tests.e2e.test_umount_helper import ALICE, BOB, UTAB, Scene, told
 from tests.e2e.trees import PLACES, build_contents, build_tree_disk, ids_at, seen
-from tests.programs import check_line
+from tests.programs import check_line, findmnt
 
 WHOLE = {name: name for name in PLACES}
 LEFT_OUT = "the image has no directory boot, so that partition is left out"
@@ -85,6 +85,7 @@ def test_there_and_back(scene: Scene, disk: Path) -> None:
             ]
             at = f"TARGET={scene.spot}"
             assert lines == [f"{at}/{place}".rstrip("/") for place in PLACES.values()]
+            assert {findmnt(target / place) for place in PLACES.values()} == {str(disk)}
             assert scene.bob("umount", target).returncode == 1
             assert scene.bob("umount", target / "home").returncode == 1
             assert told(scene.alice("umount", target / "home")) == (0, "", "")
