@@ -221,6 +221,10 @@ class Meter:
             return
         done, total = progress.get("done"), progress.get("total")
         if type(done) is int and type(total) is int and total > 0:
+            if done >= total:
+                # Who has to consent to what was read is asked then, on this terminal maybe.
+                self.clear()
+                return
             text = f"{done * 100 // total} % of {size_of(total)}"
             bar = bar_of(done, total, self._columns() - len(f"{self._doing}: [] {text}") - 1)
             self._write(f"\r{self._doing}: {bar}{text}\x1b[K")
@@ -232,7 +236,7 @@ class Meter:
         if not self._terminal or not isinstance(stage, str):
             return
         self._doing = printable(stage)
-        if type(total) is int and total > 0:
+        if type(total) is int and total > 0 and reply.get("done") != total:
             self.show(reply)
         else:
             self._write(f"\r{self._doing}\x1b[K")
@@ -249,6 +253,7 @@ class Meter:
         """Remove the line."""
         if self._shown:
             self._write("\r\x1b[K")
+            self._shown = False
 
     def _write(self, text: str) -> None:
         try:

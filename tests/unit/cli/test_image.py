@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
+import sys
+
 import pytest
 
 from mountd.cli import image, mountctl
@@ -93,6 +98,22 @@ def test_digest() -> None:
 def test_a_reply_without_an_image() -> None:
     with pytest.raises(ProtocolError):
         image.image_of({})
+
+
+def test_nothing_is_shown_while_somebody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is once all of it is read: the line is gone by then."""
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        meter = image.Meter("importing")
+        for done in (1, 2):
+            meter.show({"done": done, "total": 2})
+        assert os.read(ours, 1000).endswith(b"50 % of 2 bytes\x1b[K\r\x1b[K")
+        meter.clear()
+        meter.show({"done": 2, "total": 2})
+        assert select.select([ours], [], [], 0)[0] == []
+        monkeypatch.undo()
+    os.close(ours)
 
 
 def test_progress_is_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:
