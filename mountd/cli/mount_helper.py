@@ -23,7 +23,7 @@ from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import UsageError, show_json, tell_done, tell_left_out
 from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted
 from mountd.fds import OwnedFd
-from mountd.request import COMPOSEFS, IDMAPS, Request, split_options
+from mountd.request import COMPOSEFS, IDMAPS, TMPFS, Request, split_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,9 +79,12 @@ HASHED_AT_ONCE = 1 << 20  # bytes
 # For mount(8), for the init system, or the default anyway.
 IGNORED = {
     *("defaults", "auto", "noauto", "async", "loud", "silent", "nomand", "noiversion", "nolazytime"),
-    *("norelatime", "nostrictatime", "_netdev", "nofail", "loop"),
+    # The kernel has no mandatory locks any more (since Linux 5.15).
+    *("norelatime", "nostrictatime", "_netdev", "nofail", "loop", "mand"),
     *("user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup"),
 }
+# About how something is written: nothing is, to what is read-only.
+ABOUT_WRITING = {"sync", "dirsync", "lazytime", "iversion"}
 IGNORED_NAMES = {"user", "uhelper", "helper", "comment"}
 IGNORED_PREFIXES = ("x-", "X-")
 # They take back what was said before, and say what holds anyway.
@@ -142,6 +145,8 @@ class Wishes(CommandLine):
                     self.read_option(option)
         self.directory = directory
         self._read_composefs()
+        if self.read_only or (self.read_only is None and not self.spec.startswith(TMPFS)):
+            self.options = [each for each in self.options if each not in ABOUT_WRITING]
 
     def _read_composefs(self) -> None:
         """Have what is about a composefs come together. Raises UsageError."""
