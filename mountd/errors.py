@@ -41,6 +41,13 @@ class MountdError(Exception):
         return self.message
 
 
+def bug(error: BaseException) -> str:
+    """Return how an error that nobody foresaw is told: without the text that was no text, maybe a secret."""
+    if isinstance(error, UnicodeError):
+        return f"{type(error).__name__}: {getattr(error, 'reason', '')}"
+    return repr(error)
+
+
 class DeniedByPolicy(MountdError):
     """The policy does not allow this image for this caller."""
 

@@ -209,8 +209,12 @@ class Request:
         if not objects:
             raise InvalidParameter("SOURCE", "a composefs needs object directories, one at least")
         file = open_image(path)
-        # What the first line of a description begins with; that of an image is no text.
-        described = os.pread(file.fileno(), 1, 0) == b"/"
+        try:
+            # What the first line of a description begins with; that of an image is no text.
+            described = os.pread(file.fileno(), 1, 0) == b"/"
+        except OSError as error:
+            file.close()
+            raise OSError(error.errno, error.strerror, path) from None
         if described:
             with file:
                 file = sealed_copy(file, path)
@@ -224,7 +228,7 @@ class Request:
 
     def _read_top(self, top: str) -> dict[str, object]:
         if top == TMPFS[:-1] or top.startswith(TMPFS):
-            return {"sizeBytes": parse_size(top[len(TMPFS) :] or TOP_SIZE)}
+            return {"sizeBytes": parse_size(top[len(TMPFS) :] or TOP_SIZE, "top")}
         return {"directoryFileDescriptor": self._add(open_directory(top))}
 
     def _add_companions(self, signature: str | None, verity: Verity | None) -> None:
@@ -277,13 +281,7 @@ class Request:
 
 def read_key(path: str) -> str:
     """Return the text of a key file, “-” for standard input. Raises NotFound, InvalidParameter, OSError."""
-    data = b""
-    if path == "-":
-        while len(data) <= MAXIMUM_KEY and (piece := os.read(STANDARD_INPUT, MAXIMUM_KEY + 1)):
-            data += piece
-    else:
-        with open_image(path) as fd:
-            data = os.read(fd.fileno(), MAXIMUM_KEY + 1)
+    data = read_bounded(STANDARD_INPUT, MAXIMUM_KEY, path) if path == "-" else read_file(path, MAXIMUM_KEY)
     if not 0 < len(data) <= MAXIMUM_KEY:
         raise InvalidParameter("password", f"{path} has not 1 to {MAXIMUM_KEY} bytes")
     try:
@@ -295,13 +293,30 @@ def read_key(path: str) -> str:
 
 def read_signature(path: str) -> str:
     """Return a detached signature in base64. Raises NotFound, InvalidParameter, OSError."""
-    with open_image(path) as fd:
-        data = os.read(fd.fileno(), MAXIMUM_SIGNATURE + 1)
+    data = read_file(path, MAXIMUM_SIGNATURE)
     if not 0 < len(data) <= MAXIMUM_SIGNATURE:
         raise InvalidParameter("signature", f"{path} has not 1 to {MAXIMUM_SIGNATURE} bytes")
     import binascii
 
     return binascii.b2a_base64(data, newline=False).decode()
+
+
+def read_file(path: str, maximum: int) -> bytes:
+    """Return what is in a file, or comes through a pipe, as `read_bounded`. Raises NotFound, OSError."""
+    with open_image(path) as fd:
+        os.set_blocking(fd.fileno(), True)
+        return read_bounded(fd.fileno(), maximum, path)
+
+
+def read_bounded(fd: int, maximum: int, path: str) -> bytes:
+    """Read until the end, or until it is more than `maximum` bytes. Raises OSError, which names `path`."""
+    data = b""
+    try:
+        while len(data) <= maximum and (piece := os.read(fd, maximum + 1 - len(data))):
+            data += piece
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    return data
 
 
 def given(parameters: Mapping[str, object]) -> dict[str, object]:
@@ -341,12 +356,12 @@ def split_options(text: str) -> list[str]:
     return [each for each in entries if each]
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, parameter: str = "SOURCE") -> int:
     """Return a number of bytes; K, M, G and T are powers of 1024. Raises InvalidParameter."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     unit = units.get(text[-1:].upper(), 1)
     digits = text[:-1] if unit > 1 else text
     size = int(digits) * unit if digits.isdecimal() and len(digits) <= 18 else 0
     if not 0 < size <= MAXIMUM_INTEGER:
-        raise InvalidParameter("SOURCE", f"“tmpfs:{text}” has no size such as 64M")
+        raise InvalidParameter(parameter, f"“tmpfs:{text}” has no size such as 64M")
     return size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from mountd.errors import InteractiveAuthenticationRequired, KeyRequired, WrongKey
+from mountd.errors import InteractiveAuthenticationRequired, InvalidParameter, KeyRequired, WrongKey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,9 +42,25 @@ def with_consent(method: Callable[..., Reply], request: Request) -> Reply:
             if isinstance(error, WrongKey):
                 sys.stderr.write("This is not the password.\n")
         tries -= 1
-        from getpass import getpass
+        request.parameters["password"] = asked_for()
 
-        request.parameters["password"] = getpass("Password of the encrypted image: ")
+
+def asked_for() -> str:
+    """Ask for the password on the terminal; an end of input is an interrupt.
+
+    Raises InvalidParameter, KeyboardInterrupt.
+    """
+    from getpass import getpass
+
+    try:
+        password = getpass("Password of the encrypted image: ")
+        password.encode()
+    except EOFError:
+        raise KeyboardInterrupt from None
+    except UnicodeError:
+        # Without what it quotes.
+        raise InvalidParameter("password", "what was typed is no text in UTF-8") from None
+    return password
 
 
 def without_password(method: Callable[..., Reply], request: Request) -> Reply:

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from mountd.asking import MountReply
     from mountd.request import Request
 
+    Report = dict[str, object]  # of what was attached, by whom
+
 CAP_SYS_ADMIN = 21  # linux/capability.h
 ALL_IDS = ["0", "0", "4294967295"]  # /proc/self/uid_map outside of all user namespaces
 # How long one who has interrupted a call waits to hear whether it was carried out all the same.
 SECONDS_OF_REGRET = 1.0
-# How long root waits for mountd to detach before doing it without.
+# How long those wait for mountd to detach who may do so without.
 SECONDS_TO_DETACH = 10.0
 NO_MORE = "nothing more is to be done"
 MOUNTED = "“findmnt” shows what is mounted"
@@ -43,21 +45,16 @@ def can_attach() -> bool:
 def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
     """Mount and attach, or have mountd attach."""
     with open_target(options.target) as target:
-        if can_attach():
-            with with_consent(client.mount, request) as made:
-                left_out = attach_reply(made, target.fileno(), options.target)
-            tell_left_out("mountctl", left_out)
-            reply = attached(made, left_out)
-            by = "this process"
-        else:
+        reply = mount_and_attach(options, request, client, target) if can_attach() else None
+        if reply is None:
             request.add_target(OwnedFd(os.dup(target.fileno())))
-            reply = regretting(client, lambda: with_consent(client.attach, request))
-            tell_left_out("mountctl", left_out_of(reply))
-            by = "mountd"
+            done = regretting(client, lambda: with_consent(client.attach, request))
+            reply = {"attachedBy": "mountd", **done}
+    tell_left_out("mountctl", left_out_of(reply))
 
     def print_it() -> None:
         if options.json:
-            show_json({"target": options.target, "attachedBy": by, **reply})
+            show_json({"target": options.target, **reply})
         else:
             say(printable(f"{options.source}: attached at {options.target}{judged(reply)}"))
 
@@ -66,10 +63,42 @@ def mount(options: argparse.Namespace, request: Request, client: Client) -> int:
     return tell_done(line, hint, print_it, needed=options.json)
 
 
-def attached(made: MountReply, left_out: list[str]) -> dict[str, object]:
-    """Return, as Attach does, what this process has attached."""
+def mount_and_attach(
+    options: argparse.Namespace, request: Request, client: Client, target: OwnedFd
+) -> Report | None:
+    """Get the mount and attach it; None if it turns out that this process may not. Raises as `mount`."""
+    with with_consent(client.mount, request) as made:
+        return attached(made, lambda: attach_reply(made, target.fileno(), options.target), or_ask=True)
+
+
+def attached(made: MountReply, attach: Callable[[], list[str]], *, or_ask: bool) -> Report | None:
+    """Attach what Mount returned by `attach`; return, as Attach does, what there is then.
+
+    None if this process may not, whatever its capabilities say, and mountd can be asked to, `or_ask`: they
+    may be over a user namespace that does not own the mount namespace. If it is interrupted, nothing stays
+    attached. Raises KeyboardInterrupt, NotFound, SyscallError.
+    """
+    try:
+        left_out = attach()
+    except KeyboardInterrupt:
+        drop(made.mount)
+        raise
+    except SyscallError as error:
+        if error.errno != errno.EPERM or not or_ask:
+            raise
+        return None
     reply = {"id": made.mounts[0].get("id"), "mounts": made.mounts, "decision": made.decision}
-    return reply | ({"leftOut": left_out} if left_out else {})
+    return {"attachedBy": "this process", **reply, **({"leftOut": left_out} if left_out else {})}
+
+
+def drop(mount: OwnedFd) -> None:
+    """Detach a mount that may have been attached already."""
+    from mountd.kernel import moving
+
+    try:
+        moving.detach(mount.fileno())
+    except OSError:
+        return  # it was not
 
 
 def left_out_of(reply: Mapping[str, object]) -> list[str]:

@@ -22,6 +22,7 @@ from mountd.cli.doctor_system import (
 )
 from mountd.cli.report import printable, say, show_json
 from mountd.cli.table import GREEN, RED, YELLOW, coloured, wants_colour
+from mountd.errors import bug
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def examine(area: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         found = check()
     except Exception as error:  # noqa: BLE001 - one check that fails must not hide the others
-        found = [Finding("check", WARN, f"this could not be looked at: {error!r}")]
+        found = [Finding("check", WARN, f"this could not be looked at: {bug(error)}")]
     for each in found:
         each.area = area
     return found

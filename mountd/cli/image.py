@@ -12,6 +12,7 @@ from mountd.cli.table import on_terminal, table, terminal_width, wants_colour
 from mountd.client import STORED, Client, open_image
 from mountd.errors import IMAGES_INTERFACE, InvalidParameter, ProtocolError
 from mountd.fds import close_all
+from mountd.request import read_signature
 from mountd.wire.framing import is_text
 
 TYPE_CHECKING = False
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 # The daemon's own deadline for a long transfer is an hour; between two replies there may be a slow disk.
 TIMEOUT = 3700.0
-MAXIMUM_SIGNATURE = 48 << 10  # bytes: a third more as base64
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 SPANS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 MAXIMUM_AGE = (1 << 62) - 1
@@ -221,6 +221,10 @@ class Meter:
             return
         done, total = progress.get("done"), progress.get("total")
         if type(done) is int and type(total) is int and total > 0:
+            if done >= total:
+                # Who has to consent to what was read is asked then, on this terminal maybe.
+                self.clear()
+                return
             text = f"{done * 100 // total} % of {size_of(total)}"
             bar = bar_of(done, total, self._columns() - len(f"{self._doing}: [] {text}") - 1)
             self._write(f"\r{self._doing}: {bar}{text}\x1b[K")
@@ -232,7 +236,7 @@ class Meter:
         if not self._terminal or not isinstance(stage, str):
             return
         self._doing = printable(stage)
-        if type(total) is int and total > 0:
+        if type(total) is int and total > 0 and reply.get("done") != total:
             self.show(reply)
         else:
             self._write(f"\r{self._doing}\x1b[K")
@@ -249,6 +253,7 @@ class Meter:
         """Remove the line."""
         if self._shown:
             self._write("\r\x1b[K")
+            self._shown = False
 
     def _write(self, text: str) -> None:
         try:
@@ -361,17 +366,6 @@ def parse_age(text: str) -> int:
     if not digits.isascii() or not digits.isdecimal() or len(digits) > 12:
         raise InvalidParameter("--age", f"“{text}” is no time such as 12h or 30d")
     return min(int(digits) * (unit or 1), MAXIMUM_AGE)
-
-
-def read_signature(path: str) -> str:
-    """Return a signature file as base64. Raises NotFound, InvalidParameter, OSError."""
-    import base64
-
-    with open_image(path) as fd:
-        data = os.read(fd.fileno(), MAXIMUM_SIGNATURE + 1)
-    if len(data) > MAXIMUM_SIGNATURE:
-        raise InvalidParameter("--signature", f"{path} is longer than {MAXIMUM_SIGNATURE} bytes")
-    return base64.b64encode(data).decode()
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -215,6 +215,8 @@ def revoke(options: argparse.Namespace) -> int:
             f"detached from {place['mountPoint']} in mount namespace {place['mountNamespace']}"
             for place in reply["detached"]
         ]
+        if reply.get("unlisted"):
+            lines.append(f"detached from {reply['unlisted']} more places")
         for each in held:
             who = f"process {each['pid']} ({each['command']}): " if each["pid"] else ""
             lines.append(f"still there: {who}{each['what']}")

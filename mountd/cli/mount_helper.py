@@ -13,7 +13,6 @@ more rights than the user has, it gives them up first: what mountd judges is the
 
 from __future__ import annotations
 
-import errno
 import os
 
 from mountd.asking import Client, attach_reply, open_target
@@ -22,9 +21,9 @@ from mountd.cli.attaching import attached, can_attach, left_out_of, regretting
 from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import UsageError, show_json, tell_done, tell_left_out
-from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted, SyscallError
+from mountd.errors import DeniedByPolicy, MountdError, OptionNotPermitted
 from mountd.fds import OwnedFd
-from mountd.request import COMPOSEFS, IDMAPS, Request, split_options
+from mountd.request import COMPOSEFS, IDMAPS, TMPFS, Request, split_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,13 +73,18 @@ TAKEN_AS = {
 DIGEST = "sha256:"
 DIGEST_DIGITS = 64
 OF_COMPOSEFS = "composefs"  # the type that SPEC is the metadata of
+BETWEEN = ", "  # the digests of several layers
+MANIFEST = "name it by the digest of its manifest, oci:NAME@sha256:…, and leave mountd.digest= out"
 HASHED_AT_ONCE = 1 << 20  # bytes
 # For mount(8), for the init system, or the default anyway.
 IGNORED = {
     *("defaults", "auto", "noauto", "async", "loud", "silent", "nomand", "noiversion", "nolazytime"),
-    *("norelatime", "nostrictatime", "_netdev", "nofail", "loop"),
+    # The kernel has no mandatory locks any more (since Linux 5.15).
+    *("norelatime", "nostrictatime", "_netdev", "nofail", "loop", "mand"),
     *("user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup"),
 }
+# About how something is written: nothing is, to what is read-only.
+ABOUT_WRITING = {"sync", "dirsync", "lazytime", "iversion"}
 IGNORED_NAMES = {"user", "uhelper", "helper", "comment"}
 IGNORED_PREFIXES = ("x-", "X-")
 # They take back what was said before, and say what holds anyway.
@@ -141,6 +145,8 @@ class Wishes(CommandLine):
                     self.read_option(option)
         self.directory = directory
         self._read_composefs()
+        if self.read_only or (self.read_only is None and not self.spec.startswith(TMPFS)):
+            self.options = [each for each in self.options if each not in ABOUT_WRITING]
 
     def _read_composefs(self) -> None:
         """Have what is about a composefs come together. Raises UsageError."""
@@ -204,10 +210,13 @@ class OtherImage(MountdError):
     """The image is not the one that was asked for; not an error of the daemon's."""
 
     def __init__(self, wanted: str, found: str) -> None:
-        """Both are digests."""
+        """Both are digests; of an image of several layers, those of all."""
+        several = BETWEEN in found
         super().__init__(
-            f"this is another image: its digest is {found}, not {wanted}",
-            hint="see that SPEC is the right image, or correct mountd.digest=",
+            f"this is another image: its digest is {found}, not {wanted}"
+            if not several
+            else f"this image has several layers, each with a digest of its own: {found}",
+            hint=MANIFEST if several else "see that SPEC is the right image, or correct mountd.digest=",
         )
 
 
@@ -273,7 +282,7 @@ def mount(wishes: Wishes) -> int:
         request.asks = request.asks and not wishes.json
         if wishes.fake:
             explained = ask(client.explain, request, wishes.sloppy)
-            return judge(explained["decision"], directory, wishes)
+            return judge(explained["decision"], directory, wishes, request)
         if place.path is None and not can_attach():
             reply = have_attached(client, request, target, wishes)
         else:
@@ -314,32 +323,19 @@ def attach_ourselves(
     Raises MountdError, OSError.
     """
     place, directory = where
-    with ask(client.mount, request, wishes.sloppy) as reply:
+
+    def attach() -> list[str]:
+        with place.inside():
+            return attach_reply(made, target.fileno(), directory)
+
+    with ask(client.mount, request, wishes.sloppy) as made:
         if wishes.digest is not None:
-            check_digest(wishes.digest, reply.decision, request)
-        try:
-            with place.inside():
-                left_out = attach_reply(reply, target.fileno(), directory)
-        except KeyboardInterrupt:
-            drop(reply.mount)
-            raise
-        except SyscallError as error:
-            if error.errno != errno.EPERM or place.path is not None:
-                raise
-        else:
-            tell_left_out(PROGRAM, left_out)
-            return {"attachedBy": "this process", **attached(reply, left_out)}
-    return have_attached(client, request, target, wishes)
-
-
-def drop(mount: OwnedFd) -> None:
-    """Detach a mount that may have been attached already."""
-    from mountd.kernel import moving
-
-    try:
-        moving.detach(mount.fileno())
-    except OSError:
-        return  # it was not
+            check_digest(wishes.digest, made.decision, request)
+        reply = attached(made, attach, or_ask=place.path is None)
+    if reply is None:
+        return have_attached(client, request, target, wishes)
+    tell_left_out(PROGRAM, left_out_of(reply))
+    return reply
 
 
 def have_attached(client: Client, request: Request, target: OwnedFd, wishes: Wishes) -> Made:
@@ -408,10 +404,15 @@ def ask(method: Callable[..., Reply], request: Request, sloppy: bool) -> Reply:
             request.parameters["options"] = [each for each in options if each != refused]
 
 
-def judge(decision: object, directory: str, wishes: Wishes) -> int:
-    """Return the exit status of a call with -f, and say why it is not 0. Raises OSError."""
+def judge(decision: object, directory: str, wishes: Wishes, request: Request) -> int:
+    """Return the exit status of a call with -f, and say why it is not 0.
+
+    Raises OtherImage, OptionNotPermitted, OSError.
+    """
     fields = decision if isinstance(decision, dict) else {}
     if fields.get("verdict") == "allow":
+        if wishes.digest is not None:
+            check_digest(wishes.digest, fields, request)
         if wishes.json:
             show_json({"target": directory, "mounts": [], "decision": fields})
         return 0

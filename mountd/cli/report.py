@@ -99,6 +99,7 @@ WAYS_OUT: Sequence[tuple[type[BaseException], str, str]] = (
     (FileNotFoundError, "", "see that the path is right"),
     (IsADirectoryError, "", "give a file"),
     (NotADirectoryError, "", "give a directory that is there"),
+    (OSError, "name too long", "give a shorter path, such as one from a directory that is nearer to it"),
     (PermissionError, "", "mountd opens nothing for you: it takes the right to do that yourself"),
 )
 
@@ -265,7 +266,7 @@ def finish(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - a user has no use for a traceback
-        complain(f"{program}: this is a bug of mountd, please report it: {error!r}")
+        complain(f"{program}: this is a bug of mountd, please report it: {errors.bug(error)}")
     return status
 
 

@@ -35,7 +35,7 @@ def table(
     What is wider than the terminal then, is so.
     """
     cells = [[printable(cell) for cell in row] for row in [head, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    widths = [max(columns_of(row[column]) for row in cells) for column in range(len(head))]
     uncut = [name in whole for name in head]
     shown = list(range(len(head)))
     if width is not None:
@@ -48,7 +48,7 @@ def table(
             widths[widest] -= 1
     lines = []
     for number, row in enumerate(cells):
-        fitted = [cut(row[column], widths[column]).ljust(widths[column]) for column in shown]
+        fitted = [filled(cut(row[column], widths[column]), widths[column]) for column in shown]
         line = GAP.join(fitted).rstrip()
         lines.append(f"{BOLD}{line}{END}" if colour and number == 0 else line)
     return "\n".join(lines)
@@ -67,9 +67,34 @@ def those_with_room(
     return shown
 
 
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for a wide character, none for an accent."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import category, east_asian_width
+
+    return sum(
+        0 if category(each) in ("Mn", "Me") else 2 if east_asian_width(each) in ("W", "F") else 1
+        for each in text
+    )
+
+
+def filled(text: str, columns: int) -> str:
+    """Return a text with as many blanks behind it as there is room for."""
+    return text + " " * (columns - columns_of(text))
+
+
 def cut(text: str, columns: int) -> str:
     """Return as much of a text as fits."""
-    return text if len(text) <= columns else text[: max(0, columns - 1)] + "…"
+    if columns_of(text) <= columns:
+        return text
+    room, kept = max(0, columns - 1), 0
+    for each in text:
+        room -= columns_of(each)
+        if room < 0:
+            break
+        kept += 1
+    return text[:kept] + "…"
 
 
 def on_terminal() -> bool:

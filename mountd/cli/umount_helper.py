@@ -6,7 +6,7 @@ umount(8) calls it as the user who called umount(8), where /run/mount/utab says 
 and as root for “helper=mountd”. Its exit status is that of umount(8).
 
 It asks mountd to detach what is mounted at DIR, which mountd does for whom it was attached. Who may unmount
-by themselves do that.
+by themselves do that, and ask mountd for what the kernel says is in use, as a tree of several mounts is.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from __future__ import annotations
 import errno
 import os
 
-from mountd.asking import Client
-from mountd.cli.attaching import NO_MORE, can_attach, mount_at
+from mountd.asking import TIMEOUT, Client
+from mountd.cli.attaching import NO_MORE, SECONDS_TO_DETACH, can_attach, mount_at
 from mountd.cli.helper import Place, carry_out, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import IN_USE, tell_done
-from mountd.errors import InUse, NotFound, SyscallError
+from mountd.errors import InUse, MountdError, NotFound, SyscallError
 from mountd.kernel import moving
 
 TYPE_CHECKING = False
@@ -66,33 +66,56 @@ def unmount(wishes: Wishes) -> int:
 
 def take_away(wishes: Wishes, directory: str) -> None:
     """Unmount what is at `directory`. Raises MountdError, OSError."""
+    # Out here: in another mount namespace, the file that says so may be anything.
+    able = can_attach()
+    in_use = False
     with Place(wishes.namespace) as place, place.inside():
         # What lies on top of a mount is what its path leads to, and what umount2(2) takes.
         id = mount_at(directory)
-        if can_attach():
-            flags = moving.NOFOLLOW
-            if wishes.lazy:
-                flags |= moving.DETACH
-            if wishes.force:
-                flags |= moving.FORCE
+        if able:
             try:
-                moving.unmount(directory, flags)
+                moving.unmount(directory, flags_of(wishes))
                 return
             except SyscallError as error:
-                if error.errno == errno.EBUSY:
+                # Of what is attached in other mount namespaces than this one, mountd takes nothing away.
+                in_use = error.errno == errno.EBUSY
+                if in_use and place.path is not None:
                     raise busy(directory) from None
-                if error.errno != errno.EPERM or place.path is not None:
+                if not in_use and (error.errno != errno.EPERM or place.path is not None):
                     raise
-    with Client() as client:
-        try:
+    have_detached(wishes, directory, id, in_use=in_use)
+
+
+def flags_of(wishes: Wishes) -> int:
+    """Return the flags of umount2(2) for what the command line asks for."""
+    flags = moving.NOFOLLOW
+    if wishes.lazy:
+        flags |= moving.DETACH
+    if wishes.force:
+        flags |= moving.FORCE
+    return flags
+
+
+def have_detached(wishes: Wishes, directory: str, id: int, *, in_use: bool) -> None:
+    """Have mountd detach the mount with this id. Raises MountdError.
+
+    `in_use` is whether the kernel has said so, as it does of a tree of mounts, too: mountd takes down those
+    that it has attached, and of all others the kernel's word holds.
+    """
+    try:
+        with Client(timeout=SECONDS_TO_DETACH if in_use else TIMEOUT) as client:
             client.detach(id, lazy=wishes.lazy)
-        except NotFound:
-            raise NotFound(
-                f"a mount at {directory} that mountd has attached for uid {os.getuid()}",
-                hint="who mounted it can unmount it, and root",
-            ) from None
-        except InUse:
+    except InUse:
+        raise
+    except MountdError as error:
+        if in_use:
             raise busy(directory) from None
+        if not isinstance(error, NotFound):
+            raise
+        raise NotFound(
+            f"a mount at {directory} that mountd has attached for uid {os.getuid()}",
+            hint="who mounted it can unmount it, and root",
+        ) from None
 
 
 def busy(directory: str) -> InUse:

@@ -26,7 +26,7 @@ from mountd.daemon.limits import (
     SECONDS_OF_WORKER,
 )
 from mountd.daemon.transport import DescriptorsLost, has_sent, read_message
-from mountd.errors import MountdError, PeerGone, TimedOut
+from mountd.errors import MountdError, PeerGone, TimedOut, bug
 from mountd.fds import close_all
 from mountd.kernel import sockets
 from mountd.kernel.child import hanging
@@ -333,7 +333,7 @@ def report_bug(error: Exception) -> None:
     text = "".join(traceback.format_exception(error))
     log(
         Priority.ERROR,
-        f"internal error: {error!r}",
+        f"internal error: {bug(error)}",
         message_id=WORKER_ID,
         traceback=text,
         pid=str(os.getpid()),

@@ -71,7 +71,9 @@ def plan_mounts(
     if not decision.uses:
         raise ValueError("a disk image of which nothing is used was allowed")
     return tuple(
-        plan_mount(source, of_use(decision, use), caller, idmap, uids, gids, use=use, as_layer=as_layer)
+        plan_mount(
+            source, of_use(decision, use), caller, idmap, uids, gids, name=name, use=use, as_layer=as_layer
+        )
         for use in decision.uses
     )
 
@@ -103,7 +105,7 @@ def plan_mount(
     the mount table is to call the image, `use` the partition that it is about. `as_layer` is for a mount
     that nobody but an overlay gets, whose attributes need no lock.
     """
-    made = of_partition(source, decision, use) if use else superblock(source, decision, verity, name)
+    made = of_partition(source, decision, use, name) if use else superblock(source, decision, verity, name)
     attributes = attributes_of(decision.attributes, made.read_only)
     operations: list[Operation] = [made, MakeMount(attributes)]
     shared = None
@@ -180,8 +182,11 @@ def superblock(
     return CreateSuperblock(type, backing, decision.read_only, (*forced, *granted), verity, name)
 
 
-def of_partition(source: Source, decision: Decision, use: Use) -> CreateSuperblock:
-    """Return how the file system in a partition is made. Raises ValueError for what must not be."""
+def of_partition(source: Source, decision: Decision, use: Use, name: str | None = None) -> CreateSuperblock:
+    """Return how the file system in a partition is made, which is called as the image is.
+
+    Raises ValueError for what must not be.
+    """
     partition = use.partition
     if partition.file_system is None or (source.disk is not None and source.disk.only_verity > use.verity):
         raise ValueError("a partition that nothing vouches for was allowed, or one without a file system")
@@ -195,8 +200,10 @@ def of_partition(source: Source, decision: Decision, use: Use) -> CreateSuperblo
     if partition.luks is not None:
         backing = Backing.CRYPT
     forced = forced_options(type, use.read_only)
+    # What is read through another device is called as that is.
+    called = name if backing is Backing.LOOP else None
     return CreateSuperblock(
-        type, backing, use.read_only, (*forced, *options), verity, window=partition.window
+        type, backing, use.read_only, (*forced, *options), verity, called, partition.window
     )
 
 

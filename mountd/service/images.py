@@ -253,7 +253,8 @@ def transferred(
             now = time.monotonic()
             if now >= end + context.asked_for:
                 raise TimedOut(seconds)
-            if now >= next_reply:
+            # What comes after the last step may be a question, and the wait for its answer.
+            if now >= next_reply or step.done >= step.total:
                 next_reply = now + PROGRESS_INTERVAL
                 yield {"progress": {"done": step.done, "total": step.total}}
 

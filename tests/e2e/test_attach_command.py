@@ -8,16 +8,20 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from mountd.asking import MountReply, attach_reply
+from mountd.cli import attaching, mount_helper, mountctl
+from mountd.cli.report import finish
 from mountd.kernel import mount_api, namespaces
 from mountd.kernel.flags import Clone, Propagation
 from tests.container import forked
 from tests.daemon import Daemon
 from tests.e2e.attaching import id_at, records
 from tests.e2e.conftest import trusting
-from tests.programs import Done, as_user, check_line, etc_files, in_private, run
+from tests.programs import Done, as_user, check_line, etc_files, in_private, mounted, run
 
 GUS, ZOE = 4240, 4241
 UTAB = Path("/run/mount/utab")
@@ -118,6 +122,36 @@ def test_root_needs_no_help(scene: Scene, images: dict[str, Path]) -> None:
     assert said["id"] == id_at(target) == said["mounts"][0]["id"]
     done = run([scene.program, "umount", "--json", target], scene.daemon.socket)
     assert json.loads(done.stdout)["detachedBy"] == "this process"
+
+
+@pytest.mark.parametrize("program", [mountctl, mount_helper])
+def test_interrupted_just_after_it_was_attached(
+    scene: Scene,
+    images: dict[str, Path],
+    installed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    program: ModuleType,
+) -> None:
+    target = directory(scene, f"interrupted-{program.__name__}")
+    seen = []
+
+    def attach(reply: MountReply, directory_fd: int, path: str) -> list[str]:
+        attach_reply(reply, directory_fd, path)
+        seen.append(mounted(target))
+        raise KeyboardInterrupt
+
+    def work() -> tuple[int, object, object]:
+        os.environ["MOUNTD_SOCKET"] = str(scene.daemon.socket)
+        words = [*(["mount"] if program is mountctl else []), str(images["erofs"]), str(target)]
+        act = mountctl.act if program is mountctl else mount_helper.run
+        return finish("test", lambda: act(words)), seen, mounted(target)
+
+    for module in (attaching, mount_helper):
+        monkeypatch.setattr(module, "attach_reply", attach)
+    status, before, after = in_private(installed, work, {}, tmp_path)
+    assert (status, len(before), after) == (8, 1, None)
+    assert before != [None]
 
 
 @pytest.mark.parametrize("lazy", [[], ["--lazy"]])

@@ -16,7 +16,7 @@ from tests.e2e.conftest import trusting
 from tests.e2e.schema import problems
 from tests.e2e.test_umount_helper import ALICE, BOB, UTAB, Scene, told
 from tests.e2e.trees import PLACES, build_contents, build_tree_disk, ids_at, seen
-from tests.programs import check_line
+from tests.programs import check_line, findmnt
 
 WHOLE = {name: name for name in PLACES}
 LEFT_OUT = "the image has no directory boot, so that partition is left out"
@@ -85,6 +85,7 @@ def test_there_and_back(scene: Scene, disk: Path) -> None:
             ]
             at = f"TARGET={scene.spot}"
             assert lines == [f"{at}/{place}".rstrip("/") for place in PLACES.values()]
+            assert {findmnt(target / place) for place in PLACES.values()} == {str(disk)}
             assert scene.bob("umount", target).returncode == 1
             assert scene.bob("umount", target / "home").returncode == 1
             assert told(scene.alice("umount", target / "home")) == (0, "", "")
@@ -104,7 +105,7 @@ def test_what_is_in_use(scene: Scene, disk: Path) -> None:
         with open(target / "var/tmp/name", encoding="utf-8"):
             busy = scene.alice("umount", target)
             assert busy.returncode == 32
-            check_line(busy, "^umount.mountd: .*with space: it is in use .hint: “fuser -vm DIR”")
+            check_line(busy, "^umount.mountd: .*with space: the mount is in use .hint: close what .*fuser")
             assert seen(target) == WHOLE
             assert len(UTAB.read_text().splitlines()) == len(PLACES)
         assert told(scene.alice("umount", target)) == (0, "", "")
@@ -141,6 +142,30 @@ def test_mountctl(scene: Scene, disk: Path) -> None:
         assert scene.root(program, "mount", disk, target).returncode == 0
         check_line(scene.root(program, "umount", target), "^mountctl: umount2.*: EBUSY")
         assert scene.root(program, "umount", "--lazy", target).returncode == 0
+
+    scene.play(work)
+
+
+def test_root_with_the_helper(scene: Scene, disk: Path) -> None:
+    """Root may unmount by itself, but for the others below it, which to the kernel are a use of it."""
+    target, helper = scene.target, scene.installed / "sbin/umount.mountd"
+
+    def work() -> None:
+        assert told(scene.alice("mount", "-t", "mountd", disk, target)) == (0, "", "")
+        with open(target / "usr/name", encoding="utf-8"):
+            busy = scene.root(helper, target)
+            assert busy.returncode == 32
+            check_line(busy, f"^umount.mountd: {target}: the mount is in use .hint: close what .*fuser")
+        assert told(scene.root(helper, target)) == (0, "", "")
+        assert os.listdir(target) == []
+        assert UTAB.read_text() == ""
+        assert records(scene.daemon) == []
+        # Of what mountd has not attached, the kernel's word is what is said.
+        assert scene.root("mount", "-t", "mountd", disk, target).returncode == 0
+        check_line(
+            scene.root(helper, target), f"^umount.mountd: {target}: it is in use .hint: “fuser -vm DIR”"
+        )
+        assert scene.root("umount", "--recursive", target).returncode == 0
 
     scene.play(work)
 

@@ -39,6 +39,7 @@ def target(tmp_path_factory: pytest.TempPathFactory, place: Path) -> Path:
         (["-w"], {"ro"}),  # mount(8) says rw all the time, so it does not mean anything
         (["-n", "-s"], {"ro"}),
         (["-o", "noexec,noatime=recursive"], {"noexec", "noatime"}),
+        (["-o", "sync,dirsync,lazytime,iversion,mand,noexec"], {"noexec"}),
         (["-o", "nofail,_netdev,user=anna,uhelper=mountd,owner,defaults,x-systemd.automount"], {"nosuid"}),
         (["-o", "mountd.idmap=namespace,mountd.userns=/proc/self/ns/user"], {"ro"}),
         (["-s", "-o", "bogus,noexec,bogus2=3,mountd.bogus=4"], {"noexec"}),

@@ -117,14 +117,23 @@ def test_fstab(daemon: Daemon, installed: Path, images: dict[str, Path], place: 
     assert "already mounted" in again
 
 
+@pytest.mark.parametrize(
+    "proc",
+    [
+        "",
+        "mount -t tmpfs none /proc;",  # as where processes have a namespace of their own
+        "mount -t tmpfs none /proc; mkdir /proc/self; mkfifo /proc/self/status;",
+    ],
+    ids=["usual", "none", "trap"],
+)
 def test_in_another_mount_namespace(
-    daemon: Daemon, installed: Path, images: dict[str, Path], target: Path
+    daemon: Daemon, installed: Path, images: dict[str, Path], target: Path, proc: str
 ) -> None:
-    """With -N: mount(8) finds the helper and the image here, and the directory there."""
+    """With -N: mount(8) finds the helper and the image here, and the directory there, and nothing else."""
 
     def work() -> object:
         there = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE
+            ["unshare", "--mount", "sh", "-ec", f"{proc} echo; exec sleep 60"], stdout=subprocess.PIPE
         )
         assert there.stdout is not None
         there.stdout.readline()
@@ -179,25 +188,38 @@ def test_digest(daemon: Daemon, installed: Path, images: dict[str, Path], target
     def work() -> list[tuple[int, str, str]]:
         seen = []
         for digest in (wrong, right):
-            words = ["mount", "-t", "mountd", "-o", f"mountd.digest={digest}", images["erofs"], target]
-            done = run(words, daemon.socket)
-            seen.append((done.returncode, done.stderr, findmnt(target)))
+            for fake in (["-f"], []):
+                options = ["-o", f"mountd.digest={digest}"]
+                words = ["mount", *fake, "-t", "mountd", *options, images["erofs"], target]
+                done = run(words, daemon.socket)
+                seen.append((done.returncode, done.stderr, findmnt(target)))
         return seen
 
-    refused, done = in_private(installed, work)
-    assert done == (0, "", str(images["erofs"]))
-    assert (refused[0], refused[2]) == (32, "")
-    assert f"this is another image: its digest is {right}, not {wrong}" in refused[1]
+    *refused, asked, done = in_private(installed, work)
+    assert (asked, done) == ((0, "", ""), (0, "", str(images["erofs"])))
+    assert [(code, found) for code, _, found in refused] == [(32, "")] * 2
+    for _, said, _ in refused:
+        assert f"this is another image: its digest is {right}, not {wrong}" in said
 
 
+@pytest.mark.parametrize("fake", [[], ["-f"]])
 def test_digest_of_what_can_be_written_to(
-    daemon: Daemon, installed: Path, images: dict[str, Path], target: Path
+    start: Callable[..., Daemon],
+    installed: Path,
+    images: dict[str, Path],
+    place: Path,
+    target: Path,
+    fake: list[str],
 ) -> None:
-    options = "mountd.access=read-write,mountd.digest=sha256:" + 64 * "0"
+    """Who may write to it is refused the digest, be it the right one."""
+    daemon = start(trusting(place / "trusted", access='"read-write"'))
+    right = "sha256:" + hashlib.sha256(images["ext4"].read_bytes()).hexdigest()
+    options = f"mountd.access=read-write,mountd.digest={right}"
     program = installed / "sbin/mount.mountd"
-    done = run([program, images["ext4"], target, "-o", options], daemon.socket)
+    done = run([program, *fake, images["ext4"], target, "-o", options], daemon.socket)
     assert done.returncode == 1
-    check_line(done, "mountd.digest|“rw” not permitted")
+    check_line(done, f"option “mountd.digest={right}” not permitted: a writable image has none that stays")
+    assert findmnt(target) == ""
 
 
 ROOT_ONLY = """

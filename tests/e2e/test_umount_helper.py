@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import signal
@@ -212,7 +213,9 @@ def test_busy_and_lazy(scene: Scene, images: dict[str, Path]) -> None:
         with open(scene.target / "hello"):
             busy = scene.alice("umount", scene.target)
             assert busy.returncode == 32
-            check_line(busy, f"^umount.mountd: {scene.target}: it is in use .hint: .*fuser")
+            check_line(
+                busy, f"^umount.mountd: {scene.target}: the mount is in use .hint: close what .*fuser"
+            )
             assert len(UTAB.read_text().splitlines()) == 1
             assert told(scene.alice("umount", "--lazy", scene.target)) == (0, "", "")
             assert mounted(scene.target) is None
@@ -341,6 +344,32 @@ def test_no_line_for_a_namespace_that_is_a_users(
     done, clean = scene.play(work)
     assert done.returncode == 0, done.stderr
     assert clean
+
+
+@pytest.mark.parametrize("words", [["bin/mountctl", "mount"], ["sbin/mount.mountd"]])
+def test_capabilities_over_another_namespace(
+    start: Callable[..., Daemon],
+    scene: Scene,
+    images: dict[str, Path],
+    place: Path,
+    containers: None,
+    words: list[str],
+) -> None:
+    """Who is root of a user namespace, but of no mount namespace, has mountd attach as everybody else."""
+    daemon = start(trusting(place / "trusted", attach=f'["{scene.target}"]'))
+
+    def work() -> tuple[Done, object, Done]:
+        program, *verb = words
+        line = [scene.installed / program, *verb, "--json", images["erofs"], scene.target]
+        own = environment(daemon.socket)
+        done = scene.alice("unshare", "--user", "--map-root-user", *line, env=own)
+        return done, mounted(scene.target), scene.alice("umount", scene.target, env=own)
+
+    done, found, gone = scene.play(work)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["attachedBy"] == "mountd"
+    assert found is not None
+    assert told(gone) == (0, "", "")
 
 
 def test_digest(scene: Scene, images: dict[str, Path]) -> None:

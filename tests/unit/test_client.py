@@ -62,6 +62,11 @@ def test_no_size(text: str) -> None:
         parse_size(text)
 
 
+def test_whose_size_it_is() -> None:
+    with pytest.raises(InvalidParameter, match="invalid parameter top: “tmpfs:x” has no size"):
+        Request("/dev/null", top="tmpfs:x")
+
+
 @pytest.mark.parametrize("wishes", [{"userns": "/nowhere"}, {"file_system_type": "\udcff"}])
 def test_request_that_cannot_be_made_leaves_nothing_open(wishes: dict[str, str]) -> None:
     with pytest.raises((NotFound, InvalidParameter)):

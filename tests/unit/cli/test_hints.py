@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 
@@ -61,6 +62,7 @@ def test_the_hint_of_who_has_raised_it_comes_first() -> None:
         (FileNotFoundError(errno.ENOENT, "No such file", "/x"), "the path is right"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "mountd opens nothing for you"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), "give a directory"),
+        (OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "/x"), "a shorter path"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/x"), "give a file"),
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import pty
+import select
+import sys
 
 import pytest
 
 from mountd.cli import image, mountctl
-from mountd.cli.image import details, digest_of, line_of, parse_age, read_signature, size_of
-from mountd.errors import InvalidParameter, NotFound, ProtocolError
+from mountd.cli.image import details, digest_of, line_of, parse_age, size_of
+from mountd.errors import InvalidParameter, ProtocolError
 
 DIGEST = "sha256:" + "0a" * 32
 IMAGE = {
@@ -97,15 +100,20 @@ def test_a_reply_without_an_image() -> None:
         image.image_of({})
 
 
-def test_signature(tmp_path: Path) -> None:
-    path = tmp_path / "signature"
-    path.write_bytes(b"\0\xff")
-    assert read_signature(str(path)) == "AP8="
-    path.write_bytes(bytes(image.MAXIMUM_SIGNATURE + 1))
-    with pytest.raises(InvalidParameter, match="longer"):
-        read_signature(str(path))
-    with pytest.raises(NotFound):
-        read_signature(str(tmp_path / "missing"))
+def test_nothing_is_shown_while_somebody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is once all of it is read: the line is gone by then."""
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        meter = image.Meter("importing")
+        for done in (1, 2):
+            meter.show({"done": done, "total": 2})
+        assert os.read(ours, 1000).endswith(b"50 % of 2 bytes\x1b[K\r\x1b[K")
+        meter.clear()
+        meter.show({"done": 2, "total": 2})
+        assert select.select([ours], [], [], 0)[0] == []
+        monkeypatch.undo()
+    os.close(ours)
 
 
 def test_progress_is_for_terminals_only(capsys: pytest.CaptureFixture[str]) -> None:

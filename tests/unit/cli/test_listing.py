@@ -190,6 +190,18 @@ def test_what_was_not_looked_at_is_said_once(
     assert text.endswith(f"{listing.PARTLY}\n")
 
 
+def test_revoke_says_how_many_places_there_was_no_room_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = {"mountPoint": "/mnt", "mountNamespace": 7, "id": 3}
+    reply = {"detached": [place], "held": [], "unlisted": 12}
+    monkeypatch.setattr(listing, "call", lambda *_: reply)
+    assert listing.revoke(parse(["revoke", "5"])) == 0
+    assert capsys.readouterr().out == (
+        "detached from /mnt in mount namespace 7\ndetached from 12 more places\n"
+    )
+
+
 class TestWidth:
     """How wide a table may be."""
 

@@ -100,6 +100,18 @@ class TestTable:
         assert ("…" in text) == (width < 80)
         assert "short" in text, "the widest column is cut, not the others"
 
+    @pytest.mark.parametrize("width", [None, 30, 60])
+    def test_wide_characters(self, width: int | None) -> None:
+        """Columns are those of the terminal: a wide character takes two, an accent by itself none."""
+        names = ("文件系统" * 5, "e\u0301" * 10, "plain")
+        text = table.table([[name, "x"] for name in names], ["NAME", "B"], width=width, colour=False)
+        lines = text.splitlines()
+        cells = [line.removesuffix("x").removesuffix("B") for line in lines]
+        assert {table.columns_of(cell) for cell in cells} == {42 if width is None else min(width - 1, 42)}
+        assert ("…" in text) == (width == 30)
+        assert lines[2].count("e\u0301") == 10
+        assert table.columns_of("文e\u0301x") == 4
+
     def test_one_that_cannot_fit_is_no_error(self) -> None:
         assert table.table(list(self.ROWS), ["A", "B", "C"], width=1, colour=False)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mountd.cli.mount_helper import Wishes, read_type
+from mountd.cli.mount_helper import OtherImage, Wishes, check_digest, read_type
 from mountd.cli.report import UsageError
 from mountd.errors import OptionNotPermitted
+from mountd.request import Request
 
 USUAL = {
     "spec": "img", "directory": "dir",
@@ -59,6 +60,11 @@ def parse(argv: list[str]) -> Wishes:
         ("img dir -o mountd.later=1 -s", {"sloppy": True}),
         ("img dir -N /proc/1/ns/mnt", {"namespace": "/proc/1/ns/mnt"}),
         ("img dir -o loop,nofail,x-systemd.automount,X-mount.mkdir,silent,nousers,nogroup", {}),
+        ("img dir -o sync,dirsync,lazytime,iversion,mand,noexec", {"options": ["noexec"]}),
+        ("img dir -o lazytime,mand,mountd.access=read-write", {"options": ["lazytime"], "read_only": False}),
+        ("img dir -o sync -w -r", {"read_only": True}),
+        ("tmpfs:1M dir -o sync,mand", {"spec": "tmpfs:1M", "options": ["sync"]}),
+        ("tmpfs:1M dir -o sync,ro", {"spec": "tmpfs:1M", "read_only": True}),
         ("img dir -o noexec,nosuid,nodev,user,exec", {"options": ["nosuid", "nodev"]}),
         ("img dir -o exec,noexec", {"options": ["noexec"]}),
         ("img dir -o noatime,atime,nodiratime,diratime,nosymfollow", {"options": ["nosymfollow"]}),
@@ -154,6 +160,17 @@ def test_refused_option(option: str, hint: str) -> None:
         parse(["img", "dir", "-o", f"ro,{option}"])
     assert caught.value.parameters["option"] == option
     assert hint in str(caught.value.hint)
+
+
+def test_a_digest_of_what_has_several() -> None:
+    """No digest is that of an image of several layers; what it is named by instead is the way out."""
+    layers = ["sha256:" + 64 * "a", "sha256:" + 64 * "b"]
+    with Request("oci:registry.example.com/app:1") as request:
+        check_digest(layers[0], {"digest": layers[0]}, request)
+        for wanted in (*layers, "sha256:" + 64 * "c"):
+            with pytest.raises(OtherImage, match="several layers, each with a digest") as caught:
+                check_digest(wanted, {"digest": ", ".join(layers)}, request)
+            assert "oci:NAME@sha256:" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,11 @@ def bug() -> int:
     raise KeyError("x\n")
 
 
+def secret() -> int:
+    b"p\xe4ss".decode()
+    raise AssertionError
+
+
 def interrupt() -> int:
     raise KeyboardInterrupt
 
@@ -136,6 +141,11 @@ def test_fail(capsys: pytest.CaptureFixture[str], where: str, line: str) -> None
         (interrupt, 8, ""),
         (missing, 1, "p: /a?[2J: No such file or directory (hint: see that the path is right)\n"),
         (bug, 4, "p: this is a bug of mountd, please report it: KeyError('x\\n')\n"),
+        (
+            secret,
+            4,
+            "p: this is a bug of mountd, please report it: UnicodeDecodeError: invalid continuation byte\n",
+        ),
     ],
 )
 def test_end(capsys: pytest.CaptureFixture[str], work: Callable[[], int], status: int, line: str) -> None:
