@@ -28,6 +28,7 @@ from mountd.daemon.limits import (
     SPARE_DESCRIPTORS,
 )
 from mountd.daemon.listener import ForkServerGone, Listener
+from mountd.daemon.needed import missing
 from mountd.errors import SyscallError
 from mountd.kernel import capabilities, mark, watch
 from mountd.kernel.libc import call
@@ -304,6 +305,8 @@ def main() -> None:
     options = arguments(sys.argv[1:])
     if os.geteuid() != 0:
         sys.exit("mountd: it makes mounts for others, and has to be started as root")
+    if lacking := missing():
+        sys.exit(f"mountd: {lacking}")
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     if not options.only_pull:  # which makes no overlays, and gives what it pulls to who looks at it
         capabilities.put_aside()
