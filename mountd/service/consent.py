@@ -61,6 +61,10 @@ SECONDS_OF_POLKIT = 10
 # and has places of its own.
 MAXIMUM, MAXIMUM_PER_OWNER = 8, 2
 MAXIMUM_IMPORTS, MAXIMUM_IMPORTS_PER_OWNER = 2, 1
+QUESTIONS = "questions that wait for an answer"
+QUESTIONS_OF_OWNER = "questions of one owner that wait for an answer"
+IMPORT_QUESTIONS = "questions about imports that wait for an answer"
+IMPORT_QUESTIONS_OF_OWNER = "questions of one owner about imports that wait for an answer"
 # Where in the file of the places they begin, and where those of the owners do, as many for each uid.
 PLACES, IMPORT_PLACES, OWNER_PLACES = 0, 1 << 8, 1 << 40
 
@@ -215,10 +219,10 @@ def place(caller: Caller, context: RequestContext, *, importing: bool) -> Iterat
         first = OWNER_PLACES + 2 * MAXIMUM_PER_OWNER * caller.owner_uid
         first += MAXIMUM_PER_OWNER if importing else 0
         if not any(lock(fd.fileno(), first + number) for number in range(of_owner)):
-            raise LimitExceeded("questions of one owner that wait for an answer", of_owner)
+            raise LimitExceeded(IMPORT_QUESTIONS_OF_OWNER if importing else QUESTIONS_OF_OWNER, of_owner)
         first = IMPORT_PLACES if importing else PLACES
         if not any(lock(fd.fileno(), first + number) for number in range(most)):
-            raise LimitExceeded("questions that wait for an answer", most, hint="try again later")
+            raise LimitExceeded(IMPORT_QUESTIONS if importing else QUESTIONS, most, hint="try again later")
         yield
 
 
