@@ -141,7 +141,7 @@ class Places:
         """`status` is a reply of Status, None where there is none."""
         told = status or {}
         self.sockets: list[str] = told.get("sockets") or list(socket_paths())
-        directories = {os.path.dirname(each) for each in told.get("sockets") or ()}
+        directories = {os.path.dirname(each) for each in told.get("sockets") or () if each[:1] == "/"}
         self.runtime: list[str] = sorted(directories) or [RUNTIME_DIR]
         self.state: str = (told.get("store") or {}).get("path") or STATE_DIR
         # Empty for the system's own, also where the daemon knows none as its policy was never read.
