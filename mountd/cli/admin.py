@@ -116,7 +116,7 @@ def describe(reply: Mapping[str, Any], *, width: int | None, colour: bool, now: 
         parts.append(table(files, ["POLICY FILE", "STATE"], width=width, colour=colour))
     parts.append(
         table(
-            [[each["name"], str(each["maximum"])] for each in reply["limits"]],
+            [[each["name"], maximum_of(each)] for each in reply["limits"]],
             ["LIMIT", "MAXIMUM"],
             width=width,
             colour=colour,
@@ -128,6 +128,12 @@ def describe(reply: Mapping[str, Any], *, width: int | None, colour: bool, now: 
     ]
     parts.append(table(kernel, ["KERNEL", "", "DETAIL"], width=width, colour=colour))
     return "\n\n".join(parts)
+
+
+def maximum_of(limit: Mapping[str, Any]) -> str:
+    """Return a limit for people."""
+    name, maximum = limit["name"], limit["maximum"]
+    return size_of(maximum) if name.startswith("bytes ") else str(maximum)
 
 
 def store_line(store: Mapping[str, Any]) -> str:

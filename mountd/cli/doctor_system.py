@@ -19,22 +19,30 @@ if TYPE_CHECKING:
 SECONDS = 10.0  # for the daemon
 UNITS = ("mountd.socket", "mountd.service", "mountd-pull.socket", "mountd-pull.service")
 PROPERTIES = ("LoadState", "UnitFileState", "ActiveState", "Result")
+# As in mountd.store.program and mountd.service.consent, not imported on this side; a test compares.
+PULLING_USER = "mountd-pull"
+ACTIONS = tuple(
+    f"io.mountd.{each}" for each in ("mount-image", "mount-image-writable", "mount-tmpfs", "import-image")
+)
+ACTIONS_FILE = "/usr/share/polkit-1/actions/io.mountd.policy"
 RUNTIME_DIR = "/run/mountd"
 STATE_DIR = "/var/lib/mountd"
 
-# What it means that a feature is missing, and what to do; FAIL for what nothing goes without.
+LINUX = "Linux 6.8 or later is needed, and no sandbox (seccomp) that forbids it"
+# What it means that a feature is missing, and what to do; FAIL for what nothing goes without, OK for what
+# mountd does without.
 MISSING = {
-    "fsopen": (FAIL, "mountd cannot mount anything", "Linux 6.1 or later is needed"),
-    "mount_setattr": (FAIL, "what mountd mounts cannot be restricted", "Linux 6.1 or later is needed"),
-    "idmapped-mounts": (FAIL, "ids cannot be mapped for containers", "Linux 6.1 or later is needed"),
-    "statmount": (WARN, "it cannot be told what is mounted where", "Linux 6.8 can"),
-    "listmount": (WARN, "it cannot be told what is mounted where", "Linux 6.8 can"),
+    "fsopen": (FAIL, "mountd cannot mount anything", LINUX),
+    "mount_setattr": (FAIL, "what mountd mounts cannot be restricted", LINUX),
+    "idmapped-mounts": (FAIL, "ids cannot be mapped for containers", LINUX),
+    "statmount": (FAIL, "no image can be trusted for where it lies", LINUX),
+    "listmount": (WARN, "it cannot be told what is mounted where", LINUX),
     "open_tree_attr": (WARN, "a mount is copied and changed in two steps", "Linux 6.15 does it in one"),
     "erofs-on-files": (WARN, "a loop device is used for erofs images", "Linux 6.12 needs none"),
     "user-namespaces": (WARN, "users cannot start containers, nor use “mountctl run”",
                         "sysctl user.max_user_namespaces=16384, and look at what AppArmor restricts"),
     "loop": (WARN, "only erofs images can be mounted", "modprobe loop"),
-    "fuse": (WARN, "there is no FUSE; mountd itself does without", "modprobe fuse"),
+    "fuse": (OK, "there is no FUSE, and mountd does without", ""),
     "dm-verity": (WARN, "images with dm-verity cannot be mounted", "modprobe dm-verity"),
     "dm-crypt": (WARN, "encrypted images cannot be opened", "modprobe dm-crypt"),
     "fs-verity": (WARN, "files of this file system cannot be trusted by fs-verity",
@@ -43,16 +51,17 @@ MISSING = {
 PROGRAMS = {
     "skopeo": "images cannot be pulled from registries",
     "mkfs.erofs": "layers of container images cannot be made into images",
+    "zstd": "layers that are compressed with zstd cannot be pulled",
     "mkcomposefs": "a composefs cannot be mounted by its description",
     "gpgv": "signatures of OpenPGP cannot be verified",
     "cryptsetup": "encrypted images (LUKS) cannot be opened",
-    "veritysetup": "hash data for dm-verity cannot be made here; mountd itself does without",
+    "newuidmap": "a user has only one id in what “mountctl run” starts",
 }
 PACKAGES = {
     "mkcomposefs": "composefs",
     "mkfs.erofs": "erofs-utils",
     "cryptsetup": "cryptsetup-bin",
-    "veritysetup": "cryptsetup-bin",
+    "newuidmap": "uidmap",
     "pkcheck": "polkitd",
     "pkaction": "polkitd",
 }
@@ -69,6 +78,8 @@ def check_kernel() -> list[Finding]:
             state, means = FAIL, "no image can be mounted"
         if feature.state == features.YES:
             found.append(Finding(feature.name, OK, "works"))
+        elif state == OK:
+            found.append(Finding(feature.name, OK, means))
         elif feature.state == features.UNKNOWN:
             found.append(Finding(feature.name, WARN, f"not seen: {feature.detail}", "ask again as root"))
         else:
@@ -130,7 +141,7 @@ class Places:
         """`status` is a reply of Status, None where there is none."""
         told = status or {}
         self.sockets: list[str] = told.get("sockets") or list(socket_paths())
-        directories = {os.path.dirname(each) for each in told.get("sockets") or ()}
+        directories = {os.path.dirname(each) for each in told.get("sockets") or () if each[:1] == "/"}
         self.runtime: list[str] = sorted(directories) or [RUNTIME_DIR]
         self.state: str = (told.get("store") or {}).get("path") or STATE_DIR
         # Empty for the system's own, also where the daemon knows none as its policy was never read.
@@ -260,7 +271,7 @@ def check_place(path: str, what: str, mode: int | None) -> Finding:
 
 
 def check_programs() -> list[Finding]:
-    """Whether the programs are there that mountd calls."""
+    """Whether the programs are there that mountd calls, and the user that some run as."""
     found = []
     for program, without in PROGRAMS.items():
         path = which(program)
@@ -269,7 +280,19 @@ def check_programs() -> list[Finding]:
             found.append(Finding(program, WARN, f"it is not there: {without}", fix))
         else:
             found.append(Finding(program, OK, path))
-    return found
+    return [*found, pulling_user()]
+
+
+def pulling_user() -> Finding:
+    """Whether what is pulled is unpacked by a user that does nothing else."""
+    import pwd
+
+    try:
+        uid = pwd.getpwnam(PULLING_USER).pw_uid
+    except KeyError:
+        text = "there is no such user: what is pulled is unpacked by “nobody”, as whom others may run, too"
+        return Finding(PULLING_USER, WARN, text, "systemd-sysusers mountd.conf")
+    return Finding(PULLING_USER, OK, f"uid {uid}")
 
 
 def check_polkit() -> list[Finding]:
@@ -283,12 +306,20 @@ def check_polkit() -> list[Finding]:
         elif program == "pkcheck":
             found.append(Finding(program, OK, path))
         else:
-            code, _, complaint = output([path])
-            if code:
-                lines = complaint.strip().splitlines() or [f"pkaction ends with {code}"]
-                text = f"it does not answer: {lines[-1]}"
-                fix = "systemctl start dbus.service polkit.service"
-                found.append(Finding("polkitd", WARN, text, fix))
-            else:
-                found.append(Finding("polkitd", OK, "it answers"))
+            found += polkit_findings(*output([path]))
     return found
+
+
+def polkit_findings(code: int, said: str, complaint: str) -> list[Finding]:
+    """Return what there is to say about polkit, from what pkaction(1) says."""
+    if code:
+        lines = complaint.strip().splitlines() or [f"pkaction ends with {code}"]
+        fix = "systemctl start dbus.service polkit.service"
+        return [Finding("polkitd", WARN, f"it does not answer: {lines[-1]}", fix)]
+    lacking = [each for each in ACTIONS if each not in said.split()]
+    if lacking:
+        text = f"polkit does not know {', '.join(lacking)}: rules with the verdict “ask” deny"
+        actions = Finding("actions", WARN, text, f"install mountd with its {ACTIONS_FILE}")
+    else:
+        actions = Finding("actions", OK, "polkit knows them all")
+    return [Finding("polkitd", OK, "it answers"), actions]

@@ -32,7 +32,7 @@ class StartFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sockets:
-    """What is accepted from, by what it leads to; the paths of what was bound here.
+    """What is accepted from, by what it leads to, mountd's own first; the paths of what was bound here.
 
     `kept` is what a service manager has kept of the ledger's descriptors, by name; they are the caller's.
     """
@@ -41,6 +41,11 @@ class Sockets:
     bound: tuple[str, ...]
     kept: dict[str, OwnedFd]
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where they listen, whoever has bound them; that of an abstract one begins with “@” (unix(7))."""
+        return tuple(address(each) for _, each in sorted(self.listening.items()))
+
     def close(self) -> None:
         """Close the sockets, and remove those that were bound here."""
         for each in self.listening.values():
@@ -48,6 +53,12 @@ class Sockets:
         for path in self.bound:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def address(listening: socket.socket) -> str:
+    """Return where a socket listens."""
+    name = os.fsencode(listening.getsockname())
+    return os.fsdecode(name.replace(b"\0", b"@", 1) if name.startswith(b"\0") else name)
 
 
 def listening_sockets(paths: Mapping[Entrance, str]) -> Sockets:

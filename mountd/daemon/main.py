@@ -28,6 +28,7 @@ from mountd.daemon.limits import (
     SPARE_DESCRIPTORS,
 )
 from mountd.daemon.listener import ForkServerGone, Listener
+from mountd.daemon.needed import missing
 from mountd.errors import SyscallError
 from mountd.kernel import capabilities, mark, watch
 from mountd.kernel.libc import call
@@ -137,13 +138,12 @@ class Daemon:
         self._pull_socket = options.runtime_dir / PULL_SOCKET_NAME
         self._staging = prepare_runtime_dir(options.runtime_dir)
         self._attached = options.runtime_dir / "attached"
-        self.path = options.socket or str(options.runtime_dir / SOCKET_NAME)
         self._maximum_mounts = options.max_mounts
-        paths = {Entrance.OWN: self.path}
+        paths = {Entrance.OWN: options.socket or str(options.runtime_dir / SOCKET_NAME)}
         if options.mountfs_socket is not None:
             paths[Entrance.MOUNT_FILE_SYSTEM] = options.mountfs_socket
         self._sockets = listening_sockets(paths)
-        self._others = tuple(path for path in self._sockets.bound if path != self.path)
+        self.addresses = self._sockets.addresses
         self._ledger, self._watches, self._marks = open_ledger(options.runtime_dir, self._sockets.kept)
         self._maximum_connections = raise_descriptor_limit()
         self._counters = Counters(SLOTS)  # for longer than a fork server lives
@@ -183,7 +183,7 @@ class Daemon:
                 self._pull_socket,
                 self._attached,
                 listener=os.getppid(),
-                sockets=(self.path, *self._others),
+                sockets=self.addresses,
                 ledger=self._ledger,
                 watches_fd=self._watches.fileno(),
                 marks_fd=None if self._marks is None else self._marks.fileno(),
@@ -304,6 +304,8 @@ def main() -> None:
     options = arguments(sys.argv[1:])
     if os.geteuid() != 0:
         sys.exit("mountd: it makes mounts for others, and has to be started as root")
+    if lacking := missing():
+        sys.exit(f"mountd: {lacking}")
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     if not options.only_pull:  # which makes no overlays, and gives what it pulls to who looks at it
         capabilities.put_aside()
@@ -314,7 +316,7 @@ def main() -> None:
         os.umask(0o077)
     except StartFailure as reason:
         sys.exit(f"mountd: {reason}")
-    open_journal(f"version {VERSION} listens at {daemon.path}")
+    open_journal(f"version {VERSION} listens at {', '.join(daemon.addresses)}")
     sys.exit(daemon.run())
 
 

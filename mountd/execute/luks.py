@@ -47,6 +47,7 @@ ARGUMENTS = (
     "/dev/fd/3",
 )
 SECONDS = 40.0
+DERIVING = "seconds to derive the key of a volume"
 MEMORY = 256 << 20  # beside what the key takes
 WRONG_KEY, OUT_OF_MEMORY = 2, 3  # exit statuses of cryptsetup(8)
 KEY_FOLLOWS = b"MK dump:"  # to the end, in pairs of digits
@@ -119,7 +120,7 @@ def derive(header_fd: int, password: bytearray, volume: Encryption, seconds: flo
         )
     if done.timed_out or done.status < 0:
         raise LimitExceeded(
-            "seconds to derive the key of a volume",
+            DERIVING,
             int(SECONDS),
             hint="have a key that takes less: “cryptsetup luksConvertKey --pbkdf-memory … --iter-time …”",
         )

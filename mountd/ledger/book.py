@@ -113,10 +113,10 @@ class Book:
         "_attached",
         "_directory",
         "_due",
-        "_maximum",
         "_next",
         "hidden",
         "marks_fd",
+        "maximum",
         "watches_fd",
     )
 
@@ -137,7 +137,7 @@ class Book:
         self.hidden = hidden
         self._attached = attached
         self._directory = directory
-        self._maximum = maximum
+        self.maximum = maximum
         self._next = int.from_bytes(os.urandom(4), "big")
         self._due = COLLECT_EVERY
         self.watches_fd = watches_fd
@@ -159,7 +159,7 @@ class Book:
         """
         self._due -= 1
         name = ROOT if owner is None else directory_of(*owner)
-        bound = MAXIMUM_OF_ROOT if owner is None else self._maximum
+        bound = MAXIMUM_OF_ROOT if owner is None else self.maximum
         fd, path = self._place(f"{self._directory}/{name}", bound, LIMIT)
         names = [path]
         try:
@@ -283,7 +283,7 @@ class Book:
             passing = f"{self._directory}.new"
             shutil.rmtree(passing, ignore_errors=True)  # of a process that was killed meanwhile
             os.mkdir(passing, 0o700)
-            anew = Book(passing, self.watches_fd, self.marks_fd, self._maximum, self.hidden)
+            anew = Book(passing, self.watches_fd, self.marks_fd, self.maximum, self.hidden)
             rebuild(anew, self._attached())
             os.rename(passing, self._directory)
         finally:

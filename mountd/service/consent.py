@@ -20,6 +20,7 @@ import fcntl
 import os
 import select
 import time
+import unicodedata
 from typing import TYPE_CHECKING
 
 from mountd.errors import (
@@ -60,12 +61,18 @@ SECONDS_OF_POLKIT = 10
 # and has places of its own.
 MAXIMUM, MAXIMUM_PER_OWNER = 8, 2
 MAXIMUM_IMPORTS, MAXIMUM_IMPORTS_PER_OWNER = 2, 1
+QUESTIONS = "questions that wait for an answer"
+QUESTIONS_OF_OWNER = "questions of one owner that wait for an answer"
+IMPORT_QUESTIONS = "questions about imports that wait for an answer"
+IMPORT_QUESTIONS_OF_OWNER = "questions of one owner about imports that wait for an answer"
 # Where in the file of the places they begin, and where those of the owners do, as many for each uid.
 PLACES, IMPORT_PLACES, OWNER_PLACES = 0, 1 << 8, 1 << 40
 
-MAXIMUM_DETAIL = 200  # characters
+MAXIMUM_DETAIL, MAXIMUM_SOURCE = 200, 100  # characters
 # The text of a question may be shown by what understands markup, and has quotation marks of its own.
-MARKUP = str.maketrans({"<": "‹", ">": "›", "&": "+", "“": "'", "”": "'", '"': "'"})
+MARKUP = str.maketrans({"<": "‹", ">": "›", "&": "+"} | dict.fromkeys('"″＂❝❞', "'"))
+# Quotation marks and brackets, by the categories that they have in Unicode, and which of them may stay.
+QUOTES, PLAIN = {"Pi": "'", "Pf": "'", "Ps": "[", "Pe": "]"}, frozenset("[]{}‹›")
 UNKNOWN = "unknown"
 NO_POLKIT_HINT = "install polkitd, or have an administrator say “allow” in the rule"
 AGENT_HINT = "call with --interactive from a terminal or a desktop, where an administrator can be asked"
@@ -80,7 +87,7 @@ def action_of(source: Source, decision: Decision) -> str:
 
 
 def details(source: str | None, decision: Decision) -> dict[str, str]:
-    """Return what a question for a mount says; `source` is for people, and what the caller says it is."""
+    """Return what a question for a mount says; `source` is what the caller says it is, and no evidence."""
     return described(source, decision.digest, decision.signer, decision.rule)
 
 
@@ -94,16 +101,29 @@ def described(
         "signer": signer or "nobody",
         "rule": rule,
     }
-    return {name: cleaned(text) for name, text in found.items() if text is not None}
+    most = {"source": MAXIMUM_SOURCE}
+    return {
+        name: cleaned(text, most.get(name, MAXIMUM_DETAIL))
+        for name, text in found.items()
+        if text is not None
+    }
 
 
-def cleaned(text: str) -> str:
-    """Return a text on one line, without markup, and no longer than a dialogue has room for."""
-    plain = "".join(c if c.isprintable() else "?" for c in text.translate(MARKUP))
-    if len(plain) <= MAXIMUM_DETAIL:
-        return plain
-    half = MAXIMUM_DETAIL // 2
-    return f"{plain[:half]}…{plain[-half:]}"
+def cleaned(text: str, most: int = MAXIMUM_DETAIL) -> str:
+    """Return a text on one line, without markup, and no longer than a dialogue has room for.
+
+    It can stand between “ and ”, and does not end there before its own end.
+    """
+    plain = "".join(map(harmless, text.translate(MARKUP)))
+    return plain if len(plain) <= most else f"{plain[: most // 2]}…{plain[-(most // 2) :]}"
+
+
+def harmless(character: str) -> str:
+    """Return what a question shows of one character of a text that is somebody else's."""
+    if character in PLAIN:
+        return character
+    shown = character if character.isprintable() else "?"
+    return QUOTES.get(unicodedata.category(character), shown)
 
 
 def ask(
@@ -199,10 +219,10 @@ def place(caller: Caller, context: RequestContext, *, importing: bool) -> Iterat
         first = OWNER_PLACES + 2 * MAXIMUM_PER_OWNER * caller.owner_uid
         first += MAXIMUM_PER_OWNER if importing else 0
         if not any(lock(fd.fileno(), first + number) for number in range(of_owner)):
-            raise LimitExceeded("questions of one owner that wait for an answer", of_owner)
+            raise LimitExceeded(IMPORT_QUESTIONS_OF_OWNER if importing else QUESTIONS_OF_OWNER, of_owner)
         first = IMPORT_PLACES if importing else PLACES
         if not any(lock(fd.fileno(), first + number) for number in range(most)):
-            raise LimitExceeded("questions that wait for an answer", most, hint="try again later")
+            raise LimitExceeded(IMPORT_QUESTIONS if importing else QUESTIONS, most, hint="try again later")
         yield
 
 

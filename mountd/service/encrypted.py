@@ -52,6 +52,8 @@ HINT = "give it with --key-file, or on a terminal; in a call, as “password”"
 PLACES_FILE = "opening"  # in the runtime directory; a place is a lock on a byte of it
 PLACES = 2
 OWNER_PLACES = 1 << 16  # where those of owners begin
+OPENED = "encrypted images that are opened at once"
+OPENED_OF_OWNER = "encrypted images of one owner that are opened at once"
 SECONDS_TO_WAIT = 20.0
 SECONDS_TO_ATTACH = 20.0  # with luks.SECONDS, less than clients wait
 PAUSE = 0.05
@@ -234,11 +236,10 @@ def place(caller: Caller, context: RequestContext) -> Iterator[None]:
     path = context.questions.with_name(PLACES_FILE)
     deadline = time.monotonic() + SECONDS_TO_WAIT
     with OwnedFd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)) as fd:
-        for offsets in ([OWNER_PLACES + caller.owner_uid], range(PLACES)):
+        own = OWNER_PLACES + caller.owner_uid
+        for name, offsets in ((OPENED_OF_OWNER, [own]), (OPENED, range(PLACES))):
             while not any(lock(fd.fileno(), offset) for offset in offsets):
                 if time.monotonic() > deadline:
-                    raise LimitExceeded(
-                        "encrypted images that are opened at once", PLACES, hint="try again later"
-                    )
+                    raise LimitExceeded(name, len(offsets), hint="try again later")
                 time.sleep(PAUSE)
         yield

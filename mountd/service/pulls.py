@@ -1,9 +1,9 @@
 """io.mountd.Images.Pull: an image from a registry into mountd's store, for those whom the policy lets.
 
-Pulling needs what mounting must not have: the network, and the right to give files away. So where the system
-has a second instance for it (`mountd --only-pull`, mountd-pull.service), the request is judged here, done
-there, and what is told on the way is passed on. Nothing of the outcome is believed but the digests, whose
-records are in the same store. Where there is no such instance, the worker pulls by itself.
+Pulling needs what mounting must not have: the network, and the right to give files away. So there is a
+second instance for it (`mountd --only-pull`, mountd-pull.service): the request is judged here, done there,
+and what is told on the way is passed on. Nothing of the outcome is believed but the digests, whose records
+are in the same store. Where there is no such instance, nothing can be pulled.
 
 What was pulled is root's, and on root's account: the next who asks for it finds it, and nobody but root
 removes it. For whom it may be mounted is up to the policy, each time. The tag that it was pulled by leads to
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     Steps = Generator[dict[str, object] | Callable[[Tell], object], Any, list[Record]]
 
 METHOD = f"{IMAGES_INTERFACE}.Pull"
+PULLING = "pulling from registries"
+ENABLE = "an administrator can do “systemctl enable --now mountd-pull.socket”, or start “mountd --only-pull”"
 STORE, DONE = "store", "done"
 # Each stage may take so many seconds, and comes once. The steps of a pull have deadlines of their own, by
 # which they end with a better message.
@@ -69,10 +71,9 @@ def pull_image(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestC
     check_may_pull(caller, context.policy, wanted)
     # One slot for all of it, whoever does it, and of the caller's.
     with store.slot(owner):
-        if context.pull_socket is not None and is_socket(context.pull_socket):
-            records = yield from pulled_there(wanted, store, context, context.pull_socket)
-        else:
-            records = yield from pulled_here(wanted, store, context)
+        if context.pull_socket is None or not is_socket(context.pull_socket):
+            raise NotSupported(f"{PULLING}: nothing listens at {context.pull_socket}", hint=ENABLE)
+        records = yield from pulled_there(wanted, store, context, context.pull_socket)
     return last_reply(records, owner, context)
 
 
@@ -245,9 +246,7 @@ def number(reply: dict[str, object], field: str) -> int | None:
 
 def not_asked(error: MountdError) -> NotSupported:
     """Return the error for an instance that pulls and does not answer as it should."""
-    return NotSupported(
-        f"pulling from registries: {error}", hint="the journal of mountd-pull.service says why"
-    )
+    return NotSupported(f"{PULLING}: {error}", hint="the journal of mountd-pull.service says why")
 
 
 METHODS: dict[str, Handler] = {METHOD: pull_image}

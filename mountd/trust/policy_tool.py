@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ PROGRAM = "mountctl policy"
 EXIT_ERRORS = 1  # as for all that mountctl refuses: wrong usage as well
 EXIT_OUTPUT = 2
 MAXIMUM_MESSAGE = 4096
+DENIED = os.strerror(errno.EACCES)
 EXAMPLES = """\
 examples:
   mountctl policy check
@@ -137,9 +139,8 @@ def read(directories: Sequence[Path]) -> Loaded:
 
 def check(options: argparse.Namespace) -> int:
     """Print all errors and warnings; the exit status is 0 if there are no errors."""
-    missing = [each for each in options.directories if not each.is_dir()]
     loaded = read(options.directories)
-    errors = [*(error(each) for each in missing), *problems(loaded)]
+    errors = all_errors(options.directories, loaded)
     found = [*errors, *warnings(loaded, whole=not errors)]
     if options.json:
         say(json.dumps(found, ensure_ascii=False))
@@ -148,15 +149,17 @@ def check(options: argparse.Namespace) -> int:
     return EXIT_ERRORS if errors else 0
 
 
-def error(directory: Path) -> dict[str, object]:
-    """Return that a directory is not there, which only the system's own may be."""
-    return finding("error", str(directory), None, "", "there is no such directory")
-
-
-def problems(loaded: Loaded) -> Iterator[dict[str, object]]:
-    """Return what is wrong."""
-    for each in loaded.problems:
-        yield finding("error", each.file, each.line, each.key, each.reason)
+def all_errors(directories: Sequence[Path], loaded: Loaded) -> list[dict[str, object]]:
+    """Return what is wrong: of the directories, only the system's own need not be there."""
+    found = []
+    for each in directories:
+        with suppress(OSError):  # which whoever has read it has noted
+            if not each.is_dir():
+                found.append(finding("error", str(each), None, "", "there is no such directory"))
+    for problem in loaded.problems:
+        reason = f"{DENIED}; look at it as its owner or root" if problem.reason == DENIED else problem.reason
+        found.append(finding("error", problem.file, problem.line, problem.key, reason))
+    return found
 
 
 def warnings(loaded: Loaded, *, whole: bool) -> Iterator[dict[str, object]]:
@@ -218,9 +221,12 @@ def as_line(each: dict[str, object]) -> str:
 def show(options: argparse.Namespace) -> int:
     """Print the policy that is in force; of a broken one, what is wrong."""
     loaded = read(options.directories)
-    if loaded.problems:
-        for each in problems(loaded):
+    if errors := all_errors(options.directories, loaded):
+        for each in errors:
             say(as_line(each), 2)
+        if options.json:
+            message = f"the policy is broken: {as_line(errors[0])}"
+            say_error("InvalidPolicy", message, "“mountctl policy check” says all that is wrong", errors)
         return EXIT_ERRORS
     if options.json:
         say(json.dumps(entries(loaded), ensure_ascii=False))
@@ -265,7 +271,12 @@ def fail(name: str, message: str, hint: str | None, *, as_json: bool) -> None:
     message = shown(message, MAXIMUM_MESSAGE)
     say(f"{PROGRAM}: {message}" + ("" if hint is None else f" (hint: {hint})"), 2)
     if as_json:
-        parameters = {} if hint is None else {"hint": hint}
-        said = {"error": name, "message": message, "hint": hint, "parameters": parameters}
         with suppress(OSError):  # it may be that nothing can be written there
-            say(json.dumps(said))
+            say_error(name, message, hint)
+
+
+def say_error(name: str, message: str, hint: str | None, faults: Sequence[object] = ()) -> None:
+    """Print an error as JSON. Raises OSError."""
+    parameters = ({"faults": faults} if faults else {}) | ({} if hint is None else {"hint": hint})
+    said = {"error": name, "message": message, "hint": hint, "parameters": parameters}
+    say(json.dumps(said))

@@ -128,9 +128,28 @@ class TestStatus:
         assert (status["store"]["images"], status["store"]["bytes"]) == (0, 0)
         limits = {each["name"]: each["maximum"] for each in status["limits"]}
         assert limits["connections of one owner"] == MAXIMUM_CONNECTIONS_PER_OWNER
+        assert len(limits) == len(status["limits"])
+        for name, maximum in {
+            "mounts of one user at a time": 1024,
+            "questions that wait for an answer": 8,
+            "questions of one owner that wait for an answer": 2,
+            "questions about imports that wait for an answer": 2,
+            "questions of one owner about imports that wait for an answer": 1,
+            "encrypted images that are opened at once": 2,
+            "encrypted images of one owner that are opened at once": 1,
+            "layers of a stack": 32,
+            "layers of a stack, with those of its images": 160,
+            "bytes in the store": 256 << 30,
+        }.items():
+            assert limits[name] == maximum, name
         assert {each["name"] for each in status["kernel"] if each["available"]} >= {"fsopen", "statmount"}
         for each in status["kernel"]:
             assert each["available"] or each["detail"]
+
+    def test_how_many_mounts_is_what_it_was_told(self, start: Callable[..., Daemon]) -> None:
+        daemon = start("", "--max-mounts", "7")
+        limits = {each["name"]: each["maximum"] for each in ask(daemon, "Status")["limits"]}
+        assert limits["mounts of one user at a time"] == 7
 
     def test_the_pool(self, daemon: Daemon) -> None:
         def counted() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -12,8 +13,12 @@ import pytest
 
 from mountd.cli import doctor_policy, doctor_system
 from mountd.cli.checks import FAIL, OK, WARN
+from mountd.cli.doctor_system import ACTIONS, PROGRAMS, polkit_findings
 from mountd.cli.mountctl import parse
 from mountd.cli.report import UsageError
+from mountd.kernel import features, libc
+from mountd.service import consent
+from mountd.store import program
 from tests.container import USER
 from tests.daemon import Daemon
 from tests.e2e.admin import ask
@@ -93,6 +98,58 @@ def test_a_user_by_name(start: Callable[..., Daemon], installed: Path) -> None:
     done = run([*program, "1" + 23 * "0"], daemon.socket)
     assert done.returncode == 1
     check_line(done, "is no id of a mount .hint: “mountctl list --all”")
+
+
+def test_programs_and_the_user_that_pulls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_system, "which", lambda _: None)
+    monkeypatch.setattr(doctor_system, "PULLING_USER", "nobody-of-that-name")
+    found = {each.name: each for each in doctor_system.check_programs()}
+    assert found.keys() == {*PROGRAMS, "nobody-of-that-name"}
+    assert {each.state for each in found.values()} == {WARN}
+    for name, package in (("zstd", "zstd"), ("newuidmap", "uidmap")):
+        assert found[name].fix == f"apt-get install {package}"
+    assert found["nobody-of-that-name"].fix == "systemd-sysusers mountd.conf"
+    monkeypatch.setattr(doctor_system, "PULLING_USER", "daemon")
+    assert doctor_system.pulling_user().state == OK
+
+
+def test_names_are_those_of_the_daemon() -> None:
+    assert doctor_system.PULLING_USER == program.USER
+    assert {consent.MOUNT, consent.MOUNT_WRITABLE, consent.MOUNT_TMPFS, consent.IMPORT} == set(ACTIONS)
+
+
+def test_polkit_has_to_know_the_actions() -> None:
+    all = "\n".join(["org.freedesktop.x", *ACTIONS])
+    assert [(each.name, each.state) for each in polkit_findings(0, all, "")] == [
+        ("polkitd", OK),
+        ("actions", OK),
+    ]
+    _, actions = polkit_findings(0, all.replace("io.mountd.mount-tmpfs\n", ""), "")
+    assert actions.state == WARN
+    assert actions.text.startswith("polkit does not know io.mountd.mount-tmpfs: ")
+    assert [each.state for each in polkit_findings(1, "", "no bus")] == [WARN]
+
+
+def test_what_is_lost_without_statmount() -> None:
+    """As test_old_kernel has it."""
+    libc.inject["statmount"] = errno.ENOSYS
+    try:
+        found = {each.name: each for each in doctor_system.check_kernel()}
+    finally:
+        libc.inject.clear()
+    assert found["statmount"].state == FAIL
+    assert found["statmount"].text.startswith("no image can be trusted for where it lies: ")
+    for name, (state, _, fix) in doctor_system.MISSING.items():
+        assert bool(fix) == (state != OK), name
+        assert "6.1 " not in fix
+
+
+def test_what_mountd_does_without_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = [features.Feature(name, features.NO, "not there") for name in features.NAMES]
+    monkeypatch.setattr(features, "probe", lambda: lacking)
+    found = {each.name: each for each in doctor_system.check_kernel()}
+    assert [name for name, each in found.items() if each.state == OK] == ["fuse"]
+    assert not found["fuse"].fix
 
 
 @pytest.mark.parametrize("text", [str(1 << 63), "1" + 5000 * "0", "-1", "x", "", "٣", "1.5"])

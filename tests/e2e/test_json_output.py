@@ -93,6 +93,7 @@ def outputs(
         take("status", call("status"))
         take("metrics", call("metrics"))
         take("policy-check", with_packages("policy", "check", daemon.policy_dir), (1,))
+        take("error", with_packages("policy", "show", daemon.policy_dir), (1,))
         daemon.set_policy(policy)
         take("policy-check", with_packages("policy", "check", daemon.policy_dir))
         take("policy-show", with_packages("policy", "show", daemon.policy_dir))

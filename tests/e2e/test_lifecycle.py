@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from mountd.daemon import main
+from mountd.client import Client
+from mountd.daemon import activation, main
 from mountd.fds import close_all
 from tests.container import forked
 from tests.daemon import ROOT, Daemon
@@ -391,3 +392,43 @@ def test_a88_wrong_sockets_from_the_service_manager(daemon: Daemon, environment:
     assert words.startswith("mountd: ")
     assert said in words
     assert "another process" not in words
+
+
+def test_sockets_from_the_service_manager_are_told_as_they_are(place: Path) -> None:
+    """Wherever that is: of the defaults, which are nobody's then, nothing is said."""
+    paths = [str(place / "passed" / name) for name in ("own", "theirs")]
+    os.mkdir(place / "passed", 0o755)
+
+    def pass_on() -> None:
+        for number, fd in enumerate([os.dup(each.fileno()) for each in sockets], 3):
+            os.dup2(fd, number)
+        os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="2")
+        os.environ.update(LISTEN_FDNAMES="mountd.socket:io.systemd.MountFileSystem")
+
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in paths]
+        for each, path in zip(sockets, paths, strict=True):
+            each.bind(path)
+            each.listen()
+        command = [sys.executable, "-m", "mountd.daemon.main", "--runtime-dir", place / "passed/run"]
+        command += ["--state-dir", place / "passed/state"]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=pass_on, close_fds=False
+        )
+        try:
+            with Client(paths[0]) as client:
+                status, _ = client.call("io.mountd.Admin.Status", {}, [])
+        finally:
+            process.terminate()
+            _, said = process.communicate(timeout=20)
+    assert status["sockets"] == paths
+    assert f"listens at {', '.join(paths)}\n" in said
+    assert process.returncode == 0
+    assert not (place / "passed/run/io.mountd.Mount").exists()
+    shutil.rmtree(place / "passed")
+
+
+def test_an_address_that_is_abstract() -> None:
+    with socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind(f"\0mountd-test-{os.getpid()}")
+        assert activation.address(abstract) == f"@mountd-test-{os.getpid()}"

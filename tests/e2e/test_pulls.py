@@ -163,10 +163,11 @@ def test_a_socket_that_nobody_listens_on(daemon: Daemon) -> None:
         path.unlink()
 
 
-def test_without_an_instance_the_worker_pulls(daemon: Daemon) -> None:
-    """As far as this machine goes, which has no policy about registries."""
-    with pytest.raises(DeniedByPolicy, match="there is no policy about registries"):
+def test_without_an_instance_nothing_is_pulled(daemon: Daemon) -> None:
+    path = daemon.directory / "run/pull"
+    with pytest.raises(NotSupported, match=f"pulling from registries: nothing listens at {path}") as failed:
         pull(daemon)
+    assert "systemctl enable --now mountd-pull.socket" in str(failed.value.hint)
     assert os.listdir(daemon.directory / "state/incoming") == []
 
 

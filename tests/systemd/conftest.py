@@ -25,6 +25,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.systemd)
 
 
+def installation() -> list[str]:
+    """What the README says to install mountd with; what it needs is there."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    begin = lines.index("    make install")
+    # What is enabled is started by the boot.
+    return [line.strip().replace(" --now ", " ") for line in lines[begin : lines.index("", begin)]]
+
+
+def in_root(root: Path, line: str) -> list[str | Path]:
+    """The command that runs a line of a shell in a root that is not booted."""
+    enter = 'mount -t proc proc "$1/proc" && SYSTEMD_OFFLINE=1 exec chroot "$1" sh -euc "$2"'
+    return ["unshare", "--mount", "sh", "-euc", enter, "enter", root, line]
+
+
 @pytest.fixture(scope="session")
 def booted() -> Iterator[Machine]:
     """A copy of the Debian root with mountd installed and enabled, booted."""
@@ -35,11 +49,11 @@ def booted() -> Iterator[Machine]:
     root = place / "root"
     try:
         subprocess.run(["cp", "-a", "--reflink=auto", built.stdout.strip(), root], check=True)
-        subprocess.run(["make", "-s", "install", f"DESTDIR={root}"], cwd=ROOT, check=True)
-        # As a package does when it is installed.
-        sockets = ["mountd.socket", "mountd-pull.socket"]
-        subprocess.run(["chroot", root, "systemd-sysusers", "mountd.conf"], check=True)
-        subprocess.run(["chroot", root, "systemctl", "--quiet", "enable", *sockets], check=True)
+        for line in installation():
+            make = line.startswith("make ")
+            command = [*line.split(), "-s", f"DESTDIR={root}"] if make else in_root(root, line)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
         machine = Machine(root)
         try:
             yield machine
@@ -78,8 +92,7 @@ def bare_root() -> Iterator[Path]:
 def packaged(bare_root: Path, package: Path) -> Iterator[Machine]:
     """A machine on which nothing was done but to install the package, booted."""
     shutil.copy(package, bare_root / "root/mountd.deb")
-    install = 'mount -t proc proc "$1/proc" && exec chroot "$1" dpkg --install /root/mountd.deb'
-    command = ["unshare", "--mount", "sh", "-euc", install, "install", bare_root]
+    command = in_root(bare_root, "dpkg --install /root/mountd.deb")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     machine = Machine(bare_root)

@@ -13,6 +13,8 @@ from tests.systemd.machine import HERE, Machine, next_line
 ROOT = HERE.parents[1]
 USER = "paula"
 SOCKETS = ("mountd.socket", "mountd-pull.socket")
+OFF = "mountd-mountfsd.socket"  # unless an administrator wants it
+OFF_PATH = "/run/systemd/io.systemd.MountFileSystem"
 IMAGE = "/var/lib/machines/packaged.raw"
 HOLD = """
 unshare -Urm sh -euc '
@@ -66,6 +68,15 @@ def test_what_is_enabled_and_running(packaged: Machine) -> None:
     for socket in SOCKETS:
         assert packaged.run(["systemctl", "is-enabled", socket]).stdout.strip() == "enabled"
         assert packaged.state(socket) == "active"
+    assert packaged.run(["systemctl", "is-enabled", OFF], check=False).stdout.strip() == "disabled"
+    assert packaged.state(OFF) == "inactive"
+
+
+def want_the_socket_that_is_off(machine: Machine) -> None:
+    """As mountd(8) says it."""
+    machine.run(["systemctl", "stop", "mountd.service"])
+    machine.run(["systemctl", "enable", "--now", OFF])
+    assert machine.state(OFF) == "active"
 
 
 def test_directories_user_and_documents(packaged: Machine) -> None:
@@ -124,9 +135,11 @@ def test_removed_and_installed_again(packaged: Machine, image: str, someone: str
     """Removed, it keeps what the administrator has written; installed again, it is as before."""
     rules = packaged.root / "etc/mountd/policy.d/60-local.toml"
     rules.write_text("# kept\n")
+    want_the_socket_that_is_off(packaged)
     packaged.run(["dpkg", "--remove", "mountd"])
-    for unit in (*SOCKETS, "mountd.service", "mountd-pull.service"):
+    for unit in (*SOCKETS, OFF, "mountd.service", "mountd-pull.service"):
         assert packaged.state(unit) == "inactive"
+    assert packaged.run(["test", "-e", OFF_PATH], check=False).returncode == 1
     assert rules.read_text() == "# kept\n"
     packaged.run(["dpkg", "--install", "/root/mountd.deb"])
     assert packaged.state("mountd.socket") == "active"
@@ -137,6 +150,7 @@ def test_purged_it_leaves_nothing_but_mounts(packaged: Machine, image: str, some
     stored = json.loads(packaged.run(["mountctl", "image", "import", "--json", image]).stdout)["image"]
     (packaged.root / "etc/mountd/policy.d/60-local.toml").write_text("# goes\n")
     assert packaged.sh("ls /var/lib/mountd")
+    want_the_socket_that_is_off(packaged)
     with packaged.start(HOLD.format(image=image), user=someone) as process:
         assert process.stdin is not None
         assert next_line(process) == "mounted"
@@ -148,6 +162,7 @@ def test_purged_it_leaves_nothing_but_mounts(packaged: Machine, image: str, some
     try:
         assert stored["digest"].startswith("sha256:")
         assert packaged.sh(LEFT) == ""
+        assert packaged.run(["test", "-e", OFF_PATH], check=False).returncode == 1
         assert packaged.run(["dpkg-query", "--show", "mountd"], check=False).returncode != 0
         assert packaged.sh("systemctl list-units --failed --plain --no-legend") == ""
     finally:

@@ -42,7 +42,10 @@ STATUS: dict[str, Any] = {
     },
     "store": {"path": "/s", "images": 2, "bytes": 1024, "maximumBytes": 4096},
     "pool": POOL,
-    "limits": [{"name": "connections", "maximum": 10}],
+    "limits": [
+        {"name": "connections", "maximum": 10000},
+        {"name": "bytes of one owner in the store", "maximum": 32 << 30},
+    ],
     "kernel": [{"name": "fsopen", "available": True}, {"name": "loop", "available": False, "detail": "no"}],
 }  # fmt: skip
 
@@ -84,6 +87,8 @@ def test_status_for_people() -> None:
     assert "  The files have faults; the policy from before them is in force." in lines
     assert ["/q/b.toml", "masked", "by", "/p/b.toml"] in [line.split() for line in lines]
     assert "store:    /s: 2 images, 1.0 KiB of 4.0 KiB" in lines
+    assert [line.split()[-1] for line in lines if line.startswith("connections ")] == ["10000"]
+    assert [line.split()[-2:] for line in lines if line.startswith("bytes of ")] == [["32.0", "GiB"]]
     assert "mounts" not in text
     assert "mounts:   4 alive" in describe(STATUS | {"liveMounts": 4}, width=None, colour=False, now=0.0)
     coloured = describe(STATUS, width=40, colour=True, now=0.0)

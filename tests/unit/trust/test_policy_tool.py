@@ -12,6 +12,7 @@ from mountd.trust import policy_tool
 from mountd.trust.policy_file import load
 from mountd.trust.policy_tables import PolicyTable
 from mountd.trust.policy_tool import link_in, main
+from tests.container import as_user
 
 DEFAULT = Path(__file__).parents[3] / "units/policy.d"
 
@@ -196,8 +197,13 @@ def test_findings_as_json(directory: Path, capfd: pytest.CaptureFixture[str]) ->
 def test_a_directory_that_is_not_there_is_an_error(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["check", str(tmp_path / "none")]) == 1
-    assert "there is no such directory" in capfd.readouterr().out
+    for verb in ("check", "show"):
+        assert main([verb, str(tmp_path / "none")]) == 1
+        said = capfd.readouterr()
+        assert (
+            said.out if verb == "check" else said.err
+        ) == f"{tmp_path}/none: there is no such directory\n"
+        assert (said.err if verb == "check" else said.out) == ""
 
 
 def test_the_systems_directories_are_the_default(
@@ -256,6 +262,17 @@ def test_a_broken_policy_is_not_shown(directory: Path, capfd: pytest.CaptureFixt
     assert "a.toml:1: x: unknown key" in err
 
 
+def test_of_a_broken_policy_json_is_an_error(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (directory / "a.toml").write_text("x = 1\ny = 1")
+    assert main(["show", "--json", str(directory)]) == 1
+    out, err = capfd.readouterr()
+    error = json.loads(out)
+    assert error["error"] == "InvalidPolicy"
+    assert error["message"] == f"the policy is broken: {err.splitlines()[0]}"
+    assert error["hint"] == error["parameters"]["hint"] == "“mountctl policy check” says all that is wrong"
+    assert [(each["line"], each["key"]) for each in error["parameters"]["faults"]] == [(1, "x"), (2, "y")]
+
+
 def test_no_policy_is_shown_as_such(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(directory)]) == 0
     assert capfd.readouterr().out == "# There are no rules: everything is denied.\n"
@@ -303,16 +320,31 @@ def test_wrong_usage_in_json(line: str, capfd: pytest.CaptureFixture[str]) -> No
     assert said.err == f"mountctl policy: {error['message']} (hint: {error['hint']})\n"
 
 
-def test_what_cannot_be_looked_at_in_json(
+@pytest.mark.parametrize("verb", ["check", "show"])
+def test_what_may_not_be_looked_at(verb: str, directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    directory.parent.chmod(0o700)
+    assert as_user(lambda: main([verb, "--json", str(directory)])) == 1
+    said = capfd.readouterr()
+    denied = f"{directory}: Permission denied; look at it as its owner or root"
+    if verb == "check":
+        assert [each["reason"] for each in json.loads(said.out)] == [denied.partition(": ")[2]]
+    else:
+        assert said.err == f"{denied}\n"
+        assert json.loads(said.out)["message"] == f"the policy is broken: {denied}"
+    assert as_user(lambda: main([verb, str(directory)])) == 1
+    said = capfd.readouterr()
+    assert said.out + said.err == f"{denied}\n"
+
+
+def test_output_that_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(self: Path) -> bool:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(text: str, fd: int = 1) -> None:
+        if fd == 1:
+            raise OSError(28, "No space left on device")
+        say(text, fd)
 
-    monkeypatch.setattr(Path, "is_dir", refuse)
-    assert main(["check", "--json", "/x"]) == 2
-    said = capfd.readouterr()
-    assert json.loads(said.out) == {
-        "error": "PermissionError", "message": "/x: Permission denied", "hint": None, "parameters": {}
-    }  # fmt: skip
-    assert said.err == "mountctl policy: /x: Permission denied\n"
+    say = policy_tool.say
+    monkeypatch.setattr(policy_tool, "say", refuse)
+    assert main(["show", "--json", str(DEFAULT)]) == 2
+    assert capfd.readouterr().err == "mountctl policy: No space left on device\n"
