@@ -4,7 +4,8 @@ The use of a partition is one of those of systemd.image-policy(7), which are alt
 offers is taken for what it is at least: a partition with a signed root hash may also be used unprotected.
 
 * A partition is read through dm-verity where nothing else vouches for it, or where the policy does not
-  have it without; otherwise as it is.
+  have it without; otherwise as it is. What has hash data is read-only in either case: whatever is written
+  to it would no longer fit them.
 * Where nothing vouches for what dm-verity does not protect, that is not used, and the policy has to allow
   that.
 * What is encrypted (LUKS) is used as that, and as nothing else; what is in it is judged once it was opened.
@@ -119,7 +120,8 @@ def use_of(
     verity = partition.verity is not None and (disk.only_verity or "unprotected" not in wanted)
     verity = verity and partition.luks is None
     can_be = partition.file_system is None or partition.file_system.type in WRITABLE
-    writable = not (read_only or verity or partition.read_only) and can_be
+    has_hashes = disk.partition(f"{name}-verity") is not None
+    writable = not (read_only or has_hashes or partition.read_only) and can_be
     return Use(partition, verity, not writable)
 
 

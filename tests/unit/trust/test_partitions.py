@@ -198,10 +198,18 @@ def test_what_cannot_be_mounted() -> None:
 def test_writable() -> None:
     assert used([ROOT, HOME], read_only=False) == "root home+"
     assert used([ROOT, HOME]) == "root home"
-    protected = partition("root", verity=VERITY)
-    assert used([protected, *HASHES], read_only=False) == "root+"
-    assert used([protected, *HASHES], "root=verity", read_only=False) == "root*"
+    assert used([partition("root")], read_only=False) == "root+"
     assert used([partition("root", read_only=True)], read_only=False) == "root"
+
+
+def test_what_has_hash_data_is_never_writable() -> None:
+    """The first write would leave the image unfit for whoever wants it verified."""
+    protected = partition("root", verity=VERITY)
+    assert used([protected, HOME, *HASHES], read_only=False) == "root home+"
+    assert used([protected, *HASHES], "root=verity", read_only=False) == "root*"
+    # Also where the root hash, which somebody else may know, cannot be told from the image.
+    assert used([partition("root"), HASHES[0]], read_only=False) == "root"
+    assert used([partition("usr", luks=VOLUME), partition("usr-verity", None)], read_only=False) == "usr"
 
 
 def disk_of(*parts: Partition, only_verity: bool = False) -> object:
