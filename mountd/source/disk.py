@@ -2,7 +2,8 @@
 
 Which partition counts is decided as the specification of types says (UAPI.2), and as systemd does:
 
-* Flags can take a partition out of the game (no-auto; for the ESP also what firmware has for that).
+* Flags can take a partition out of the game (no-auto; for the ESP also what firmware has for that), and so
+  does the label of one that is kept for the next version (sysupdate.d(5)).
 * Of the root and /usr partitions, those for this machine's architecture count, or else those for the other
   one that it runs, or else those for any other, if that is one only. Of several, the one with the newest
   version in its label counts. Of other kinds, it is the first.
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 ORDER = (*MOUNT_POINTS, "swap", *(f"{name}-verity{end}" for name in PROTECTED for end in ("", "-sig")))
 MAXIMUM_SIGNATURE = 256 << 10  # bytes of a signature partition that are looked at
 ROOT_HASH = re.compile(rb'"rootHash"\s{0,16}:\s{0,16}"([0-9a-fA-F]{64}|[0-9a-fA-F]{128})"')
+KEPT_FREE = "_empty"
 HALF = 32  # digits of a root hash that are a UUID
 
 
@@ -96,7 +98,7 @@ def partition_of(entry: Entry) -> Partition | None:
     else:
         return None
     hidden = gpt.NO_BLOCK_IO if designator == "esp" else gpt.NO_AUTO
-    if entry.attributes & hidden:
+    if entry.attributes & hidden or entry.label == KEPT_FREE:
         return None
     return Partition(
         designator=designator,

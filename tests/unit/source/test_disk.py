@@ -118,6 +118,21 @@ def test_flags_take_a_partition_out() -> None:
     assert chosen(entry(1, "root"), entry(2, "esp", attributes=gpt.NO_BLOCK_IO)) == {"root": 1}
 
 
+def test_what_is_kept_for_the_next_version_does_not_count() -> None:
+    """Its label would be the newest of all; so would its architecture be the only one."""
+    empty = {"label": "_empty"}
+    names = ("root", "root-verity", "root-verity-sig")
+    there = [entry(number, name, label="app_1") for number, name in enumerate(names, 1)]
+    free = [entry(number, name, **empty) for number, name in enumerate(names, 11)]
+    expected = {"root": 1, "root-verity": 2, "root-verity-sig": 3}
+    assert chosen(*there, *free) == chosen(*free, *there) == expected
+    assert chosen(entry(1, "root", "arm64"), entry(2, "root", **empty), entry(3, "home", **empty)) == {
+        "root": 1
+    }
+    assert chosen(entry(1, "generic"), entry(2, "generic", **empty)) == {"root": 1}
+    assert chosen(entry(1, "root", label="_empty_")) == {"root": 1}
+
+
 def test_the_generic_type() -> None:
     assert chosen(entry(1, "generic"), entry(2, "home")) == {"root": 1, "home": 2}
     assert chosen(entry(1, "generic"), entry(2, "generic"), entry(3, "usr")) == {"usr": 3}
