@@ -138,7 +138,7 @@ def test_an_image_without_partitions_is_used_by_it(wished: str | None, by_verity
     """As it was judged: `refusal` has nothing against it, before and after."""
     source = Source(SourceKind.IMAGE, None, EROFS, None)
     before = parse("*" if wished is None else wished)
-    facts = {"file_system_type": "erofs", "read_only": True, "verity": by_verity, "signed": False}
+    facts = {"file_system_type": "erofs", "verity": by_verity, "signed": False}
     if refusal(before, **facts) is not None:  # type: ignore[arg-type]
         reject()
     text = told(source, wished, frozenset(), "dm-verity" if by_verity else "root-owned")
