@@ -93,15 +93,19 @@ def test_the_first_counts_but_of_root_and_usr_the_newest() -> None:
 )
 def test_the_architecture(machine: str, architectures: list[str], expected: int) -> None:
     entries = [entry(number, "root", name) for number, name in enumerate(architectures, 1)]
-    # What belongs to another architecture is not mixed in.
-    entries += [entry(10 + each.number, "usr", "s390x") for each in entries[:1]]
-    if len(architectures) == 1:
-        entries.pop()
+    # What protects that of another architecture is not mixed in.
+    entries += [entry(10 + each.number, "root-verity", "s390x") for each in entries]
     assert chosen(*entries, machine=machine) == {"root": expected}
+    # Whether the two go together is for who uses both.
+    assert chosen(*entries, entry(30, "usr", "s390x"), machine=machine) == {"root": expected, "usr": 30}
+
+
+def test_what_protects_nothing_is_shown() -> None:
+    assert chosen(entry(1, "usr"), entry(2, "root-verity", "arm64")) == {"usr": 1, "root-verity": 2}
 
 
 def test_several_architectures_that_are_not_this_machines() -> None:
-    with pytest.raises(InvalidImage, match="arm64, s390x"):
+    with pytest.raises(InvalidImage, match="root is there for arm64, s390x"):
         chosen(entry(1, "root", "arm64"), entry(2, "root", "s390x"))
 
 
