@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from mountd.evidence import der, public_key
 from mountd.evidence.algorithms import RefusedAlgorithm, signature_hash
@@ -34,8 +35,15 @@ MAXIMUM_CHECKS = 32  # signatures of certificates that are looked at for one sig
 MAXIMUM_CERTIFICATES = 64  # of one key
 MAXIMUM_SUBJECT = 200  # characters that are shown
 UTC_TIME, GENERALIZED_TIME = 0x17, 0x18
-# What is looked at here; another extension that is critical may forbid what it is used for.
+# What is looked at here; another extension that is critical may forbid what it is used for. Of these, the
+# alternative names (2.5.29.17) say nothing that counts: nobody is trusted for a name.
 UNDERSTOOD = {"2.5.29.15", "2.5.29.19", "2.5.29.37", "2.5.29.17", "2.5.29.14", "2.5.29.35"}
+# Of an extended key usage, critical or not (RFC 5280): what an image may be signed for.
+FOR_SIGNATURES = {
+    ExtendedKeyUsageOID.CODE_SIGNING,
+    ExtendedKeyUsageOID.EMAIL_PROTECTION,
+    ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE,
+}
 BAD = (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension)
 
 
@@ -95,11 +103,6 @@ def read(raw: bytes) -> Certificate:
     constraints = _find(extensions, x509.BasicConstraints)
     usage = _find(extensions, x509.KeyUsage)
     identifier = _find(extensions, x509.SubjectKeyIdentifier)
-    strange = [
-        each.oid.dotted_string
-        for each in extensions
-        if each.critical and each.oid.dotted_string not in UNDERSTOOD
-    ]
     return Certificate(
         raw, serial, issuer, subject, not_before, not_after, name,
         identifier.digest if identifier else None,
@@ -107,7 +110,7 @@ def read(raw: bytes) -> Certificate:
         constraints.path_length if constraints else None,
         usage.digital_signature if usage else True,
         usage.key_cert_sign if usage else True,
-        f"has the critical extension {strange[0]}, which is not understood" if strange else None,
+        _problem(extensions),
         accepted, algorithm, signature, signed,
     )  # fmt: skip
 
@@ -221,6 +224,18 @@ def _check_time(certificate: Certificate, now: int) -> None:
 def _date(seconds: int) -> str:
     # Not strftime(3), which looks at /etc/localtime each time: there is no way to it where this runs.
     return f"{datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)} UTC"
+
+
+def _problem(extensions: x509.Extensions) -> str | None:
+    """Return which extension is in the way of a signature, whoever makes it, None for none."""
+    for each in extensions:
+        if each.critical and each.oid.dotted_string not in UNDERSTOOD:
+            return f"has the critical extension {each.oid.dotted_string}, which is not understood"
+    purposes = _find(extensions, x509.ExtendedKeyUsage)
+    if purposes is not None and FOR_SIGNATURES.isdisjoint(purposes):
+        # That of a certificate is for all below it as well, as openssl has it.
+        return "is not for signatures: its extended key usage has neither codeSigning nor emailProtection"
+    return None
 
 
 def _find(extensions: x509.Extensions, kind: type[E]) -> E | None:

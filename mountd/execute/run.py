@@ -52,9 +52,15 @@ OPENED_AGAIN = frozenset({"btrfs"})
 # dropped for this image's.
 LEFT_BEHIND = frozenset({"btrfs"})
 PAUSES = (0.001, 0.005, 0.02, 0.05, 0.1)  # seconds
+# What drivers say of a device with larger sectors than the file system was made for (ext4; xfs).
+REFUSED_SECTORS = frozenset({errno.EINVAL, errno.ENOSYS})
 MAPPING = (MapToNamespace, MapRanges, MapRootOwner)
 WRONG_ORDER = "the plan has its operations in the wrong order"
 DIRECTORY = "source.directoryFileDescriptor"
+
+
+class SectorsTooLarge(Exception):
+    """The driver has refused a loop device that has taken over large sectors, for direct I/O."""
 
 
 class Sealer(Protocol):
@@ -242,13 +248,29 @@ def create(operation: CreateSuperblock, inputs: Inputs) -> FsContext:
             # built without: then it takes a block device.
             if error.errno != errno.ENOTBLK:
                 raise
+    try:
+        return _create_on_loop(operation, inputs, image_fd)
+    except SectorsTooLarge:
+        return _create_on_loop(operation, inputs, image_fd, direct_io=False)
+
+
+def _create_on_loop(
+    operation: CreateSuperblock, inputs: Inputs, image_fd: int, *, direct_io: bool = True
+) -> FsContext:
+    """Make it on a loop device over the image. Raises SectorsTooLarge where it may go without direct I/O."""
     window = operation.window
     offset, size = (0, 0) if window is None else (window.offset, window.size)
-    loop = loop_device.attach(image_fd, read_only=operation.read_only, offset=offset, size_limit=size)
+    loop = loop_device.attach(
+        image_fd, read_only=operation.read_only, direct_io=direct_io, offset=offset, size_limit=size
+    )
     try:
         if operation.type in OPENED_AGAIN:
             return _create_from(operation, loop.path)
         return _create_named(operation, inputs, loop.fd.fileno())
+    except SyscallError as error:
+        if direct_io and error.errno in REFUSED_SECTORS and loop.sector_size() > loop_device.SECTOR:
+            raise SectorsTooLarge from error
+        raise
     finally:
         loop.close()
 

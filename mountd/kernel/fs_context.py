@@ -3,12 +3,13 @@
 The kernel tells in the context's message log what an errno cannot say; every failure carries it.
 """
 
+import errno
 import os
 
-from mountd.errors import SyscallError
+from mountd.errors import NotSupported, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel.flags import FsConfig, FsMount, FsOpen, FsPick, MountAttr
-from mountd.kernel.libc import call
+from mountd.kernel.libc import call, show
 from mountd.kernel.mount_api import path_bytes
 from mountd.kernel.numbers import AT_FDCWD
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MAXIMUM_MESSAGE = 4096
 MAXIMUM_MESSAGES = 32  # the kernel keeps 8
+# Of which a failure is the file system's own.
+OF_THE_DRIVER = frozenset({FsConfig.CMD_CREATE, FsConfig.CMD_RECONFIGURE})
 
 
 class FsContext:
@@ -111,10 +114,17 @@ class FsContext:
         self.close()
 
     def _config(self, command: FsConfig, key: "str | None", value: object, auxiliary: int) -> None:
+        name = None if key is None else key.encode()
         try:
-            call("fsconfig", self.fileno(), command, None if key is None else key.encode(), value, auxiliary)
+            call("fsconfig", self.fileno(), command, name, value, auxiliary)
         except SyscallError as error:
             raise self._explained(error) from None
+        except NotSupported:
+            if command not in OF_THE_DRIVER:
+                raise
+            # The call is there, as the options were set with it: it is what the driver says.
+            said = f"fsconfig({self.fileno()}, {show(command)}, NULL, NULL, 0)"
+            raise self._explained(SyscallError(errno.ENOSYS, said)) from None
 
     def _explained(self, error: SyscallError) -> SyscallError:
         return SyscallError(error.errno or 0, error.call, self.messages())

@@ -17,6 +17,7 @@ from mountd.kernel.libc import call
 CONTROL = "/dev/loop-control"
 # Another process may take the free device before us; each retry asks for a new one.
 MAXIMUM_TRIES = 64
+SECTOR = 512  # bytes, as small as the sectors of a block device can be
 
 
 class LoopDevice:
@@ -28,6 +29,12 @@ class LoopDevice:
         """Take `fd` over."""
         self.fd = fd
         self.path = path
+
+    def sector_size(self) -> int:
+        """Return how many bytes a sector of it has. Raises SyscallError."""
+        size = ctypes.c_int()
+        call("ioctl", self.fd.fileno(), Ioctl.BLKSSZGET, ctypes.byref(size))
+        return size.value
 
     def close(self) -> None:
         """Give up the device; a mount on it keeps it until it is gone."""
@@ -45,8 +52,9 @@ def attach(
 ) -> LoopDevice:
     """Return a loop device over `backing_fd` (borrowed), from byte `offset`, `size_limit` bytes or all.
 
-    Direct I/O is a wish: the kernel leaves it where the backing file system cannot do it. Raises
-    NotSupported where there are no loop devices, LimitExceeded when none is free, SyscallError.
+    Direct I/O is a wish: the kernel leaves it where the backing file system cannot do it. With it, and
+    without `block_size`, the device has the sectors of the disk below. Raises NotSupported where there are
+    no loop devices, LimitExceeded when none is free, SyscallError.
     """
     flags = LoopFlags.AUTOCLEAR
     if read_only:

@@ -2,10 +2,11 @@
 
 Which partition counts is decided as the specification of types says (UAPI.2), and as systemd does:
 
-* Flags can take a partition out of the game (no-auto; for the ESP also what firmware has for that).
-* Of the root and /usr partitions, those for this machine's architecture count, or else those for the other
-  one that it runs, or else those for any other, if that is one only. Of several, the one with the newest
-  version in its label counts. Of other kinds, it is the first.
+* Flags can take a partition out of the game (no-auto; for the ESP also what firmware has for that), and so
+  does the label of one that is kept for the next version (sysupdate.d(5)).
+* Of the root partitions, those for this machine's architecture count, or else those for the other one that
+  it runs, or else those for any other, if that is one only; so do those of /usr. Of several, the one with
+  the newest version in its label counts. Of other kinds, it is the first.
 * Hash data and signature belong to what they protect by their type. The root hash is made of the UUIDs of
   the two partitions, or stands beside its signature and fits those UUIDs: its first 128 bits are that of the
   data, its last 128 bits that of the hash data.
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 ORDER = (*MOUNT_POINTS, "swap", *(f"{name}-verity{end}" for name in PROTECTED for end in ("", "-sig")))
 MAXIMUM_SIGNATURE = 256 << 10  # bytes of a signature partition that are looked at
 ROOT_HASH = re.compile(rb'"rootHash"\s{0,16}:\s{0,16}"([0-9a-fA-F]{64}|[0-9a-fA-F]{128})"')
+KEPT_FREE = "_empty"
 HALF = 32  # digits of a root hash that are a UUID
 
 
@@ -61,6 +63,8 @@ def read(read: Read, size: int, machine: str) -> Disk:
     for partition in chosen:
         if partition.designator in MOUNT_POINTS:
             partition = look_inside(partition, read)
+        elif partition.designator == "swap" and is_luks(partition, read):
+            partition = replace(partition, contents=luks.TYPE)
         if partition.designator in PROTECTED:
             partition = add_verity(partition, by_designator, read)
         found.append(partition)
@@ -70,9 +74,11 @@ def read(read: Read, size: int, machine: str) -> Disk:
 def choose(entries: Iterable[Entry], machine: str) -> tuple[Partition, ...]:
     """Return the partition of each kind that counts, in the order of ORDER. Raises InvalidImage."""
     known = [partition for entry in entries if (partition := partition_of(entry)) is not None]
-    architecture = architecture_of(known, machine)
+    architectures = {name: architecture_of(name, known, machine) for name in PROTECTED}
     chosen: dict[str, Partition] = {}
     for partition in known:
+        # Also of what protects them, where that is all there is.
+        architecture = architectures.get(partition.designator.partition("-")[0])
         if partition.architecture not in (None, architecture):
             continue
         before = chosen.get(partition.designator)
@@ -96,7 +102,7 @@ def partition_of(entry: Entry) -> Partition | None:
     else:
         return None
     hidden = gpt.NO_BLOCK_IO if designator == "esp" else gpt.NO_AUTO
-    if entry.attributes & hidden:
+    if entry.attributes & hidden or entry.label == KEPT_FREE:
         return None
     return Partition(
         designator=designator,
@@ -111,17 +117,18 @@ def partition_of(entry: Entry) -> Partition | None:
     )
 
 
-def architecture_of(partitions: Iterable[Partition], machine: str) -> str | None:
-    """Return the architecture that the image is for, None if it is for none. Raises InvalidImage."""
-    found = [each.architecture for each in partitions if each.designator in PROTECTED]
-    there = {architecture for architecture in found if architecture is not None}
+def architecture_of(name: str, partitions: Iterable[Partition], machine: str) -> str | None:
+    """Return the architecture that counts of root or /usr, None for none. Raises InvalidImage."""
+    found = [each for each in partitions if each.designator.partition("-")[0] == name]
+    there = {
+        each.architecture for each in found if each.designator == name and each.architecture is not None
+    }
+    there = there or {each.architecture for each in found if each.architecture is not None}
     for architecture in MACHINES.get(machine, ()):
         if architecture in there:
             return architecture
     if len(there) > 1:
-        raise InvalidImage(
-            f"GPT: root or /usr are there for {', '.join(sorted(there))}, and not for this machine"
-        )
+        raise InvalidImage(f"GPT: {name} is there for {', '.join(sorted(there))}, and not for this machine")
     return next(iter(there), None)
 
 
@@ -149,6 +156,11 @@ def look_inside(partition: Partition, read: Read) -> Partition:
     except InvalidImage as error:
         raise within(partition, error) from None
     return replace(partition, file_system=found)
+
+
+def is_luks(partition: Partition, read: Read) -> bool:
+    """Tell whether a partition, in which nothing else is looked for, is encrypted."""
+    return window_of(read, partition.window)(0, len(luks.MAGIC)) == luks.MAGIC
 
 
 def look_at_luks(partition: Partition, read: Read) -> Partition:

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidImage, UnsupportedFileSystem
-from mountd.source.model import Luks
+from mountd.source.model import LUKS_TYPE, Luks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     Read = Callable[[int, int], bytes]
 
-TYPE = "crypto_LUKS"
+TYPE = LUKS_TYPE
 MAGIC, SECOND_MAGIC = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
 SECTOR = 512
 LENGTH_1 = 592  # struct luks_phdr

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+LUKS_TYPE = "crypto_LUKS"  # what is encrypted, by the name that blkid(8) has for it
+
 
 class SourceKind(StrEnum):
     """Where the superblock comes from."""

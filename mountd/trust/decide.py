@@ -301,7 +301,6 @@ def check_image_policy(rule: Rule, case: Case, file_system: FileSystem | None) -
         wished,
         file_system_type=None if file_system is None else file_system.type,
         encrypted=case.source.luks is not None,
-        read_only=case.asked.read_only,
         verity=any(proof.kind == "dm-verity" for proof in case.evidence.proofs),
         signed=any(signer.covers == "root-hash" for signer in bound_signers(case.evidence)),
     )

@@ -20,6 +20,7 @@ from mountd.trust.image_policy import (
     ImagePolicy,
     parse,
 )
+from mountd.trust.partitions import is_for_others
 from mountd.trust.vouching import bound_signers
 
 if TYPE_CHECKING:
@@ -61,6 +62,10 @@ def of_disk(disk: Disk, signed: frozenset[str], wished: ImagePolicy) -> ImagePol
     others = [name for name in DESIGNATORS if "-verity" not in name]
     strict = {each.designator for each in disk.partitions if each.verity is not None} <= signed
     flags = {name: ONLY[strict or name in signed].flags(name) & at_least(wished, name) for name in others}
+    for each in filter(is_for_others, disk.partitions):
+        # Nobody's word is needed for what is not mounted.
+        if not flags[each.designator] & {"unused"}:
+            flags[each.designator] = wished.flags(each.designator)
     flags |= {name: each for name, each in wished.partitions.items() if name not in others}
     default = IGNORE & wished.default
     policy = ImagePolicy(flags, default if all(default & group for group in GROUPS) else IGNORE)

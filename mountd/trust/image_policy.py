@@ -190,14 +190,14 @@ def refusal(
     policy: ImagePolicy,
     *,
     file_system_type: str | None,
-    read_only: bool,
     verity: bool,
     signed: bool,
     encrypted: bool = False,
 ) -> str | None:
     """Return why `policy` refuses a bare file system to be mounted, None if it does not.
 
-    Such an image has no partitions, and is judged as the root partition would be. `verity` is whether
+    Such an image has no partitions, and is judged as the root partition would be; no table has set any flag
+    of it. `verity` is whether
     dm-verity protects it, `signed` whether its root hash is signed as well. An `encrypted` one offers that
     and nothing else, and has a type once it was opened.
     """
@@ -213,8 +213,11 @@ def refusal(
     if file_system_type not in (None, *flags):
         allowed = ", ".join(sorted(flags & TYPES)) or "no type of file system"
         return f"it allows {allowed}, and the image is {file_system_type}"
-    if not read_only and "read-only-off" not in flags:
-        return "it allows the root partition to be mounted read-only only"
+    for flag in ("read-only", "growfs"):
+        if f"{flag}-off" not in flags:
+            return (
+                f"it wants the flag {flag} of the root partition to be on, and a bare file system has none"
+            )
     return None
 
 

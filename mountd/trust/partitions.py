@@ -4,13 +4,16 @@ The use of a partition is one of those of systemd.image-policy(7), which are alt
 offers is taken for what it is at least: a partition with a signed root hash may also be used unprotected.
 
 * A partition is read through dm-verity where nothing else vouches for it, or where the policy does not
-  have it without; otherwise as it is.
+  have it without; otherwise as it is. What has hash data is read-only in either case: whatever is written
+  to it would no longer fit them.
 * Where nothing vouches for what dm-verity does not protect, that is not used, and the policy has to allow
   that.
 * What is encrypted (LUKS) is used as that, and as nothing else; what is in it is judged once it was opened.
 * What cannot be mounted is a refusal, unless the policy lets it be unused only. The ESP and the partition
-  for boot loaders are for firmware, and for file systems that are not mounted here: they are left out.
-* Swap space is never used, hash data and signatures only as what they protect is.
+  for boot loaders are for firmware, and for file systems that are not mounted here. They are left out, as
+  swap space always is: others use them, and they have to be as the policy wants them.
+* Hash data and signatures are used only as what they protect is, and nothing is used beside such that have
+  nothing to protect. The root and /usr that are used have to be of one architecture.
 
 Without a policy, everything is allowed, and used as far as it can be.
 """
@@ -20,7 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mountd.errors import DeniedByPolicy, UnsupportedFileSystem
+from mountd.errors import DeniedByPolicy, InvalidImage, UnsupportedFileSystem
+from mountd.source.model import LUKS_TYPE
 from mountd.trust.image_policy import DESIGNATORS, EVERYTHING, NOT_USED, TYPES, USES
 
 if TYPE_CHECKING:
@@ -66,12 +70,17 @@ def uses(
     """Return what is used of a disk image, in the order in which it is mounted.
 
     `signed` are the designators of the partitions whose root hash is signed with a key of the policy. Raises
-    DeniedByPolicy for what the request's own policy refuses, NotSupported, UnsupportedFileSystem.
+    DeniedByPolicy for what the request's own policy refuses, NotSupported, UnsupportedFileSystem,
+    InvalidImage.
     """
     found = []
     used: set[str] = set()
     for partition in disk.partitions:
         flags = EVERYTHING if policy is None else policy.flags(partition.designator)
+        if is_for_others(partition):
+            if is_as_wanted(partition, flags):
+                used.add(partition.designator)
+            continue
         use = use_of(disk, partition, flags, signed, read_only=read_only)
         if use is not None:
             check_flags(use, flags)
@@ -84,7 +93,55 @@ def uses(
             check_presence(disk, policy, designator, used)
     if not found:
         raise DeniedByPolicy("no partition of the disk image is used", hint=ANOTHER)
+    check_belonging(disk, policy, found)
     return tuple(found)
+
+
+def is_for_others(partition: Partition) -> bool:
+    """Tell whether a partition is left to others, such as firmware, and never mounted here."""
+    cannot_be = partition.file_system is None and partition.luks is None
+    return partition.designator in NEVER_MOUNTED or partition.designator in FOR_FIRMWARE and cannot_be
+
+
+def is_as_wanted(partition: Partition, flags: frozenset[str]) -> bool:
+    """Tell whether the policy allows that others use a partition. Raises DeniedByPolicy for its flags.
+
+    What it says of types of file systems is about those that are mounted here.
+    """
+    found = "encrypted" if partition.contents == LUKS_TYPE else "unprotected"
+    if found not in flags:
+        wanted = flags & USES - NOT_USED
+        if wanted and "unused" not in flags:
+            name = partition.designator
+            raise refused(
+                f"it wants the {name} partition to be {', '.join(sorted(wanted))}, and it is {found}"
+            )
+        return False
+    check_table_flags(partition, flags)
+    return True
+
+
+def check_belonging(disk: Disk, policy: ImagePolicy | None, found: list[Use]) -> None:
+    """Raise InvalidImage if what is used does not belong together."""
+    kinds = {use.partition.designator: use.partition.architecture for use in found}
+    root, usr = kinds.get("root"), kinds.get("usr")
+    if None not in (root, usr) and root != usr:
+        raise InvalidImage(f"GPT: the root partition is for {root}, and the /usr partition for {usr}")
+    for partition in disk.partitions:
+        protected, _, end = partition.designator.partition("-verity")
+        if protected == partition.designator or not may_be_used(policy, partition.designator):
+            continue
+        hashes = f"{protected}-verity"
+        signs_nothing = bool(end) and not (disk.partition(hashes) and may_be_used(policy, hashes))
+        if signs_nothing or disk.partition(protected) is None:
+            lacks = hashes if signs_nothing else protected
+            what = f"partition {partition.number} ({partition.designator})"
+            raise InvalidImage(f"GPT: {what} is there, and no {lacks} partition that is used")
+
+
+def may_be_used(policy: ImagePolicy | None, designator: str) -> bool:
+    """Tell whether the policy allows any use of a partition."""
+    return policy is None or bool(policy.flags(designator) & USES - NOT_USED)
 
 
 def use_of(
@@ -93,7 +150,7 @@ def use_of(
     """Return how a partition is used, None for not at all. Raises what `uses` raises."""
     name = partition.designator
     wanted = flags & USES - NOT_USED
-    if name in NEVER_MOUNTED or "-verity" in name:
+    if "-verity" in name:
         return None
     if not wanted:
         if not flags & USES:
@@ -119,14 +176,15 @@ def use_of(
     verity = partition.verity is not None and (disk.only_verity or "unprotected" not in wanted)
     verity = verity and partition.luks is None
     can_be = partition.file_system is None or partition.file_system.type in WRITABLE
-    writable = not (read_only or verity or partition.read_only) and can_be
+    has_hashes = disk.partition(f"{name}-verity") is not None
+    writable = not (read_only or has_hashes or partition.read_only) and can_be
     return Use(partition, verity, not writable)
 
 
 def check_left_out(partition: Partition, flags: frozenset[str], wanted: frozenset[str]) -> None:
     """Raise what is in the way of using a partition, unless it may be left out."""
     name, number = partition.designator, partition.number
-    if "unused" in flags and (name in FOR_FIRMWARE or wanted == {"encrypted"}):
+    if "unused" in flags and wanted == {"encrypted"}:
         return
     holds = partition.contents or "nothing that is known"
     if partition.problem is not None:
@@ -140,15 +198,19 @@ def check_left_out(partition: Partition, flags: frozenset[str], wanted: frozense
 
 def check_flags(use: Use, flags: frozenset[str]) -> None:
     """Raise DeniedByPolicy if a partition that is used has flags or a type that the policy does not have."""
-    partition, type = use.partition, use.type
-    name = partition.designator
-    for what, is_on in (("read-only", partition.read_only), ("growfs", partition.grow)):
-        if f"{what}-{'on' if is_on else 'off'}" not in flags:
-            other = "off" if is_on else "on"
-            raise refused(f"it wants the flag {what} of the {name} partition to be {other}")
+    name, type = use.partition.designator, use.type
+    check_table_flags(use.partition, flags)
     if type not in flags and not use.is_locked:
         allowed = ", ".join(sorted(flags & TYPES)) or "no type of file system"
         raise refused(f"it allows {allowed} for the {name} partition, which is {type}")
+
+
+def check_table_flags(partition: Partition, flags: frozenset[str]) -> None:
+    """Raise DeniedByPolicy if a partition has flags in the table that the policy does not have."""
+    for what, is_on in (("read-only", partition.read_only), ("growfs", partition.grow)):
+        if f"{what}-{'on' if is_on else 'off'}" not in flags:
+            other = "off" if is_on else "on"
+            raise refused(f"it wants the flag {what} of the {partition.designator} partition to be {other}")
 
 
 def check_presence(disk: Disk, policy: ImagePolicy, designator: str, used: set[str]) -> None:

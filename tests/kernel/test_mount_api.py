@@ -196,6 +196,18 @@ def test_missing_half_of_the_mount_api(
         mount_erofs(images["erofs"])
 
 
+def test_what_the_driver_does_not_have_is_no_missing_call(
+    monkeypatch: pytest.MonkeyPatch, images: dict[str, Path]
+) -> None:
+    """Such as xfs on a device whose sectors are larger than its own."""
+    with FsContext.open("erofs") as context:
+        context.set_string("source", str(images["erofs"]))
+        monkeypatch.setitem(libc.inject, "fsconfig", errno.ENOSYS)
+        with pytest.raises(SyscallError, match="CMD_CREATE, NULL, NULL") as caught:
+            context.create()
+        assert caught.value.errno_name == "ENOSYS"
+
+
 def test_busy_loop_device_is_tried_again_and_then_said(
     monkeypatch: pytest.MonkeyPatch, images: dict[str, Path]
 ) -> None:

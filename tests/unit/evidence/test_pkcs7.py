@@ -197,6 +197,9 @@ def test_times(pki: Pki) -> None:
     [
         ("keyUsage=keyEncipherment", "is not for signatures: its key usage lacks digitalSignature"),
         ("1.2.3.4=critical,ASN1:NULL", "has the critical extension 1.2.3.4, which is not understood"),
+        (f"{LEAF}\nextendedKeyUsage=critical,serverAuth", "neither codeSigning nor emailProtection"),
+        (f"{LEAF}\nextendedKeyUsage=serverAuth,clientAuth", "is not for signatures: its extended key usage"),
+        (f"{LEAF}\nextendedKeyUsage=critical,timeStamping", "is not for signatures: its extended key usage"),
     ],
 )
 def test_signers_that_may_not_sign(pki: Pki, extensions: str, reason: str) -> None:
@@ -207,11 +210,28 @@ def test_signers_that_may_not_sign(pki: Pki, extensions: str, reason: str) -> No
 
 
 @pytest.mark.parametrize(
+    "extension",
+    [
+        "extendedKeyUsage=critical,codeSigning",
+        "extendedKeyUsage=emailProtection,serverAuth",
+        "extendedKeyUsage=serverAuth,anyExtendedKeyUsage",
+        "subjectAltName=critical,email:somebody@example.org",
+    ],
+)
+def test_extensions_that_leave_signing_to_it(pki: Pki, extension: str) -> None:
+    name = f"may{len(extension)}"
+    signer = pki.make(name, extensions=f"{LEAF}\n{extension}", issuer=pki.root)
+    for anchor in (pki.root, signer):
+        assert verify(signer.cms(HEX.encode()), [anchor.anchor()], DIGESTS, NOW).subject == f"CN={name}"
+
+
+@pytest.mark.parametrize(
     ("extensions", "reason"),
     [
         (LEAF, "is no certificate authority"),
         (f"{AUTHORITY}\nkeyUsage=digitalSignature", "is no certificate authority"),
         ("nameConstraints=critical,permitted;DNS:x.example\n" + AUTHORITY, "extension 2.5.29.30"),
+        (f"extendedKeyUsage=serverAuth\n{AUTHORITY}", "is not for signatures: its extended key usage"),
     ],
 )
 def test_authorities_that_are_none(pki: Pki, extensions: str, reason: str) -> None:

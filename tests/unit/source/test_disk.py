@@ -93,15 +93,19 @@ def test_the_first_counts_but_of_root_and_usr_the_newest() -> None:
 )
 def test_the_architecture(machine: str, architectures: list[str], expected: int) -> None:
     entries = [entry(number, "root", name) for number, name in enumerate(architectures, 1)]
-    # What belongs to another architecture is not mixed in.
-    entries += [entry(10 + each.number, "usr", "s390x") for each in entries[:1]]
-    if len(architectures) == 1:
-        entries.pop()
+    # What protects that of another architecture is not mixed in.
+    entries += [entry(10 + each.number, "root-verity", "s390x") for each in entries]
     assert chosen(*entries, machine=machine) == {"root": expected}
+    # Whether the two go together is for who uses both.
+    assert chosen(*entries, entry(30, "usr", "s390x"), machine=machine) == {"root": expected, "usr": 30}
+
+
+def test_what_protects_nothing_is_shown() -> None:
+    assert chosen(entry(1, "usr"), entry(2, "root-verity", "arm64")) == {"usr": 1, "root-verity": 2}
 
 
 def test_several_architectures_that_are_not_this_machines() -> None:
-    with pytest.raises(InvalidImage, match="arm64, s390x"):
+    with pytest.raises(InvalidImage, match="root is there for arm64, s390x"):
         chosen(entry(1, "root", "arm64"), entry(2, "root", "s390x"))
 
 
@@ -116,6 +120,21 @@ def test_flags_take_a_partition_out() -> None:
         ("esp", False, False),
     ]
     assert chosen(entry(1, "root"), entry(2, "esp", attributes=gpt.NO_BLOCK_IO)) == {"root": 1}
+
+
+def test_what_is_kept_for_the_next_version_does_not_count() -> None:
+    """Its label would be the newest of all; so would its architecture be the only one."""
+    empty = {"label": "_empty"}
+    names = ("root", "root-verity", "root-verity-sig")
+    there = [entry(number, name, label="app_1") for number, name in enumerate(names, 1)]
+    free = [entry(number, name, **empty) for number, name in enumerate(names, 11)]
+    expected = {"root": 1, "root-verity": 2, "root-verity-sig": 3}
+    assert chosen(*there, *free) == chosen(*free, *there) == expected
+    assert chosen(entry(1, "root", "arm64"), entry(2, "root", **empty), entry(3, "home", **empty)) == {
+        "root": 1
+    }
+    assert chosen(entry(1, "generic"), entry(2, "generic", **empty)) == {"root": 1}
+    assert chosen(entry(1, "root", label="_empty_")) == {"root": 1}
 
 
 def test_the_generic_type() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from mountd.errors import DeniedByPolicy, UnsupportedFileSystem
+from mountd.errors import DeniedByPolicy, InvalidImage, UnsupportedFileSystem
 from mountd.evidence.model import Evidence
 from mountd.source.model import (
     Disk,
@@ -29,7 +29,7 @@ VERITY = PartitionVerity(VeritySuperblock(4096, 4096, 1, 1, "sha256", b"", None)
 
 def part(designator: str, *, verity: bool = False) -> Partition:
     """A partition with a file system, but for what protects others."""
-    found = None if "-verity" in designator else EROFS
+    found = None if "-verity" in designator or designator in ("swap", "esp") else EROFS
     return Partition(
         designator, 1, "", "", None, WINDOW, False, False, found, None, VERITY if verity else None
     )
@@ -98,7 +98,9 @@ FLAGS = st.lists(
     ),
     max_size=4,
 ).map("+".join)
-RULES = st.dictionaries(st.sampled_from(["", "root", "usr", "home", *DESIGNATORS]), FLAGS, max_size=5)
+RULES = st.dictionaries(
+    st.sampled_from(["", "root", "usr", "home", "swap", "esp", *DESIGNATORS]), FLAGS, max_size=5
+)
 POLICIES = st.none() | RULES.map(lambda rules: ":".join(f"{name}={flags}" for name, flags in rules.items()))
 PARTS = st.lists(st.sampled_from(["root", "root*", "usr", "usr*", "home", "srv", "swap"]), unique=True)
 
@@ -106,7 +108,7 @@ PARTS = st.lists(st.sampled_from(["root", "root*", "usr", "usr*", "home", "srv",
 def used(disk: Disk, policy: ImagePolicy | None, signed: frozenset[str]) -> tuple[Use, ...]:
     try:
         return uses(disk, policy, signed, read_only=True)
-    except (DeniedByPolicy, UnsupportedFileSystem):
+    except (DeniedByPolicy, InvalidImage, UnsupportedFileSystem):
         reject()
 
 
@@ -138,7 +140,7 @@ def test_an_image_without_partitions_is_used_by_it(wished: str | None, by_verity
     """As it was judged: `refusal` has nothing against it, before and after."""
     source = Source(SourceKind.IMAGE, None, EROFS, None)
     before = parse("*" if wished is None else wished)
-    facts = {"file_system_type": "erofs", "read_only": True, "verity": by_verity, "signed": False}
+    facts = {"file_system_type": "erofs", "verity": by_verity, "signed": False}
     if refusal(before, **facts) is not None:  # type: ignore[arg-type]
         reject()
     text = told(source, wished, frozenset(), "dm-verity" if by_verity else "root-owned")

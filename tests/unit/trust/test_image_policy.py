@@ -101,26 +101,29 @@ def test_refused(text: str, reason: str) -> None:
     assert raised.value.message.isprintable()
 
 
-def judge(
-    text: str, type: str = "ext4", *, read_only: bool = True, verity: bool = False, signed: bool = False
-) -> str | None:
-    return refusal(parse(text), file_system_type=type, read_only=read_only, verity=verity, signed=signed)
+def judge(text: str, type: str = "ext4", *, verity: bool = False, signed: bool = False) -> str | None:
+    return refusal(parse(text), file_system_type=type, verity=verity, signed=signed)
 
 
 def test_a_bare_file_system_is_a_root_partition() -> None:
     assert judge("*") is None
     assert judge("root=unprotected") is None
     assert judge("=unprotected") is None
-    assert judge("root=unprotected", read_only=False) is None
     assert judge("root=unprotected+ext4") is None
     assert "no use" in (judge("-") or "")
     assert "no use" in (judge("~") or "")
     assert "no use" in (judge("usr=unprotected") or "")
     assert "no use" in (judge("root=absent+unused:=open") or "")
     assert "ext4" in (judge("root=unprotected+erofs+xfs") or "")
-    assert "read-only" in (judge("root=read-only-on", read_only=False) or "")
-    assert judge("root=read-only-on") is None
-    assert judge("root=read-only-off") is None
+
+
+def test_no_flag_of_a_bare_file_system_is_on() -> None:
+    """They are those of a partition table, also if it is mounted read-only."""
+    for flag in ("read-only", "growfs"):
+        assert f"the flag {flag} of the root partition to be on" in (judge(f"root=open+{flag}-on") or "")
+        assert judge(f"root=open+{flag}-off") is None
+        assert judge(f"root=open+{flag}-off+{flag}-on") is None
+        assert judge(f"root=open:home=open+{flag}-on") is None
 
 
 def test_protection_is_the_least_that_is_wanted() -> None:
@@ -149,7 +152,6 @@ policies = st.sampled_from(["*", "-", "~"]) | rules.map(
 facts = st.fixed_dictionaries(
     {
         "file_system_type": st.sampled_from(["ext4", "erofs", "xfs"]),
-        "read_only": st.booleans(),
         "verity": st.booleans(),
         "signed": st.booleans(),
     }

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mountd.errors import DeniedByPolicy, MountdError, NotImmutable, UnsupportedFileSystem
+from mountd.errors import DeniedByPolicy, InvalidImage, MountdError, NotImmutable, UnsupportedFileSystem
 from mountd.source.model import Disk, FileSystem, Luks, Partition, PartitionVerity, VeritySuperblock, Window
 from mountd.trust import image_policy
 from mountd.trust.decide import decide
@@ -189,19 +189,76 @@ def test_what_cannot_be_mounted() -> None:
             used([ROOT, strange])
         assert "imagePolicy" in (caught.value.hint or "")
         assert used([ROOT, strange], "root=open") == "root"
-    esp = partition("esp", None, contents="vfat")
-    assert used([ROOT, esp]) == "root"
-    with pytest.raises(UnsupportedFileSystem):
-        used([ROOT, esp], "root=open:esp=unprotected")
+
+
+@pytest.mark.parametrize("name", ["esp", "xbootldr", "swap"])
+def test_what_is_left_to_others(name: str) -> None:
+    """A policy says how it may be used, not that it has to be mounted here."""
+    left = partition(name, None, contents="vfat", read_only=True)
+    assert used([ROOT, left]) == "root"
+    assert used([ROOT, left], "*") == "root"
+    for flags in (
+        "unprotected",
+        "unprotected+absent",
+        "encrypted+unused",
+        "unused",
+        "open+read-only-on+ext4",
+    ):
+        assert used([ROOT, left], f"root=open:{name}={flags}") == "root"
+    # Nothing vouches for it, and nobody mounts it.
+    assert used([ROOT, left, *HASHES], f"root=verity:{name}=unprotected", only_verity=True) == "root*"
+    for flags, text in (
+        ("encrypted", f"wants the {name} partition to be encrypted, and it is unprotected"),
+        ("absent", f"does not allow the {name} partition to be unused"),
+        ("unprotected+read-only-off", f"flag read-only of the {name} partition to be off"),
+    ):
+        with pytest.raises(DeniedByPolicy, match=text):
+            used([ROOT, left], f"root=open:{name}={flags}")
+    locked = partition(name, None, contents="crypto_LUKS", problem="it has no key")
+    assert used([ROOT, locked], f"root=open:{name}=encrypted") == "root"
+    with pytest.raises(DeniedByPolicy, match="to be unprotected, and it is encrypted"):
+        used([ROOT, locked], f"root=open:{name}=unprotected")
+    for mounted in (partition("esp", "erofs"), partition("esp", None, contents="crypto_LUKS", luks=VOLUME)):
+        assert used([ROOT, mounted]) == "root esp"
+
+
+def test_what_does_not_belong_together() -> None:
+    usr = partition("usr", "erofs", architecture="arm64")
+    root = partition("root", "erofs", architecture="x86-64")
+    for policy in (None, "root=open:usr=open"):
+        with pytest.raises(
+            InvalidImage, match="root partition is for x86-64, and the /usr partition for arm64"
+        ):
+            used([root, usr], policy)
+    assert used([root, usr], "root=open") == "root"
+    assert used([root, usr], "usr=open") == "usr"
+    # The generic type is for none.
+    assert used([PLAIN, usr]) == "root usr"
+    for parts, lacks in (
+        ([usr, HASHES[0]], "root-verity. is there, and no root partition"),
+        ([usr, HASHES[1]], "root-verity-sig. is there, and no root-verity partition"),
+        ([PLAIN, HASHES[1]], "root-verity-sig. is there, and no root-verity partition"),
+    ):
+        with pytest.raises(InvalidImage, match=lacks):
+            used(parts)
+    assert used([usr, *HASHES], "usr=open") == "usr"
 
 
 def test_writable() -> None:
     assert used([ROOT, HOME], read_only=False) == "root home+"
     assert used([ROOT, HOME]) == "root home"
-    protected = partition("root", verity=VERITY)
-    assert used([protected, *HASHES], read_only=False) == "root+"
-    assert used([protected, *HASHES], "root=verity", read_only=False) == "root*"
+    assert used([partition("root")], read_only=False) == "root+"
     assert used([partition("root", read_only=True)], read_only=False) == "root"
+
+
+def test_what_has_hash_data_is_never_writable() -> None:
+    """The first write would leave the image unfit for whoever wants it verified."""
+    protected = partition("root", verity=VERITY)
+    assert used([protected, HOME, *HASHES], read_only=False) == "root home+"
+    assert used([protected, *HASHES], "root=verity", read_only=False) == "root*"
+    # Also where the root hash, which somebody else may know, cannot be told from the image.
+    assert used([partition("root"), HASHES[0]], read_only=False) == "root"
+    assert used([partition("usr", luks=VOLUME), partition("usr-verity", None)], read_only=False) == "usr"
 
 
 def disk_of(*parts: Partition, only_verity: bool = False) -> object:
