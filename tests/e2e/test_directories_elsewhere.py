@@ -115,3 +115,43 @@ def test_times_that_are_locked_stay_as_they_are(start: Start, home: Path, contai
     found = in_container(work)
     assert [each & os.ST_NOATIME for each in found] == [outside] * 3
     assert [bool(each & os.ST_NOEXEC) for each in found] == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", ["namespace", "caller", "none"])
+def test_ids_of_a_file_system_of_a_user_namespaces(
+    start: Start, home: Path, containers: None, kind: str
+) -> None:
+    """The kernel reads an idmap there as one of that namespace's ids, of which others are the caller's."""
+    daemon = start(OWN)
+
+    def work() -> Outcome:
+        in_memory(home)
+        (home / "own").mkdir()
+        fields: dict[str, object] = {"readOnly": False, "idMap": {"kind": kind}}
+        fds = [os.open(home / "own", os.O_RDONLY)]
+        if kind == "namespace":
+            fds.append(os.open("/proc/self/ns/user", os.O_RDONLY))
+            fields["userNamespaceFileDescriptor"] = 1
+        return outcome(lambda: mount_fds(daemon.socket, SOURCE, fds, **fields))
+
+    name, text = in_container(work, uids=((0, USER, 1), (1, 400000, 65535)))
+    if kind == "none":
+        assert (name, text) == ("", "")
+    else:
+        assert name == "NotSupported"
+        assert "mounted in a user namespace" in text
+
+
+def test_ids_that_are_the_same_inside_and_outside(start: Start, home: Path, containers: None) -> None:
+    """Then it does not matter whose ids they are."""
+    daemon = start(OWN)
+
+    def work() -> Outcome:
+        in_memory(home)
+        (home / "own").mkdir()
+        os.chown(home / "own", USER, USER)
+        os.setresgid(USER, USER, USER)
+        os.setresuid(USER, USER, USER)
+        return ask(daemon, home / "own", idMap={"kind": "caller"})
+
+    assert in_container(work, uids=((0, 400000, USER), (USER, USER, 1))) == ("", "")
