@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from mountd.errors import BadFileDescriptor, SyscallError
+from mountd.errors import BadFileDescriptor, NotSupported, SyscallError
 from mountd.execute import composefs, overlay, verity
 from mountd.kernel import cloning, loop_device, mount_api, namespaces
 from mountd.kernel.flags import MountAttr
@@ -57,6 +57,7 @@ REFUSED_SECTORS = frozenset({errno.EINVAL, errno.ENOSYS})
 MAPPING = (MapToNamespace, MapRanges, MapRootOwner)
 WRONG_ORDER = "the plan has its operations in the wrong order"
 DIRECTORY = "source.directoryFileDescriptor"
+OF_THE_HOST = "use a file system that the host has mounted, or, where that is possible, the idmap “none”"
 
 
 class SectorsTooLarge(Exception):
@@ -369,6 +370,7 @@ def map_ids(operation: Operation, mount_fd: int, inputs: Inputs) -> None:
     if isinstance(operation, MapRanges):
         uids: Rows = [(each.inner, each.outer, each.count) for each in operation.uids]
         gids: Rows = [(each.inner, each.outer, each.count) for each in operation.gids]
+        root = statx(mount_fd, "")
     elif not isinstance(operation, MapRootOwner):
         raise ValueError(WRONG_ORDER)
     else:
@@ -376,6 +378,21 @@ def map_ids(operation: Operation, mount_fd: int, inputs: Inputs) -> None:
         uids, gids = [(root.stx_uid, operation.uid, 1)], [(root.stx_gid, operation.gid, 1)]
     with namespaces.make_user_namespace(uids, gids) as userns:
         _map(mount_fd, userns.fileno())
+    shown = statx(mount_fd, "")
+    _check_mapped(uids, root.stx_uid, shown.stx_uid)
+    _check_mapped(gids, root.stx_gid, shown.stx_gid)
+
+
+def _check_mapped(rows: Rows, id: int, shown: int) -> None:
+    """Raise NotSupported if `rows` map the root directory's `id`, and it is shown as another than that.
+
+    On what was mounted in a user namespace, the kernel takes the ids of an idmap for those of that one.
+    """
+    for first, outer, count in rows:
+        if first <= id < first + count and outer + id - first != shown:
+            raise NotSupported(
+                "mapping ids on a file system that was mounted in a user namespace", hint=OF_THE_HOST
+            )
 
 
 def _map(mount_fd: int, userns_fd: int) -> None:

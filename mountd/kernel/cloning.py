@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FLAGS = OpenTree.CLONE | OpenTree.EMPTY_PATH | OpenTree.NO_AUTOMOUNT | OpenTree.CLOEXEC
 PARENT = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 TIMES = int(MountAttr.ATIME_MASK)
+ACCESS_TIMES = MountAttr.ATIME_MASK | MountAttr.NODIRATIME
 NOT_POSSIBLE = b"idmap"
 
 
@@ -36,8 +37,9 @@ def clone_directory(fd: int, attributes: MountAttr, namespace_fd: int) -> OwnedF
     """Return a detached, private mount of the directory `fd` with `attributes`; both fds are borrowed.
 
     It lies in this process's mount namespace, or in the one that `namespace_fd` is. An idmap that its mount
-    has is left out. Raises SyscallError (EINVAL for what lies in neither, or hides what is below it), and
-    NotSupported for an idmap that the kernel cannot leave out (before Linux 6.15).
+    has is left out; how it keeps times stays as it is where that is locked. Raises SyscallError (EINVAL for
+    what lies in neither, or hides what is below it), and NotSupported for an idmap that the kernel cannot
+    leave out (before Linux 6.15).
     """
     try:
         return _clone(fd, attributes)
@@ -107,18 +109,34 @@ def _be_the_child(work: "Callable[[], OwnedFd]", keep: set[int], channel: socket
 
 
 def _clone(fd: int, attributes: MountAttr) -> OwnedFd:
+    try:
+        return _clone_as_said(fd, attributes)
+    except SyscallError as error:
+        if error.errno != errno.EPERM or not attributes & ACCESS_TIMES:
+            raise
+    # Locked, as of all that a user namespace has got from outside of it (MNT_LOCK_ATIME): nothing is safer
+    # for a change of it.
+    return _clone_as_said(fd, attributes & ~ACCESS_TIMES)
+
+
+def _clone_as_said(fd: int, attributes: MountAttr) -> OwnedFd:
     # The kernel changes how times are kept only where all of it is said anew.
     times = MountAttr.ATIME_MASK if int(attributes) & TIMES else MountAttr(0)
-    try:
+
+    def cloned(clear: MountAttr) -> OwnedFd:
         # Private at once: else what is mounted in the directory on one side would be on the other as well.
         return mount_api.open_tree_attr(
-            fd,
-            "",
-            FLAGS,
-            set=attributes,
-            clear=times | MountAttr.IDMAP,
-            propagation=Propagation.PRIVATE,
+            fd, "", FLAGS, set=attributes, clear=clear, propagation=Propagation.PRIVATE
         )
+
+    try:
+        try:
+            return cloned(times | MountAttr.IDMAP)
+        except SyscallError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        # Where a mount cannot have an idmap, as of an overlay, none can be taken off either.
+        return cloned(times)
     except NotSupported:
         pass
     # Refused for what lies elsewhere, which could not be asked about either.

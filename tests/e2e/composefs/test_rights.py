@@ -9,9 +9,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from mountd.client import attach
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
 from mountd.kernel.flags import MountAttr
+from mountd.kernel.fs_context import FsContext
 from tests.container import RANGE, USER, as_user, in_container, user_namespace
 from tests.daemon import Daemon
 from tests.e2e.calls import errno_of, explain, mount_fds, outcome
@@ -61,6 +63,29 @@ def test_nothing_is_read_that_the_caller_could_not_read(serving: Daemon, own: Pa
         assert read("up") != "secret\n"
         assert read("pipe") != "secret\n"
     path.unlink()
+
+
+def test_objects_on_a_file_system_of_a_user_namespaces(
+    serving: Daemon, place: Path, containers: None
+) -> None:
+    """There the kernel takes the caller's id for another's, so that not even its own could be read."""
+    path = described(place, HEAD + b"/f 7 100644 1 0 0 0 0.0 o - -\n")
+    path.chmod(0o644)
+    at = Path(tempfile.mkdtemp(prefix="objects-", dir=place))
+
+    def work() -> tuple[str, str]:
+        with FsContext.open("tmpfs") as context:
+            context.create()
+            with context.mount(MountAttr(0)) as mount:
+                attach(mount.fileno(), str(at))
+        (at / "o").write_text("object\n")
+        return outcome(lambda: ask(serving, path, at))
+
+    name, text = in_container(work)
+    at.rmdir()
+    path.unlink()
+    assert name == "NotSupported"
+    assert "mounted in a user namespace" in text
 
 
 def test_root_owned_objects_show_what_everybody_may_read(serving: Daemon, place: Path) -> None:
