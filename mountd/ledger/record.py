@@ -44,6 +44,11 @@ class Record:
     roots_namespace: int = 0
     mark: int = 0
 
+    @property
+    def payer(self) -> tuple[int, int]:
+        """Whom the mount counts for: a user, or one of the containers that root has made."""
+        return self.owner, self.roots_namespace
+
     def encode(self) -> bytes:
         """Return it as JSON."""
         return _in_json({name: getattr(self, name) for name in NAMES}).encode()

@@ -69,7 +69,7 @@ def belongs_to(record: Record, caller: Caller) -> bool:
         return caller.uid in (record.uid, record.owner)
     namespace = caller.user_namespace
     mapped = any(each.outer <= record.uid < each.outer + each.count for each in namespace.uid_map)
-    return mapped and (record.owner, record.roots_namespace) == caller.payer
+    return mapped and record.payer == caller.payer
 
 
 def described(each: Live, *, tell_unsure: bool) -> dict[str, object]:

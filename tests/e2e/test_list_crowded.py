@@ -129,10 +129,13 @@ def test_a_path_that_is_too_long_is_nobodys_harm(
 
 
 def test_whose_container_it_is(containers: None) -> None:
-    """Of one in another as well, it is whoever of the host has made the outer one."""
-    with crowd(1) as (inside,):
-        found = {space.id: find.owner(space.fd) for space in mount_namespaces()}
-    assert found[inside] == USER
+    """Of one in another as well, it is whoever has made the outer one; of those of root, each is one."""
+    with crowd(1) as (inside,), crowd(1, owner=0) as (one,), crowd(1, owner=0) as (other,):
+        found = {space.id: find.payer(space.fd) for space in mount_namespaces()}
+    assert found[inside] == (USER, 0)
+    roots = [found[each] or (-1, 0) for each in (one, other)]
+    assert [uid for uid, _ in roots] == [0, 0]
+    assert 0 != roots[0][1] != roots[1][1] != 0
     with namespace_of("self") as space:
         assert found[space.id] is None
 
@@ -145,9 +148,9 @@ def test_who_nests_user_namespaces_is_asked_about_them_once(
     parent = find.parent
     with crowd(20, depth=8) as inside, monkeypatch.context() as patch:
         patch.setattr(find, "parent", lambda fd: asked.append(fd) or parent(fd))
-        known: find.Owners = {}
-        whose = [find.owner(space.fd, known) for space in mount_namespaces() if space.id in inside]
-    assert whose == [USER] * 20
+        known: find.Payers = {}
+        whose = [find.payer(space.fd, known) for space in mount_namespaces() if space.id in inside]
+    assert whose == [(USER, 0)] * 20
     assert len(asked) == 9
 
 
