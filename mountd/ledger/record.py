@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 MAXIMUM_SIZE = 32768  # bytes of one record: an image may have more than a hundred layers, with a digest each
 
@@ -87,6 +91,25 @@ def decode(data: bytes) -> Record | None:
     if len(device) != 2 or not all(is_number(each) for each in device):
         return None
     return Record(**{**found, "device": (device[0], device[1])})
+
+
+def ended(records: Collection[Record], sure: set[int]) -> set[int]:
+    """Return the ids of the records that tell nothing any more; `sure` are those of marks that are left.
+
+    The mark of a mount is gone, and its superblock is another's as well, which tells of it. Of a superblock
+    that only copies or nobody seem to have, the oldest record stays.
+    """
+    over = [record for record in records if record.mark and record.id not in sure]
+    told = {record.device for record in records if record.superblock and record.id in sure}
+    gone = set()
+    for record in sorted(over, key=lambda record: record.id):
+        if not record.superblock:
+            gone.add(record.id)
+        elif record.shared and record.watch:
+            if record.device in told:
+                gone.add(record.id)
+            told.add(record.device)
+    return gone
 
 
 def is_number(value: object) -> bool:

@@ -204,6 +204,41 @@ def test_many_at_the_same_time_get_no_more_than_there_may_be(home: Path, watches
     assert before.records() == []
 
 
+@pytest.mark.parametrize("given_back", [True, False])
+def test_nothing_stays_of_what_was_claimed(home: Path, watches: OwnedFd, given_back: bool) -> None:
+    """A user has as many directories to claim as he likes, one after the other."""
+    ledger = book(home, watches)
+    left = []
+    for number in range(3):
+        for each in range(20):
+            made = mount()
+            place = ledger.reserve(OWNER, None, None)
+            ledger.claim(place, f"{number} {each}")
+            fill(ledger, place, made, each + 1)
+            made.close()
+            if given_back:
+                place.give_back()
+            else:
+                assert ledger.records() == []
+        ledger._collect()
+        left.append(sorted(home.rglob("*")))
+    assert left[0] == left[1] == left[2]
+    assert not [path for path in left[0] if path.is_file() and not path.is_symlink()]
+
+
+def test_what_is_claimed_is_so_until_the_mount_is_gone(home: Path, watches: OwnedFd) -> None:
+    ledger = book(home, watches)
+    with mount() as made:
+        place = ledger.reserve(OWNER, None, None)
+        ledger.claim(place, "8:1")
+        fill(ledger, place, made, 5)
+        other = book(home, watches).reserve((OWNER[0] + 1, 0), None, None)
+        with pytest.raises(LimitExceeded):
+            ledger.claim(other, "8:1")
+    ledger.claim(other, "8:1")
+    other.give_back()
+
+
 def test_what_is_no_directory_of_the_ledger(tmp_path: Path, watches: OwnedFd) -> None:
     ledger = book(tmp_path, watches)
     mounts = hold(ledger, 1)
