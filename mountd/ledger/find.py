@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import NotSupported, SyscallError
@@ -39,7 +39,8 @@ GONE = ("ENOENT", "ESRCH", "EINVAL")
 class Attachment:
     """One mount of a superblock: `mount_point` is as seen from the root of its mount namespace.
 
-    `id` is the unique mount id, `namespace` that of the mount namespace, `file_system` the type.
+    `id` is the unique mount id, `namespace` that of the mount namespace, `file_system` the type. `payer` is
+    whose container that namespace is in, None for the host's own.
     """
 
     id: int
@@ -47,6 +48,7 @@ class Attachment:
     mount_point: str
     namespace: int
     file_system: str = ""
+    payer: Payer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +78,18 @@ def attachments(
     found: list[Attachment] = []
     namespaces, complete = in_order(hidden, time.monotonic() + walk_seconds)
     deadline = time.monotonic() + seconds
-    for namespace in namespaces:
+    for namespace, whose in namespaces:
         for id in ended_is_empty(namespace):
             place = attached_at(id, namespace, devices, ids)
             if place is not None:
-                found.append(place)
+                found.append(replace(place, payer=whose))
             if time.monotonic() > deadline:
                 return found, False
     return found, complete and time.monotonic() <= deadline
 
 
-def in_order(hidden: frozenset[int], deadline: float) -> tuple[list[int], bool]:
-    """Return the ids of mount namespaces: the host's, and then one of each owner of containers in turn.
+def in_order(hidden: frozenset[int], deadline: float) -> tuple[list[tuple[int, Payer | None]], bool]:
+    """Return the ids of mount namespaces with whose they are: the host's, then one of each payer in turn.
 
     And whether that are all: none is added after the deadline. Of one owner's, those with few mounts come
     first. So who makes many, of whichever, harms nobody else. Raises SyscallError, NotSupported.
@@ -104,11 +106,11 @@ def in_order(hidden: frozenset[int], deadline: float) -> tuple[list[int], bool]:
         with contextlib.suppress(SyscallError):  # it has ended
             count = mount_info.count_mounts(space.id, MANY)
             of_each.setdefault(payer(space.fd, known), []).append((count, space.id))
-    found: list[tuple[bool, int, int, int]] = []
+    found: list[tuple[bool, int, int, int, Payer | None]] = []
     for whose, theirs in of_each.items():
         for turn, (count, id) in enumerate(sorted(theirs)):
-            found.append((whose is not None, turn, count, id))
-    return [id for *_, id in sorted(found)], complete
+            found.append((whose is not None, turn, count, id, whose))
+    return [(id, whose) for *_, id, whose in sorted(found, key=lambda each: each[:4])], complete
 
 
 def is_hosts(namespace: OwnedFd) -> bool:
