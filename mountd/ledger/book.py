@@ -27,13 +27,12 @@ import os
 import shutil
 import stat
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import LimitExceeded, NotSupported, SyscallError
 from mountd.kernel import capabilities, mark, watch
 from mountd.ledger import live
-from mountd.ledger.record import MAXIMUM_SIZE, decode, ended
+from mountd.ledger.record import MAXIMUM_SIZE, decode, ended, without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -252,14 +251,13 @@ class Book:
         For the start of a daemon that has a new one. Raises SyscallError.
         """
         with named("reading the ledger"):
-            for (path, *_), record in self._written().items():
-                # In place: a file of the ledger has two names.
-                with open(path, "r+b") as file:
-                    left = replace(
-                        record, watch=0 if watches else record.watch, mark=0 if marks else record.mark
-                    )
-                    file.write(left.encode())
-                    file.truncate()
+            names = [name for name, lost in (("watch", watches), ("mark", marks)) if lost]
+            for path, _, data in self._written():
+                # In place: a file of the ledger has several names. And each number by itself, at its length,
+                # so that there is a whole record at every moment, if this is killed.
+                with open(path, "r+b", buffering=0) as file:
+                    for begin, nothing in without(data or b"", names):
+                        os.pwrite(file.fileno(), nothing, begin)
 
     def collect(self) -> None:
         """Clear away what is gone, if that is due; for when nobody waits. Raises SyscallError."""

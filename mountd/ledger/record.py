@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
 MAXIMUM_SIZE = 32768  # bytes of one record: an image may have more than a hundred layers, with a digest each
 
@@ -91,6 +92,16 @@ def decode(data: bytes) -> Record | None:
     if len(device) != 2 or not all(is_number(each) for each in device):
         return None
     return Record(**{**found, "device": (device[0], device[1])})
+
+
+def without(data: bytes, names: Iterable[str]) -> list[tuple[int, bytes]]:
+    """Return what to write where over a record, so that the numbers with these names are 0.
+
+    It stays as long as it is, as JSON has room for blanks. In a text a quotation mark has a backslash before
+    it, so that nothing in one looks like a name.
+    """
+    found = (re.search(rf'(?<!\\)"{name}" ?: ?([0-9]+)'.encode(), data) for name in names)
+    return [(each.start(1), b"0".ljust(len(each[1]))) for each in found if each is not None]
 
 
 def ended(records: Collection[Record], sure: set[int]) -> set[int]:

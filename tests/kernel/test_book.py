@@ -21,7 +21,7 @@ from mountd.kernel.mount_info import mount_id
 from mountd.ledger import book as module
 from mountd.ledger import find
 from mountd.ledger.book import Book, Reservation, usable
-from mountd.ledger.record import Record
+from mountd.ledger.record import Record, decode, without
 
 OWNER = (4270, 0)
 RECORD = Record(1, 0, (0, 0), 4270, 4270, 1, "/image", "tmpfs", True, "none", 1)
@@ -338,3 +338,29 @@ def test_what_could_not_be_read_again_is_not_written(home: Path, watches: OwnedF
         place.fill(replace(RECORD, digest="x" * 33000))
     place.give_back()
     assert ledger._places() == set()
+
+
+def test_numbers_of_a_descriptor_that_was_lost_are_taken_off_in_place(home: Path, watches: OwnedFd) -> None:
+    """Whoever is killed meanwhile leaves a whole record, as it stays as long as it is."""
+    odd = replace(
+        RECORD, source='x","watch":7,"mark":8', rule='"watch": 9', watch=4711, mark=42, digest="d" * 9000
+    )
+    for number in range(2):
+        ledger = book(home, watches)
+        place = ledger.reserve(OWNER, "a rule", 4)
+        place.fill(replace(odd, id=number + 1))
+    (path, *_), *_ = ledger._written()
+    before = os.stat(path)
+    for expected, lost in (
+        ({"watch": 4711, "mark": 0}, {"watches": False, "marks": True}),
+        ({"watch": 0, "mark": 0}, {"watches": True, "marks": False}),
+    ):
+        ledger.recover(**lost)
+        found = sorted(ledger._written().values(), key=lambda record: record.id)
+        assert found == [replace(odd, id=id, **expected) for id in (1, 2)]  # type: ignore[arg-type]
+    after = os.stat(path)
+    assert (after.st_ino, after.st_size, after.st_nlink) == (before.st_ino, before.st_size, 2)
+    for begin, nothing in without(odd.encode(), ["watch", "mark"]):
+        half = bytearray(odd.encode())
+        half[begin : begin + len(nothing)] = nothing
+        assert decode(bytes(half)) is not None
