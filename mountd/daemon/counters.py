@@ -19,6 +19,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from mountd.errors import MountdError
+from mountd.service.mountfs_errors import WIRE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,14 +30,15 @@ BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 CLASSES = len(BOUNDS) + 1
 
 DONE = "done"
-OTHER = "other"  # an error of the varlink package's own
+OTHER = "other"  # an error that nobody has thought of
 MAXIMUM_METHODS = 64  # more than are declared
 
 
 def error_names() -> Iterator[str]:
     """Yield the last part of the name of every error that there is on the wire, once."""
-    names = {each.wire_name.rpartition(".")[2] for each in MountdError.__subclasses__()} - {""}
-    yield from sorted(names | {"MethodNotFound", "InterfaceNotFound", "MethodNotImplemented"})
+    names = {each.wire_name for each in MountdError.__subclasses__()} - {""} | WIRE_NAMES
+    names |= {"MethodNotFound", "InterfaceNotFound", "MethodNotImplemented"}
+    yield from sorted({each.rpartition(".")[2] for each in names})
 
 
 RESULTS = (DONE, "allow", "deny", "ask", *error_names(), OTHER)
@@ -47,8 +49,10 @@ ALLOW = NUMBERS["allow"]
 AT_CLASSES = len(RESULTS)
 AT_SUM = AT_CLASSES + CLASSES
 WIDTH = AT_SUM + 1
-# A row: the number of the method that is being served, and then the methods. The first is for no method.
-AT_METHODS = 1
+# A row: the number of the method that is being served, since when in nanoseconds (time.monotonic_ns()), and
+# then the methods. The first is for no method.
+AT_SINCE = 1
+AT_METHODS = 2
 ROW = AT_METHODS + MAXIMUM_METHODS * WIDTH
 
 
@@ -103,27 +107,35 @@ class Counters:
 
     def begin(self, slot: int, method: str) -> None:
         """Say that a worker serves this method from now on; one that is not known is none."""
+        self._cells[slot * ROW + AT_SINCE] = time.monotonic_ns()
         self._cells[slot * ROW] = self._methods.get(method, 0)
 
     def count(self, slot: int, result: str, seconds: float) -> None:
         """Count the request that was begun, and end it."""
-        cells, row = self._cells, slot * ROW
-        at = row + AT_METHODS + cells[row] * WIDTH
-        cells[at + NUMBERS.get(result, NUMBERS[OTHER])] += 1
-        cells[at + AT_CLASSES + bisect_left(BOUNDS, seconds)] += 1
-        cells[at + AT_SUM] += int(seconds * 1e6)
-        cells[row] = 0
+        row = slot * ROW
+        self._add(slot, self._cells[row], result, seconds)
+        self._cells[row] = 0
 
     def count_for(self, slot: int | None, result: str) -> None:
         """As the listener: count a request that no worker will, such as that of one that was killed.
 
         `slot` is the worker's, None for a connection that no worker has had.
         """
-        method = 0 if slot is None else self._cells[slot * ROW]
+        method, seconds = 0, 0.0
         if slot is not None:
-            self._cells[slot * ROW] = 0  # whoever wrote here is being killed, or has ended
-        at = self._slots * ROW + AT_METHODS + min(method, MAXIMUM_METHODS - 1) * WIDTH
-        self._cells[at + NUMBERS.get(result, NUMBERS[OTHER])] += 1
+            # Whoever wrote here is being killed, or has ended.
+            row = slot * ROW
+            method = min(self._cells[row], MAXIMUM_METHODS - 1)
+            seconds = max(0, time.monotonic_ns() - self._cells[row + AT_SINCE]) / 1e9 if method else 0.0
+            self._cells[row] = 0
+        self._add(self._slots, method, result, seconds)
+
+    def _add(self, row: int, method: int, result: str, seconds: float) -> None:
+        """Add one request to the row of whoever writes."""
+        cells, at = self._cells, row * ROW + AT_METHODS + method * WIDTH
+        cells[at + NUMBERS.get(result, NUMBERS[OTHER])] += 1
+        cells[at + AT_CLASSES + bisect_left(BOUNDS, seconds)] += 1
+        cells[at + AT_SUM] += int(seconds * 1e6)
 
     def set_slot(self, slot: int, state: Slot) -> None:
         """As the listener: say what has become of a worker."""

@@ -21,6 +21,9 @@ POLICY_ID = "0e1b7d5d86a44f0cb7d10f3b52c1a9d3"
 WORKER_ID = "b8a9c1f2d6e04d3f9a7b5c4e3d2f1a08"
 
 
+MAXIMUM_LINE = 1024  # characters of what others have a say in, such as the kernel or an image
+
+
 class Priority(IntEnum):
     """Levels of syslog(3)."""
 
@@ -60,12 +63,18 @@ def sockets() -> set[int]:
     return found
 
 
+def one_line(text: str, maximum: int | None = None) -> str:
+    """Return `text` on one line, whoever has had a say in it, and no longer than `maximum`."""
+    line = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return line if maximum is None or len(line) <= maximum else f"{line[:maximum]}…"
+
+
 def log(priority: Priority, text: str, *, message_id: str | None = None, **fields: str) -> None:
     """Write one message; `fields` become journal fields, prefixed with MOUNTD_ and in upper case.
 
     Never raises: a daemon that cannot log still serves.
     """
-    line = text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    line = one_line(text)
     try:
         if in_service():
             from systemd import journal  # type: ignore[import-untyped]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mountd.daemon import channel
 from mountd.daemon.channel import Entrance, Word
 from mountd.daemon.counters import DONE
-from mountd.daemon.journal import REQUEST_ID, WORKER_ID, Priority, log
+from mountd.daemon.journal import MAXIMUM_LINE, REQUEST_ID, WORKER_ID, Priority, log, one_line
 from mountd.daemon.limits import (
     DEADLINES,
     LINGER_MILLISECONDS,
@@ -35,6 +35,7 @@ from mountd.service.context import PolicyInForce, RequestContext
 from mountd.service.conversation import Conversation
 from mountd.service.mountfs_errors import in_their_words
 from mountd.service.phase import Phase
+from mountd.trust.policy import Verdict
 from mountd.wire.framing import encode, error_body, shown
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from mountd.service.attachments import Attachments
     from mountd.service.context import Around, Enter
     from mountd.store.store import Store
+    from mountd.wire.answer import Failure
     from mountd.wire.dispatch import Dispatcher
     from mountd.wire.framing import Message
 
@@ -215,12 +217,12 @@ class Worker:
         if self._tally is not None:
             self._tally.begin(str(message.body.get("method")))
         try:
-            reply, fds = self._dispatchers[self._entrance].handle(
+            reply, fds, failure = self._dispatchers[self._entrance].handle(
                 message, context, lambda data: send_ahead(connection, data)
             )
             if self._tally is not None:
                 # Before the answer: who asks for the counters after it finds it there.
-                result = error_name(reply) or context.verdict or DONE
+                result = failure.name if failure is not None else context.verdict or DONE
                 self._tally.count(result, time.monotonic() - begin)
             try:
                 taken = self._send(connection, reply, fds)
@@ -230,10 +232,10 @@ class Worker:
         finally:
             self._left_over += message.fds
             message.fds = []
-        self._note(message, context, reply, time.monotonic() - begin, taken)
+        self._note(message, context, failure, time.monotonic() - begin, taken)
         # What was refused may hang when it is closed; what can be written to has to be on disk once the
         # caller has detached it, and the spot holds it until it is cleared.
-        self._may_linger = self._healthy and not error_name(reply) and not context.writable
+        self._may_linger = self._healthy and failure is None and not context.writable
         return taken
 
     def _clean_up(self) -> None:
@@ -269,33 +271,45 @@ class Worker:
             f"refused what is no request: {error}",
             message_id=REQUEST_ID,
             error=error.wire_name,
+            error_text=one_line(str(error), MAXIMUM_LINE),
             caller_uid=str(uid),
         )
 
     def _note(
-        self, message: Message, context: RequestContext, reply: bytes, seconds: float, taken: bool
+        self,
+        message: Message,
+        context: RequestContext,
+        failure: Failure | None,
+        seconds: float,
+        taken: bool,
     ) -> None:
-        """Write the journal's line about a request that the policy had a say in, or that was refused."""
+        """Write the journal's line about a request that the policy had a say in, or that was refused.
+
+        Why it was refused is not why the policy has decided as it did: that may have allowed it.
+        """
         notes = context.fields()
-        error = error_name(reply)
         if "caller_uid" not in notes:
-            if not error:
+            if failure is None:
                 return  # nothing but a question about the interfaces
             peer = sockets.peer_credentials(context.peer.connection)
             notes |= {"caller_uid": str(peer.uid), "caller_gid": str(peer.gid), "caller_pid": str(peer.pid)}
         if not self._throttle.may_write(int(notes.get("owner_uid", notes["caller_uid"]))):
             return
         method = shown(str(message.body.get("method")).rpartition(".")[2])
-        outcome = f"refused with {error}" if error else notes.get("verdict", "done")
+        outcome = notes.get("verdict", "done") if failure is None else f"refused with {failure.name}"
         if not taken:
             outcome += ", and the caller did not take the answer"
-        rule = f" by rule “{notes['rule']}”" if "rule" in notes else ""
+        if "rule" in notes and (failure is None or notes.get("verdict") != Verdict.ALLOW.value):
+            outcome += f" by rule “{notes['rule']}”"
+        if failure is not None:
+            notes["error_text"] = one_line(failure.text, MAXIMUM_LINE)
+            outcome += f": {notes['error_text']}"
         log(
-            Priority.INFO if not error else Priority.NOTICE,
-            f"{method} for uid {notes['caller_uid']} (pid {notes['caller_pid']}): {outcome}{rule}",
+            Priority.INFO if failure is None else Priority.NOTICE,
+            f"{method} for uid {notes['caller_uid']} (pid {notes['caller_pid']}): {outcome}",
             message_id=REQUEST_ID,
             method=method,
-            error=error,
+            error="" if failure is None else failure.name,
             duration_usec=str(int(seconds * 1e6)),
             **notes,
         )
@@ -317,15 +331,6 @@ def send_ahead(connection: socket.socket, reply: bytes) -> None:
             sockets.send(connection, reply, [], time.monotonic() + DEADLINES[Phase.REPLY])
         except OSError:
             raise PeerGone("it takes no replies") from None
-
-
-def error_name(reply: bytes) -> str:
-    """Return the name of the error that a reply of ours says, "" for none."""
-    prefix = b'{"error":"'
-    if not reply.startswith(prefix):
-        return ""
-    name = reply[len(prefix) :].split(b'"', 1)[0].decode()
-    return name.rpartition(".")[2]
 
 
 def report_bug(error: Exception) -> None:

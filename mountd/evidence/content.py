@@ -65,16 +65,22 @@ def signable(digests: Sequence[tuple[str, str]]) -> tuple[Content, ...]:
         raise ValueError(f"more than {MAXIMUM_DIGESTS} digests")
     found: list[Content] = []
     for covers, digest in digests:
-        match = DIGEST.fullmatch(digest)
-        if covers not in COVERS or match is None or len(match[2]) != 2 * LENGTHS[match[1]]:
+        if covers not in COVERS or not is_digest(digest):
             raise ValueError(f"no digest of an image: {covers} {digest!r}")
-        algorithm, raw = match[1], bytes.fromhex(match[2])
-        found.append(Content(covers, digest, Payload(match[2].encode())))
+        algorithm, _, digits = digest.partition(":")
+        raw = bytes.fromhex(digits)
+        found.append(Content(covers, digest, Payload(digits.encode())))
         if covers == "fs-verity" and algorithm in FS_VERITY_NUMBERS:
             found.append(Content(covers, digest, Payload(formatted_digest(algorithm, raw))))
         elif covers == "image":
             found.append(Content(covers, digest, Payload(None, (algorithm, raw))))
     return tuple(found)
+
+
+def is_digest(text: str) -> bool:
+    """Tell whether this is a whole digest, as "ALGORITHM:HEX"."""
+    match = DIGEST.fullmatch(text)
+    return match is not None and len(match[2]) == 2 * LENGTHS[match[1]]
 
 
 def formatted_digest(algorithm: str, raw: bytes) -> bytes:

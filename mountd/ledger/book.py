@@ -27,13 +27,12 @@ import os
 import shutil
 import stat
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import LimitExceeded, NotSupported, SyscallError
 from mountd.kernel import capabilities, mark, watch
 from mountd.ledger import live
-from mountd.ledger.record import MAXIMUM_SIZE, decode
+from mountd.ledger.record import MAXIMUM_SIZE, decode, ended, without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 TRIES = 4
 BOUND = "bound"  # a link in each directory, to the number of places that were in use at the most
 ROOT = "root"
-CLAIMED = "claimed"
+CLAIMED = "claimed.names"  # in it, each name is a number; a directory for each would stay for ever
 MAXIMUM_OF_ROOT = 65536
 COLLECT_EVERY = 256  # reservations, at least
 ABANDONED = 60.0  # seconds after which a place that nobody has written to belongs to nobody
@@ -177,8 +176,17 @@ class Book:
 
         Raises LimitExceeded if it belongs to one that is there, SyscallError.
         """
-        mark = hashlib.sha256(name.encode()).hexdigest()[:32]
-        place.add(self._link(place.path, f"{self._directory}/{CLAIMED}.{mark}", 1))
+        directory = f"{self._directory}/{CLAIMED}"
+        path = f"{directory}/{int(hashlib.sha256(name.encode()).hexdigest()[:32], 16)}"
+        with named("writing the ledger"):
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            for clear in (None, self._collect, self._look_closer):
+                if clear is not None:
+                    clear()
+                with contextlib.suppress(FileExistsError):
+                    os.link(place.path, path)
+                    return place.add(path)
+        raise LimitExceeded(RULE_LIMIT, 1, hint=HINT)
 
     def watch(self, mount: OwnedFd) -> int:
         """Watch the superblock of a mount that has no ids mapped yet; return the watch, 0 for none."""
@@ -243,14 +251,13 @@ class Book:
         For the start of a daemon that has a new one. Raises SyscallError.
         """
         with named("reading the ledger"):
-            for (path, *_), record in self._written().items():
-                # In place: a file of the ledger has two names.
-                with open(path, "r+b") as file:
-                    left = replace(
-                        record, watch=0 if watches else record.watch, mark=0 if marks else record.mark
-                    )
-                    file.write(left.encode())
-                    file.truncate()
+            names = [name for name, lost in (("watch", watches), ("mark", marks)) if lost]
+            for path, _, data in self._written():
+                # In place: a file of the ledger has several names. And each number by itself, at its length,
+                # so that there is a whole record at every moment, if this is killed.
+                with open(path, "r+b", buffering=0) as file:
+                    for begin, nothing in without(data or b"", names):
+                        os.pwrite(file.fileno(), nothing, begin)
 
     def collect(self) -> None:
         """Clear away what is gone, if that is due; for when nobody waits. Raises SyscallError."""
@@ -457,25 +464,6 @@ def usable(taken: set[int], maximum: int) -> int:
         number -= 1
         count += number in taken
     return number
-
-
-def ended(records: Collection[Record], sure: set[int]) -> set[int]:
-    """Return the ids of the records that tell nothing any more; `sure` are those of marks that are left.
-
-    The mark of a mount is gone, and its superblock is another's as well, which tells of it. Of a superblock
-    that only copies or nobody seem to have, the oldest record stays.
-    """
-    over = [record for record in records if record.mark and record.id not in sure]
-    told = {record.device for record in records if record.superblock and record.id in sure}
-    gone = set()
-    for record in sorted(over, key=lambda record: record.id):
-        if not record.superblock:
-            gone.add(record.id)
-        elif record.shared and record.watch:
-            if record.device in told:
-                gone.add(record.id)
-            told.add(record.device)
-    return gone
 
 
 def directory_of(owner: int, roots_namespace: int) -> str:

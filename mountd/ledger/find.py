@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import NotSupported, SyscallError
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mountd.fds import OwnedFd
 
     Device = tuple[int, int]
-    Owners = dict[tuple[int, int], int | None]  # of user namespaces, by device and inode
+    Payer = tuple[int, int]  # as that of a record
+    Payers = dict[tuple[int, int], Payer | None]  # of user namespaces, by device and inode
 
 DEVICE = StatmountMask.SB_BASIC
 TYPE = StatmountMask.FS_TYPE
@@ -38,7 +39,8 @@ GONE = ("ENOENT", "ESRCH", "EINVAL")
 class Attachment:
     """One mount of a superblock: `mount_point` is as seen from the root of its mount namespace.
 
-    `id` is the unique mount id, `namespace` that of the mount namespace, `file_system` the type.
+    `id` is the unique mount id, `namespace` that of the mount namespace, `file_system` the type. `payer` is
+    whose container that namespace is in, None for the host's own.
     """
 
     id: int
@@ -46,6 +48,7 @@ class Attachment:
     mount_point: str
     namespace: int
     file_system: str = ""
+    payer: Payer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +78,24 @@ def attachments(
     found: list[Attachment] = []
     namespaces, complete = in_order(hidden, time.monotonic() + walk_seconds)
     deadline = time.monotonic() + seconds
-    for namespace in namespaces:
+    for namespace, whose in namespaces:
         for id in ended_is_empty(namespace):
             place = attached_at(id, namespace, devices, ids)
             if place is not None:
-                found.append(place)
+                found.append(replace(place, payer=whose))
             if time.monotonic() > deadline:
                 return found, False
     return found, complete and time.monotonic() <= deadline
 
 
-def in_order(hidden: frozenset[int], deadline: float) -> tuple[list[int], bool]:
-    """Return the ids of mount namespaces: the host's, and then one of each owner of containers in turn.
+def in_order(hidden: frozenset[int], deadline: float) -> tuple[list[tuple[int, Payer | None]], bool]:
+    """Return the ids of mount namespaces with whose they are: the host's, then one of each payer in turn.
 
     And whether that are all: none is added after the deadline. Of one owner's, those with few mounts come
     first. So who makes many, of whichever, harms nobody else. Raises SyscallError, NotSupported.
     """
-    of_each: dict[int | None, list[tuple[int, int]]] = {}
-    owners: Owners = {}
+    of_each: dict[Payer | None, list[tuple[int, int]]] = {}
+    known: Payers = {}
     complete = True
     for space in mount_info.mount_namespaces():
         if space.id in hidden:
@@ -102,27 +105,28 @@ def in_order(hidden: frozenset[int], deadline: float) -> tuple[list[int], bool]:
             break
         with contextlib.suppress(SyscallError):  # it has ended
             count = mount_info.count_mounts(space.id, MANY)
-            of_each.setdefault(owner(space.fd, owners), []).append((count, space.id))
-    found: list[tuple[bool, int, int, int]] = []
+            of_each.setdefault(payer(space.fd, known), []).append((count, space.id))
+    found: list[tuple[bool, int, int, int, Payer | None]] = []
     for whose, theirs in of_each.items():
         for turn, (count, id) in enumerate(sorted(theirs)):
-            found.append((whose is not None, turn, count, id))
-    return [id for *_, id in sorted(found)], complete
+            found.append((whose is not None, turn, count, id, whose))
+    return [(id, whose) for *_, id, whose in sorted(found, key=lambda each: each[:4])], complete
 
 
 def is_hosts(namespace: OwnedFd) -> bool:
     """Tell whether a mount namespace is of the host's root, and not of one of a container."""
-    return owner(namespace) is None
+    return payer(namespace) is None
 
 
-def owner(namespace: OwnedFd, known: Owners | None = None) -> int | None:
+def payer(namespace: OwnedFd, known: Payers | None = None) -> Payer | None:
     """Return whose container a mount namespace is in, None for the host's own.
 
-    That is who made the outermost user namespace. In `known` it is kept of all on the way to that, for who
+    That is who made the outermost user namespace, and which one if it is root, as what root has made belongs
+    to different people. In `known` it is kept of all on the way to that, for who
     asks of many that are all there: each of them can lie in as many others as the kernel lets it.
     """
     known = {} if known is None else known
-    found = None
+    found: Payer | None = None
     passed: list[tuple[int, int]] = []
     with contextlib.suppress(SyscallError), contextlib.ExitStack() as stack:
         outer: OwnedFd | None = stack.enter_context(owner_of(namespace.fileno()))
@@ -133,7 +137,8 @@ def owner(namespace: OwnedFd, known: Owners | None = None) -> int | None:
                 found = known[here]
                 break
             passed.append(here)
-            found = owner_uid(outer.fileno())
+            uid = owner_uid(outer.fileno())
+            found = (uid, 0 if uid else status.st_ino)
             outer = parent(outer.fileno())
             if outer is not None:
                 stack.enter_context(outer)

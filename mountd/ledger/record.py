@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
 
 MAXIMUM_SIZE = 32768  # bytes of one record: an image may have more than a hundred layers, with a digest each
 
@@ -44,6 +49,11 @@ class Record:
     roots_namespace: int = 0
     mark: int = 0
     layers: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def payer(self) -> tuple[int, int]:
+        """Whom the mount counts for: a user, or one of the containers that root has made."""
+        return self.owner, self.roots_namespace
 
     def encode(self) -> bytes:
         """Return it as JSON."""
@@ -89,6 +99,35 @@ def decode(data: bytes) -> Record | None:
 def is_device(value: object) -> bool:
     """Tell whether `value` is a device number."""
     return isinstance(value, list) and len(value) == 2 and all(is_number(each) for each in value)
+
+
+def without(data: bytes, names: Iterable[str]) -> list[tuple[int, bytes]]:
+    """Return what to write where over a record, so that the numbers with these names are 0.
+
+    It stays as long as it is, as JSON has room for blanks. In a text a quotation mark has a backslash before
+    it, so that nothing in one looks like a name.
+    """
+    found = (re.search(rf'(?<!\\)"{name}" ?: ?([0-9]+)'.encode(), data) for name in names)
+    return [(each.start(1), b"0".ljust(len(each[1]))) for each in found if each is not None]
+
+
+def ended(records: Collection[Record], sure: set[int]) -> set[int]:
+    """Return the ids of the records that tell nothing any more; `sure` are those of marks that are left.
+
+    The mark of a mount is gone, and its superblock is another's as well, which tells of it. Of a superblock
+    that only copies or nobody seem to have, the oldest record stays.
+    """
+    over = [record for record in records if record.mark and record.id not in sure]
+    told = {record.device for record in records if record.superblock and record.id in sure}
+    gone = set()
+    for record in sorted(over, key=lambda record: record.id):
+        if not record.superblock:
+            gone.add(record.id)
+        elif record.shared and record.watch:
+            if record.device in told:
+                gone.add(record.id)
+            told.add(record.device)
+    return gone
 
 
 def is_number(value: object) -> bool:

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import DeniedByPolicy, NotSupported
+from mountd.kernel import mount_info
 from mountd.ledger import live
 from mountd.service.descriptors import Descriptors
 from mountd.service.phase import Phase
@@ -37,6 +38,7 @@ def list_mounts(parameters: dict[str, Any], fds: list[OwnedFd], context: Request
         raise DeniedByPolicy(
             "only the host's root sees the mounts of others", hint="leave “all” out to see your own"
         )
+    here = None if caller.is_host_root else namespace_of(context)
     found = [each for each in living(context) if everybody or belongs_to(each.record, caller)]
     found.sort(key=lambda each: each.record.id)
     mounts: list[dict[str, object]] = []
@@ -44,7 +46,7 @@ def list_mounts(parameters: dict[str, Any], fds: list[OwnedFd], context: Request
     for each in found:
         if each.record.id <= (parameters.get("after") or 0):
             continue
-        mount = described(each, tell_unsure=caller.is_host_root)
+        mount = described(each, caller, here)
         length += len(json.dumps(mount))
         if mounts and length > PAGE:
             return {"mounts": mounts, "next": mounts[-1]["id"]}, []
@@ -63,20 +65,45 @@ def belongs_to(record: Record, caller: Caller) -> bool:
     """Tell whether a mount is the caller's: asked for by itself, or in a container of its own.
 
     A container sees what was asked for by an id that it maps, and its owner's, so that one container of
-    somebody does not see another.
+    somebody does not see another. Without the capability, uid 0 of the host is in many containers and
+    services, so that it only sees what was asked for from within the same one.
     """
+    if caller.on_host and caller.uid == 0 and not caller.is_host_root:
+        return record.payer == caller.payer and record.unit == caller.unit is not None
     if caller.on_host:
         return caller.uid in (record.uid, record.owner)
     namespace = caller.user_namespace
     mapped = any(each.outer <= record.uid < each.outer + each.count for each in namespace.uid_map)
-    return mapped and (record.owner, record.roots_namespace) == caller.payer
+    return mapped and record.payer == caller.payer
 
 
-def described(each: Live, *, tell_unsure: bool) -> dict[str, object]:
-    """Return a LiveMount; with `tell_unsure` also what may be another's."""
+def namespace_of(context: RequestContext) -> int | None:
+    """Return the id of the mount namespace that the caller is in, None on kernels that tell none.
+
+    Raises PeerGone, SyscallError.
+    """
+    try:
+        with context.peer.mount_namespace() as namespace:
+            return mount_info.namespace_id(namespace.fileno())
+    except NotSupported:
+        return None
+
+
+def may_be_told(place: Attachment, caller: Caller, here: int | None) -> bool:
+    """Tell whether the caller may know where something is attached: not what others call their directories.
+
+    A mount gets there by propagation, into a container of somebody who has copied the directory above it.
+    """
+    return caller.is_host_root or place.payer in (None, caller.payer) or place.namespace == here
+
+
+def described(each: Live, caller: Caller, here: int | None) -> dict[str, object]:
+    """Return a LiveMount for a caller in the mount namespace `here`; what it may not know is counted."""
     record = each.record
-    attached, unlisted = places(each.attached)
-    perhaps, more = places(each.unsure) if tell_unsure else ([], 0)
+    told = [place for place in each.attached if may_be_told(place, caller, here)]
+    attached, unlisted = places(told)
+    # Only the host's root is told what may be another's.
+    perhaps, more = places(each.unsure) if caller.is_host_root else ([], len(each.attached) - len(told))
     fields = {
         "id": record.id,
         "uid": record.uid,

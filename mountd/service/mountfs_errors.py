@@ -64,6 +64,8 @@ NUMBERS: dict[type[MountdError], int] = {
     errors.UnsupportedFileSystem: errno.EOPNOTSUPP,
     errors.WrongKey: errno.EKEYREJECTED,
 }
+# All that a caller can get.
+WIRE_NAMES = {*NAMES.values(), *OF_IMAGES.values(), SYSTEM, INVALID_PARAMETER, BAD_FLAGS, NO_ROOT}
 
 
 class TheirError(MountdError):

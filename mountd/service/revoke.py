@@ -14,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import InvalidParameter, MountdError, NotFound, SyscallError
+from mountd.evidence.content import is_digest
 from mountd.execute import attachment as attaching
 from mountd.execute import mount_table, taking_back
 from mountd.fds import OwnedFd
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from mountd.wire.dispatch import Handler, Reply
 
 FIELDS = ("id", "digest", "uid")
+NO_DIGEST = (
+    "it has to be whole, such as “sha256:” and 64 hexadecimal digits; “mountctl list --all -l” shows it"
+)
 UNSEEN = "no process shows it: a descriptor on its way, a mapping, or a file system that was made from it"
 NOT_ALL = "there may be others: so many files are open on this system that not all were looked at"
 NOT_ALL_PLACES = "there may be other places: so many mounts are on this system that not all were looked at"
@@ -65,6 +69,9 @@ def revoke(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     if len(given) != 1:
         raise InvalidParameter("id", f"one of {', '.join(FIELDS)} has to be given")
     ((name, value),) = given.items()
+    if name == "digest" and not is_digest(value):
+        # An empty one would be that of all mounts that have none.
+        raise InvalidParameter(name, NO_DIGEST)
     everybody = living(context)
     chosen = [each for each in everybody if is_meant(each.record, name, value)]
     if not chosen:
@@ -93,7 +100,7 @@ def is_meant(record: Record, name: str, value: object) -> bool:
         return value in (record.uid, record.owner)
     if name == "digest":
         # Of a stack, each layer's.
-        return value in (record.digest or "").split(", ")
+        return record.digest is not None and value in record.digest.split(", ")
     return record.id == value
 
 
@@ -117,10 +124,11 @@ def take_back(chosen: list[Live], everybody: list[Live]) -> tuple[list[Attachmen
         deadline = time.monotonic() + SECONDS
         for space in spaces:
             there = by_space[space.id]
-            for owner in {record.owner for _, record in there}:
-                theirs = [(place, record) for place, record in there if record.owner == owner]
-                loose = {each.record.id for each in everybody if each.record.owner == owner}
-                own = find.owner(space.fd) == owner
+            inside = find.payer(space.fd)
+            for payer in {record.payer for _, record in there}:
+                theirs = [(place, record) for place, record in there if record.payer == payer]
+                loose = {each.record.id for each in everybody if each.record.payer == payer}
+                own = inside == payer
                 try:
                     moved |= take_back_there(theirs, space, None if own else loose, deadline)
                 except TooManyHanging:

@@ -41,6 +41,7 @@ from mountd.errors import (
 )
 from mountd.fds import OwnedFd, close_all
 from mountd.version import VERSION
+from mountd.wire.answer import Answer, Failure, failure_of, unknown
 from mountd.wire.framing import (
     INTEGER_MAX,
     INTEGER_MIN,
@@ -149,27 +150,29 @@ class Dispatcher:
 
     def handle(
         self, message: Message, context: object, send: Callable[[bytes], None] | None = None
-    ) -> tuple[bytes, list[OwnedFd]]:
-        """Answer one message: the last reply with its NUL, and the descriptors to send along, owned.
+    ) -> Answer:
+        """Answer one message.
 
         `send` gets each reply before that, with its NUL, as soon as it is there; what it raises ends the
         call, as an exception of the handler does. None is for a transport that cannot.
 
-        A oneway call gets no bytes, whatever comes of it. What descriptors `message` still has are its
-        owner's to close, after the reply was sent: closing one can take as long as a hostile server likes.
+        What descriptors `message` still has are its owner's to close, after the reply was sent: closing one
+        can take as long as a hostile server likes.
         """
         exchange = _Exchange(message.fds, context)
         try:
-            reply = self._reply(message, exchange, send)
+            reply, failure = self._reply(message, exchange, send)
             if message.body.get("oneway") is True:
                 # Also if the call was refused: a reply would be taken for that of the next call.
-                return b"", []
+                return Answer(b"", [], failure)
             fds, exchange.reply_fds = exchange.reply_fds, []
-            return reply, fds
+            return Answer(reply, fds, failure)
         finally:
             close_all(exchange.reply_fds)
 
-    def _reply(self, message: Message, exchange: _Exchange, send: Callable[[bytes], None] | None) -> bytes:
+    def _reply(
+        self, message: Message, exchange: _Exchange, send: Callable[[bytes], None] | None
+    ) -> tuple[bytes, Failure | None]:
         """Return the reply, which for every exception is an error without descriptors."""
         failure: MountdError
         try:
@@ -186,13 +189,18 @@ class Dispatcher:
             failure = self._bug(error)
         close_all(exchange.reply_fds)
         try:
-            failure = self._translate(failure)
-            return encode(error_body(failure, self._error_interface(message, failure)), is_reply=True)
+            said = self._translate(failure)
+            reply = encode(error_body(said, self._error_interface(message, said)), is_reply=True)
         except (MountdError, TypeError, ValueError) as error:
             # The error itself cannot be said: it is too long, or its parameters are no JSON.
-            return encode(error_body(self._translate(self._bug(error))), is_reply=True)
+            failure = self._bug(error)
+            said = self._translate(failure)
+            reply = encode(error_body(said), is_reply=True)
+        return reply, failure_of(failure, said)
 
-    def _run(self, message: Message, exchange: _Exchange, send: Callable[[bytes], None] | None) -> bytes:
+    def _run(
+        self, message: Message, exchange: _Exchange, send: Callable[[bytes], None] | None
+    ) -> tuple[bytes, Failure | None]:
         """Check the call, let the package route it, and return the last reply."""
         call = parse_call(message.body)
         more = call.more and call.method not in self._streaming
@@ -204,24 +212,28 @@ class Dispatcher:
             self._checks[call.method](call.parameters, "")
             if call.oneway and _has_descriptors(interface, method.out_type):
                 # Not even begun: its whole result would be closed at once.
-                return b""
+                raise InvalidParameter("oneway", "nobody would get the descriptors that it returns")
         exchange.parameters = call.parameters
         if call.more and not call.oneway:
             exchange.send = send
-        reply = self._route({**message.body, "parameters": dict(call.parameters)}, message.raw, exchange)
+        routed = self._route({**message.body, "parameters": dict(call.parameters)}, message.raw, exchange)
         if len(exchange.reply_fds) > MAX_FDS:
             raise LimitExceeded("descriptors in a message", MAX_FDS)
-        return reply
+        return routed
 
-    def _route(self, body: dict[str, object], raw: bytes, exchange: _Exchange) -> bytes:
+    def _route(
+        self, body: dict[str, object], raw: bytes, exchange: _Exchange
+    ) -> tuple[bytes, Failure | None]:
         """Have the package find and call the handler of a decoded call, which it changes; return the reply.
 
         Service.handle() is the same around another decoding of the message, by rules that are less strict.
         """
         for reply in self._service._handle(body, raw, None, exchange):
             # The first is the only one: no adapter is a generator.
-            return encode(reply.as_dict() if isinstance(reply, VarlinkError) else reply, is_reply=True)
-        return b""
+            if isinstance(reply, VarlinkError):
+                return encode(reply.as_dict(), is_reply=True), unknown(reply)
+            return encode(reply, is_reply=True), None
+        return b"", None
 
     def _error_interface(self, message: Message, failure: MountdError) -> str:
         """Return the interface of the call if it declares such an error, the usual one otherwise."""

@@ -83,13 +83,14 @@ def test_more_namespaces_than_descriptors(
 
 def test_who_makes_many_mounts_is_looked_at_last(containers: None) -> None:
     with crowd(1, 3000) as (many,), crowd(1) as (few,):
-        order, complete = find.in_order(frozenset(), float("inf"))
+        spaces, complete = find.in_order(frozenset(), float("inf"))
+        order = [id for id, _ in spaces]
         assert complete
         assert order.index(few) < order.index(many)
         with namespace_of("self") as space:
             own = space.id
         assert order.index(own) < order.index(few)
-        assert own not in find.in_order(frozenset({own}), float("inf"))[0]
+        assert own not in dict(find.in_order(frozenset({own}), float("inf"))[0])
         assert find.in_order(frozenset(), 0.0) == ([], False)
         assert count_mounts(many, 1 << 20) == len(listmount(namespace=many)) > 3000
         assert count_mounts(many, 5) >= 5
@@ -97,7 +98,7 @@ def test_who_makes_many_mounts_is_looked_at_last(containers: None) -> None:
 
 def test_who_makes_many_namespaces_is_not_looked_at_before_others(containers: None) -> None:
     with crowd(300) as many, crowd(2, 200, owner=USER + 1) as few:
-        order, _ = find.in_order(frozenset(), float("inf"))
+        order = list(dict(find.in_order(frozenset(), float("inf"))[0]))
         assert set(order) >= {*many, *few}
         last = max(order.index(each) for each in few)
         assert len([each for each in many if order.index(each) < last]) <= 4
@@ -129,10 +130,13 @@ def test_a_path_that_is_too_long_is_nobodys_harm(
 
 
 def test_whose_container_it_is(containers: None) -> None:
-    """Of one in another as well, it is whoever of the host has made the outer one."""
-    with crowd(1) as (inside,):
-        found = {space.id: find.owner(space.fd) for space in mount_namespaces()}
-    assert found[inside] == USER
+    """Of one in another as well, it is whoever has made the outer one; of those of root, each is one."""
+    with crowd(1) as (inside,), crowd(1, owner=0) as (one,), crowd(1, owner=0) as (other,):
+        found = {space.id: find.payer(space.fd) for space in mount_namespaces()}
+    assert found[inside] == (USER, 0)
+    roots = [found[each] or (-1, 0) for each in (one, other)]
+    assert [uid for uid, _ in roots] == [0, 0]
+    assert 0 != roots[0][1] != roots[1][1] != 0
     with namespace_of("self") as space:
         assert found[space.id] is None
 
@@ -145,9 +149,9 @@ def test_who_nests_user_namespaces_is_asked_about_them_once(
     parent = find.parent
     with crowd(20, depth=8) as inside, monkeypatch.context() as patch:
         patch.setattr(find, "parent", lambda fd: asked.append(fd) or parent(fd))
-        known: find.Owners = {}
-        whose = [find.owner(space.fd, known) for space in mount_namespaces() if space.id in inside]
-    assert whose == [USER] * 20
+        known: find.Payers = {}
+        whose = [find.payer(space.fd, known) for space in mount_namespaces() if space.id in inside]
+    assert whose == [(USER, 0)] * 20
     assert len(asked) == 9
 
 

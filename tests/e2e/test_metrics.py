@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mountd.daemon.limits import DEADLINES, MAXIMUM_STUCK_PER_OWNER, MAXIMUM_WORKERS
+from mountd.fds import OwnedFd
 from mountd.service.phase import Phase
+from tests.container import USER
 from tests.daemon import Daemon
+from tests.e2e import stored
 from tests.e2e.admin import ask, counted
 from tests.e2e.calls import explain, mount, outcome
 from tests.e2e.conftest import trusting
+from tests.e2e.test_shared import ask_as
 from tests.fuse import Fuse, Op
 from tests.programs import Done, check_line, run
 from tests.programs import as_user as user_runs
@@ -215,8 +219,37 @@ class TestProgram:
             value for key, value in found.items() if key.startswith(f"mountd_requests_total{{{label},")
         ]
         assert buckets[-1] == count == sum(results) >= 2
-        # What nobody keeps a record of is left out, not 0.
-        assert "mountd_live_mounts" not in found or found["mountd_live_mounts"] >= 0
+
+    def test_what_there_is(
+        self,
+        start: Callable[..., Daemon],
+        images: dict[str, Path],
+        installed: Path,
+        held: list[OwnedFd],
+    ) -> None:
+        """Live mounts, and what is in the store: as the text and Status say it, too."""
+        daemon = start(trusting(images["erofs"].parent))
+
+        def found() -> tuple[object, ...]:
+            text = self.parsed(run([installed / "bin/mountctl", "metrics"], daemon.socket).stdout)
+            told, status = ask(daemon, "Metrics"), ask(daemon, "Status")
+            numbers = [
+                (told["liveMounts"], told["storeImages"], told["storeBytes"]),
+                (status["liveMounts"], status["store"]["images"], status["store"]["bytes"]),
+                tuple(text[f"mountd_{name}"] for name in ("live_mounts", "store_images", "store_bytes")),
+            ]
+            assert len(set(numbers)) == 1, numbers
+            return numbers[0]
+
+        assert found() == (0, 0, 0)
+        held += [ask_as(daemon, images["erofs"], uid) for uid in (USER, USER, 0)]
+        assert found() == (3, 0, 0)
+        digests = [str(stored.import_file(daemon, images[type])["digest"]) for type in ("erofs", "squashfs")]
+        sizes = [images[type].stat().st_size for type in ("erofs", "squashfs")]
+        assert found() == (3, 2, sum(sizes))
+        held.pop().close()
+        stored.call(daemon, "Remove", digest=digests[0])
+        assert eventually(lambda: found() == (2, 1, sizes[1]))
 
     def test_a_file_is_replaced_as_a_whole(self, daemon: Daemon, installed: Path, place: Path) -> None:
         directory = place / "collector"

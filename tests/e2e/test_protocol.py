@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ import pytest
 from mountd.daemon.limits import MAXIMUM_CONNECTIONS_PER_OWNER, MAXIMUM_WORKERS
 from mountd.wire.framing import MAX_FDS, MAX_MESSAGE
 from tests.daemon import Daemon
-from tests.rogue import ATTACKER, GET_INFO, Raw, ask, call, error, mount_call, neighbour, opened
+from tests.e2e.admin import counted
+from tests.rogue import ATTACKER, GET_INFO, Raw, ask, call, error, eventually, mount_call, neighbour, opened
 
 MIB = 1 << 20
 DEEP = 60_000
 IMAGE = "source.imageFileDescriptor"
+REFUSED_ONEWAY = "refused with InvalidParameter: invalid parameter oneway: "
 
 
 @contextlib.contextmanager
@@ -321,7 +324,8 @@ def test_a21_flags_and_methods_that_are_not_offered(daemon: Daemon, data: bytes,
 
 
 def test_a21_oneway_has_no_reply_and_mounts_nothing(daemon: Daemon, images: dict[str, Path]) -> None:
-    before = daemon.log.count("Mount for uid")
+    allowed, refused = (f"Mount for uid 0 (pid {os.getpid()}): {each}" for each in ("allow", REFUSED_ONEWAY))
+    before = daemon.log.count(allowed)
     with opened(images["erofs"]) as fds, Raw(daemon) as raw:
         raw.send(call("Mount", {"source": {"imageFileDescriptor": 0}}, oneway=True), fds)
         raw.send(call("Nothing", oneway=True))
@@ -330,7 +334,32 @@ def test_a21_oneway_has_no_reply_and_mounts_nothing(daemon: Daemon, images: dict
         assert reply is not None
         assert reply["parameters"]["product"] == "mountd"
         assert not raw.fds
-    assert daemon.log.count("Mount for uid") == before
+    assert daemon.log.count(allowed) == before
+    assert eventually(lambda: refused in daemon.log)
+
+
+def test_what_came_of_a_oneway_call_is_told_to_those_who_keep_count(start: Callable[..., Daemon]) -> None:
+    """Nobody else gets to know of it."""
+    daemon = start("")
+    image = {"digest": f"sha256:{'0' * 64}"}
+    calls = (
+        ("io.mountd.Images.Remove", image, 0, "NotFound"),
+        ("io.mountd.Mount.Detach", {"id": 1}, 0, "NotFound"),
+        ("io.mountd.Admin.Revoke", {"id": 1}, ATTACKER, "DeniedByPolicy"),
+        ("io.mountd.Admin.Reload", {}, ATTACKER, "DeniedByPolicy"),
+        ("io.mountd.Admin.Status", {}, ATTACKER, "DeniedByPolicy"),
+        ("io.mountd.Admin.Status", {}, 0, ""),
+    )
+    for method, parameters, uid, name in calls:
+        with Raw(daemon, uid) as raw:
+            raw.send(call(method, parameters, oneway=True))
+            raw.send(GET_INFO)
+            assert error(raw.reply()) == ""
+        line = f"{method.rpartition('.')[2]} for uid {uid} (pid {os.getpid()}): "
+        if name:
+            assert eventually(lambda line=line, name=name: f"{line}refused with {name}: " in daemon.log)
+        assert f"{line}done" not in daemon.log
+        assert counted(daemon, method, name or "done") == 1
 
 
 def test_a21_flood_of_get_info(daemon: Daemon, images: dict[str, Path]) -> None:

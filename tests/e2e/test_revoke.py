@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from mountd.client import Client
-from mountd.kernel import mount_api, namespaces
+from mountd.fds import OwnedFd
+from mountd.kernel import mount_api, namespaces, sockets
 from mountd.kernel.flags import Clone
+from mountd.kernel.libc import call
 from mountd.kernel.mount_info import mount_id
 from tests.container import USER, as_user, in_container, staying_in_container
 from tests.daemon import Daemon
-from tests.e2e.calls import mounted, outcome
+from tests.e2e.calls import mounted, outcome, refused
 from tests.e2e.conftest import trusting
 from tests.e2e.test_list import listed, wait_for
 from tests.e2e.test_shared import ask_as
@@ -124,7 +126,72 @@ def test_by_digest(start: Callable[..., Daemon], images: dict[str, Path], place:
         reply = revoke(daemon, digest=digest)
         assert [each["pid"] for each in reply["held"]] == [os.getpid()]
         assert mount_id(mount.fileno())
-    assert outcome(lambda: revoke(daemon, digest="sha256:00"))[0] == "NotFound"
+    assert outcome(lambda: revoke(daemon, digest=f"sha512:{'0' * 128}"))[0] == "NotFound"
+
+
+@pytest.mark.parametrize("digest", ["", "sha256:", "sha256:00", "0" * 64, f"sha256:{'A' * 64}", ", "])
+def test_what_is_no_digest_is_that_of_no_mount(
+    serving: Daemon, images: dict[str, Path], containers: None, digest: str
+) -> None:
+    """Such as an empty one, of a variable that nobody has set: many mounts have none."""
+    with attached_in_a_container(serving, images["erofs"]) as (_, asking):
+        refused(lambda: revoke(serving, digest=digest), "InvalidParameter", "it has to be whole")
+        asking.send(b"?")
+        assert asking.recv(100) == b"True True"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_in_the_way_in_a_container_that_root_has_made(
+    serving: Daemon, images: dict[str, Path], containers: None, own: bool
+) -> None:
+    """It loses what is in the way of its own mounts, and nothing for those of others that root has made."""
+
+    def attach(mount: OwnedFd) -> None:
+        for path in ("/mnt", "/mnt/sub"):
+            call("mount", b"t", path.encode(), b"tmpfs", 0, b"")
+            os.makedirs("/mnt/sub/m", exist_ok=True)
+        mount_api.move_mount(mount.fileno(), "/mnt/sub/m")
+        call("mount", b"t", b"/mnt/sub", b"tmpfs", 0, b"")
+        Path("/mnt/sub/data").touch()
+
+    def receiving(theirs: socket.socket) -> None:
+        theirs.send(b"!")
+        _, (mount, *_), _ = sockets.receive(theirs, 1, 1)
+        with mount:
+            attach(mount)
+        theirs.send(b"!")
+        while theirs.recv(1):
+            theirs.send(f"{os.path.exists('/mnt/sub/data')}".encode())
+
+    def asking(theirs: socket.socket) -> None:
+        with mounted(serving.socket, images["erofs"], userns="/proc/self/ns/user") as reply:
+            if own:
+                attach(reply.mount)
+            else:
+                sockets.send(theirs, b"!", [reply.mount])
+        while theirs.recv(1):
+            theirs.send(f"{os.path.exists('/mnt/sub/data')}".encode())
+
+    with (
+        staying_in_container(asking, owner=0) as one,
+        staying_in_container(receiving, owner=0) as other,
+    ):
+        holder = one
+        if not own:
+            _, (mount, *_), _ = sockets.receive(one, 1, 1)
+            with mount:
+                assert other.recv(1) == b"!"
+                sockets.send(other, b"!", [mount])
+            assert other.recv(1) == b"!"
+            holder = other
+        wait_for(lambda: any(each["attached"] for each in listed(serving, everybody=True)))
+        (found,) = listed(serving, everybody=True)
+        reply = revoke(serving, id=found["id"])
+        assert bool(reply["detached"]) == own
+        assert bool(reply["held"]) == (not own)
+        holder.send(b"?")
+        assert holder.recv(10) == (b"False" if own else b"True")
+    wait_for(lambda: not listed(serving, everybody=True))
 
 
 def test_only_root_and_only_one_of_them(serving: Daemon, images: dict[str, Path], containers: None) -> None:

@@ -146,7 +146,7 @@ def test_dispatch(dispatcher: Dispatcher, body: dict[str, object], count: int) -
     message = reader.next_message()
     assert message is not None
     context = str(body["method"]).rpartition(".")[2]
-    reply, fds = dispatcher.handle(message, context)
+    reply, fds, failure = dispatcher.handle(message, context)
     message.close()
     close_all(fds)
     reader.close()
@@ -156,4 +156,5 @@ def test_dispatch(dispatcher: Dispatcher, body: dict[str, object], count: int) -
     else:
         body_of_reply = decode(reply[:-1])
         assert set(body_of_reply) in ({"parameters"}, {"error", "parameters"})
+        assert ("error" in body_of_reply) == (failure is not None)
         parse(body_of_reply)

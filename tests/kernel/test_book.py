@@ -21,7 +21,7 @@ from mountd.kernel.mount_info import mount_id
 from mountd.ledger import book as module
 from mountd.ledger import find
 from mountd.ledger.book import Book, Reservation, usable
-from mountd.ledger.record import Record
+from mountd.ledger.record import Record, decode, without
 
 OWNER = (4270, 0)
 RECORD = Record(1, 0, (0, 0), 4270, 4270, 1, "/image", "tmpfs", True, "none", 1)
@@ -204,6 +204,41 @@ def test_many_at_the_same_time_get_no_more_than_there_may_be(home: Path, watches
     assert before.records() == []
 
 
+@pytest.mark.parametrize("given_back", [True, False])
+def test_nothing_stays_of_what_was_claimed(home: Path, watches: OwnedFd, given_back: bool) -> None:
+    """A user has as many directories to claim as he likes, one after the other."""
+    ledger = book(home, watches)
+    left = []
+    for number in range(3):
+        for each in range(20):
+            made = mount()
+            place = ledger.reserve(OWNER, None, None)
+            ledger.claim(place, f"{number} {each}")
+            fill(ledger, place, made, each + 1)
+            made.close()
+            if given_back:
+                place.give_back()
+            else:
+                assert ledger.records() == []
+        ledger._collect()
+        left.append(sorted(home.rglob("*")))
+    assert left[0] == left[1] == left[2]
+    assert not [path for path in left[0] if path.is_file() and not path.is_symlink()]
+
+
+def test_what_is_claimed_is_so_until_the_mount_is_gone(home: Path, watches: OwnedFd) -> None:
+    ledger = book(home, watches)
+    with mount() as made:
+        place = ledger.reserve(OWNER, None, None)
+        ledger.claim(place, "8:1")
+        fill(ledger, place, made, 5)
+        other = book(home, watches).reserve((OWNER[0] + 1, 0), None, None)
+        with pytest.raises(LimitExceeded):
+            ledger.claim(other, "8:1")
+    ledger.claim(other, "8:1")
+    other.give_back()
+
+
 def test_what_is_no_directory_of_the_ledger(tmp_path: Path, watches: OwnedFd) -> None:
     ledger = book(tmp_path, watches)
     mounts = hold(ledger, 1)
@@ -303,3 +338,29 @@ def test_what_could_not_be_read_again_is_not_written(home: Path, watches: OwnedF
         place.fill(replace(RECORD, digest="x" * 33000))
     place.give_back()
     assert ledger._places() == set()
+
+
+def test_numbers_of_a_descriptor_that_was_lost_are_taken_off_in_place(home: Path, watches: OwnedFd) -> None:
+    """Whoever is killed meanwhile leaves a whole record, as it stays as long as it is."""
+    odd = replace(
+        RECORD, source='x","watch":7,"mark":8', rule='"watch": 9', watch=4711, mark=42, digest="d" * 9000
+    )
+    for number in range(2):
+        ledger = book(home, watches)
+        place = ledger.reserve(OWNER, "a rule", 4)
+        place.fill(replace(odd, id=number + 1))
+    (path, *_), *_ = ledger._written()
+    before = os.stat(path)
+    for expected, lost in (
+        ({"watch": 4711, "mark": 0}, {"watches": False, "marks": True}),
+        ({"watch": 0, "mark": 0}, {"watches": True, "marks": False}),
+    ):
+        ledger.recover(**lost)
+        found = sorted(ledger._written().values(), key=lambda record: record.id)
+        assert found == [replace(odd, id=id, **expected) for id in (1, 2)]  # type: ignore[arg-type]
+    after = os.stat(path)
+    assert (after.st_ino, after.st_size, after.st_nlink) == (before.st_ino, before.st_size, 2)
+    for begin, nothing in without(odd.encode(), ["watch", "mark"]):
+        half = bytearray(odd.encode())
+        half[begin : begin + len(nothing)] = nothing
+        assert decode(bytes(half)) is not None

@@ -24,6 +24,8 @@ from mountd.daemon.counters import (
 )
 from mountd.daemon.limits import SLOTS
 from mountd.errors import MountdError
+from mountd.service.mountfs_errors import in_their_words, of_image
+from tests.unit.service.test_mountfs_errors import every, made
 
 MOUNT, LIST = "io.mountd.Mount.Mount", "io.mountd.Images.List"
 
@@ -62,6 +64,14 @@ def test_every_error_has_a_column() -> None:
     assert len(set(RESULTS)) == len(RESULTS)
 
 
+def test_every_error_of_systemds_interface_has_a_column() -> None:
+    """Whatever the clients of that are told; test_mountfs_errors.py has an error of each kind."""
+    for kind in every():
+        for error in (made(kind), of_image(made(kind))):
+            assert in_their_words(error).wire_name.rpartition(".")[2] in RESULTS, error
+    assert {"DeniedByImagePolicy", "BadFileDescriptorFlags", "RootPartitionNotFound"} <= set(RESULTS)
+
+
 def test_the_histogram_is_cumulative_and_has_its_bounds_inside(counters: Counters) -> None:
     for seconds in (0.0001, BOUNDS[0], BOUNDS[0] + 0.0001, 31.0):
         counters.begin(1, MOUNT)
@@ -96,8 +106,10 @@ def test_what_a_killed_worker_was_at_is_counted_by_the_listener(counters: Counte
     assert sorted(counters.requests()) == [
         ("", "LimitExceeded", 1), ("", "TimedOut", 1), (LIST, "TimedOut", 1),
     ]  # fmt: skip
-    # How long it took is nobody's to say.
-    assert counters.latencies() == []
+    # As long as those have waited for it who got that answer.
+    ((method, at, total),) = counters.latencies()
+    assert (method, at[-1]) == (LIST, 1)
+    assert 0 < total < 60
 
 
 def test_slots_and_figures(counters: Counters) -> None:

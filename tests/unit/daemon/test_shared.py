@@ -14,12 +14,10 @@ from mountd.daemon.board import MAXIMUM_SECONDS, Board
 from mountd.daemon.channel import Word
 from mountd.daemon.connection import answer
 from mountd.daemon.limits import DEADLINES, MAXIMUM_STUCK, MAXIMUM_WORKERS, SLOTS
-from mountd.daemon.worker import error_name
 from mountd.errors import TimedOut
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import sockets
 from mountd.service.phase import Phase
-from mountd.wire.framing import encode, error_body
 
 
 def test_the_board_is_shared_with_a_child() -> None:
@@ -79,8 +77,3 @@ def test_an_answer_never_waits_for_room() -> None:
 def test_every_phase_of_a_request_has_a_deadline() -> None:
     assert set(DEADLINES) == set(Phase) - {Phase.IDLE}
     assert SLOTS == MAXIMUM_WORKERS + MAXIMUM_STUCK
-
-
-def test_the_name_of_an_error_is_found_in_a_reply() -> None:
-    assert error_name(encode(error_body(TimedOut(10)))) == "TimedOut"
-    assert error_name(encode({"parameters": {"error": "x"}})) == ""

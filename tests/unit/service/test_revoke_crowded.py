@@ -43,7 +43,7 @@ def visiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Visit
 
         monkeypatch.setattr(revoke, "opened", opened)
         monkeypatch.setattr(attachment, "is_there", lambda *_: True)
-        monkeypatch.setattr(find, "owner", lambda _: OWNER)
+        monkeypatch.setattr(find, "payer", lambda _: (OWNER, 0))
         monkeypatch.setattr(taking_back, "take_back", visit)
         return visits
 

@@ -8,6 +8,7 @@ import pytest
 
 from mountd.errors import MountdError
 from mountd.fds import OwnedFd, close_all
+from mountd.wire.answer import Failure
 from mountd.wire.dispatch import Dispatcher, interface_directory
 from mountd.wire.framing import Message, decode, encode, parse_reply
 
@@ -55,6 +56,7 @@ class Bench:
         self.explain.reply = EXPLAINED
         self.explain.makes = 0
         self.bugs: list[Exception] = []
+        self.failure: Failure | None = None  # of the last call
         self.dispatcher = Dispatcher(
             interface_directory(), {MOUNT: self.mount, EXPLAIN: self.explain}, self.bugs.append
         )
@@ -64,7 +66,7 @@ class Bench:
         message = Message(decode(raw), raw, [descriptor() for _ in range(fds)])
         owned = list(message.fds)
         try:
-            reply, reply_fds = self.dispatcher.handle(message, "context")
+            reply, reply_fds, self.failure = self.dispatcher.handle(message, "context")
         finally:
             message.close()
         assert message.fds == []

@@ -68,7 +68,7 @@ def test_a_handler_may_keep_descriptors() -> None:
     raw = encode(mount_call())[:-1]
     message = Message(decode(raw), raw, [descriptor() for _ in range(3)])
     third = message.fds[2]
-    _, fds = dispatcher.handle(message, None)
+    fds = dispatcher.handle(message, None).fds
     message.close()
     assert third.closed
     assert [fd.closed for fd in kept] == [False, False]
@@ -206,7 +206,8 @@ def test_what_does_not_exist(bench: Bench, method: str, name: str) -> None:
 def test_a_declared_method_without_a_handler() -> None:
     dispatcher = Dispatcher(interface_directory(), {MOUNT: Recorder()}, lambda bug: None)
     raw = encode({"method": EXPLAIN, "parameters": {"source": SOURCE}})[:-1]
-    reply, _ = dispatcher.handle(Message(decode(raw), raw, []), None)
+    reply, _, failure = dispatcher.handle(Message(decode(raw), raw, []), None)
+    assert failure == ("MethodNotImplemented", "there is no such thing: Explain")
     with pytest.raises(RemoteError, match=r"org\.varlink\.service\.MethodNotImplemented"):
         parse_reply(decode(reply[:-1]))
 
@@ -222,21 +223,25 @@ def test_more_and_upgrade_are_not_offered(bench: Bench, flag: str, method: str) 
 
 
 def test_oneway_is_never_answered_and_runs_only_what_returns_no_descriptor(bench: Bench) -> None:
-    for body in (
-        mount_call(),
-        mount_call(readOnly=1),
-        {"method": EXPLAIN, "parameters": {"source": SOURCE}},
-        {"method": "no.such.Method"},
-        {"method": 1},
-        {"method": MOUNT, "more": True},
-        {"method": "org.varlink.service.GetInfo"},
+    for body, failure in (
+        (mount_call(), "InvalidParameter"),
+        (mount_call(readOnly=1), "InvalidParameter"),
+        ({"method": EXPLAIN, "parameters": {"source": SOURCE}}, None),
+        ({"method": "no.such.Method"}, "InterfaceNotFound"),
+        ({"method": "io.mountd.Mount.Nothing"}, "MethodNotFound"),
+        ({"method": 1}, "InvalidParameter"),
+        ({"method": MOUNT, "more": True}, "InvalidParameter"),
+        ({"method": "org.varlink.service.GetInfo"}, None),
     ):
         assert bench.handle({**body, "oneway": True}) == (b"", [])
+        # Nobody is told, but who counts.
+        assert failure == (bench.failure and bench.failure.name)
     assert bench.mount.calls == []
     assert len(bench.explain.calls) == 1
     bench.explain.fails = DeniedByPolicy("no")
     oneway = {"method": EXPLAIN, "parameters": {"source": SOURCE}, "oneway": True}
     assert bench.handle(oneway) == (b"", [])
+    assert bench.failure == ("DeniedByPolicy", "denied by policy: no")
     bench.explain.fails = None
     bench.explain.makes = 1
     assert bench.handle(oneway) == (b"", [])
@@ -393,7 +398,7 @@ def serve(connection: socket.socket, dispatcher: Dispatcher) -> None:
         while data := connection.recv(7):
             reader.feed(data, [])
             while (message := reader.next_message()) is not None:
-                reply, fds = dispatcher.handle(message, None)
+                reply, fds, _ = dispatcher.handle(message, None)
                 message.close()
                 close_all(fds)
                 connection.sendall(reply)

@@ -53,7 +53,7 @@ def streamed(
     reported: list[Exception] = [] if bugs is None else bugs
     dispatcher = Dispatcher(interface_directory(), {VERIFY: streamer.handler()}, reported.append)
     raw = encode({"method": VERIFY, "parameters": {"digest": "d"}, **call})[:-1]
-    reply, fds = dispatcher.handle(Message(decode(raw), raw, []), "context", send)
+    reply, fds, _ = dispatcher.handle(Message(decode(raw), raw, []), "context", send)
     assert fds == []
     assert bugs is not None or not reported
     return decode(reply[:-1]) if reply else {}
