@@ -47,7 +47,7 @@ ROOT = "root"
 CLAIMED = "claimed.names"  # in it, each name is a number; a directory for each would stay for ever
 MAXIMUM_OF_ROOT = 65536
 COLLECT_EVERY = 256  # reservations, at least
-ABANDONED = 60.0  # seconds after which a place that nobody has written to belongs to nobody
+YOUNG = 1.0  # seconds in which who has made a place comes to lock it
 LIMIT = "mounts of one user at a time"
 RULE_LIMIT = "mounts of one user at a time by the rule"
 HINT = "detach one, or have an administrator look at “mountctl list --all”"
@@ -305,9 +305,12 @@ class Book:
 
         def create(path: str) -> int | None:
             try:
-                return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             except FileExistsError:
                 return None
+            # Until it is written to, that goes with this process.
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            return fd
 
         return self._first_free(directory, maximum, limit, create)
 
@@ -433,11 +436,20 @@ def look_at(path: str) -> Place | None:
 
 
 def is_abandoned(path: str) -> bool:
-    """Tell whether nobody has written to a place for so long that nobody will."""
+    """Tell whether who has made a place, and has not written to it, was killed."""
     try:
-        return time.time() - os.lstat(path).st_mtime > ABANDONED
-    except FileNotFoundError:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
         return False
+    try:
+        if 0 <= time.time() - os.fstat(fd).st_mtime <= YOUNG:
+            return False
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def bound_of(directory: str) -> int | None:

@@ -364,3 +364,43 @@ def test_numbers_of_a_descriptor_that_was_lost_are_taken_off_in_place(home: Path
         half = bytearray(odd.encode())
         half[begin : begin + len(nothing)] = nothing
         assert decode(bytes(half)) is not None
+
+
+def test_a_place_is_free_soon_after_its_worker_was_killed(home: Path, watches: OwnedFd) -> None:
+    """With all that it has claimed; and is not while the worker lives, however long that takes."""
+    ready, killed = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            place = book(home, watches, 1).reserve(OWNER, "a rule", 1)
+            book(home, watches, 1).claim(place, "a top")
+            os.write(killed, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(ready, 1) == b"x"
+        place, *_ = [path for path in home.rglob("0") if path.is_file()]
+        os.utime(place, (1, 1))
+        ledger = book(home, watches, 1)
+        with pytest.raises(LimitExceeded):
+            ledger.reserve(OWNER, None, None)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(killed)
+    mine = ledger.reserve(OWNER, "a rule", 1)
+    ledger.claim(mine, "a top")
+    mine.give_back()
+
+
+def test_a_place_that_was_made_just_now_is_nobody_elses(home: Path, watches: OwnedFd) -> None:
+    """Between being made and being locked, it looks as if its worker had been killed."""
+    ledger = book(home, watches, 1)
+    ledger.reserve(OWNER, None, None).give_back()
+    (home / "4270/0").touch()
+    with pytest.raises(LimitExceeded):
+        ledger.reserve(OWNER, None, None)
+    os.utime(home / "4270/0", (1, 1))
+    ledger.reserve(OWNER, None, None).give_back()
