@@ -9,18 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mountd.errors import DeniedByPolicy, MountdError, NotFound, SyscallError
-from mountd.execute import luks
 from mountd.kernel import features
-from mountd.ledger.book import LIMIT
-from mountd.service import encrypted
 from mountd.service.descriptors import Descriptors
 from mountd.service.phase import Phase
-from mountd.service.pulled import MAXIMUM_STACKED
-from mountd.service.requests import MAXIMUM_LAYERS, MAXIMUM_OBJECTS
-from mountd.source.composefs_dump import MAXIMUM_DUMP
-from mountd.store import manifest
-from mountd.store.composefs_build import MAXIMUM_IMAGE
-from mountd.trust.options import MAXIMUM_OPTIONS
 from mountd.trust.policy_text import as_toml
 from mountd.version import VERSION
 
@@ -36,6 +27,9 @@ MAXIMUM_REASON = 1000  # characters
 
 def status(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestContext) -> Reply:
     """io.mountd.Admin.Status: describe the daemon."""
+    # The listener has this module, and no need of what has limits.
+    from mountd.service.limits import limits_of_requests
+
     around = admit(fds, context)
     found = around.status()
     reply: dict[str, object] = {
@@ -44,16 +38,7 @@ def status(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
         "policy": policy_state(context.policy),
         "store": store_state(str(found["store"]), context),
         "pool": around.pool(),
-        "limits": [
-            each
-            for limits in (
-                found["limits"],
-                mount_limits(context),
-                people_limits(context),
-                store_limits(context),
-            )
-            for each in limits_of(limits)
-        ],
+        "limits": [*limits_of(found["limits"]), *limits_of(limits_of_requests(context))],
         "kernel": [
             given(name=each.name, available=each.available, detail=each.detail or None)
             for each in features.probe()
@@ -156,54 +141,6 @@ def stored(context: RequestContext) -> tuple[int | None, int | None, str | None]
     except (MountdError, SyscallError) as error:
         return None, None, str(error)
     return len(sizes), sum(sizes), None
-
-
-def mount_limits(context: RequestContext) -> dict[str, int]:
-    """Return the limits of mounts, and of what one is made of."""
-    return {
-        **({} if context.ledger is None else {LIMIT: context.ledger.maximum}),
-        "layers of a stack": MAXIMUM_LAYERS,
-        "layers of a stack, with those of its images": MAXIMUM_STACKED,
-        "layers of an image": manifest.MAXIMUM_LAYERS,
-        "object directories of a composefs": MAXIMUM_OBJECTS,
-        "bytes of a composefs description": MAXIMUM_DUMP,
-        "bytes in an image of a composefs": MAXIMUM_IMAGE,
-        "mount options": MAXIMUM_OPTIONS,
-    }
-
-
-def people_limits(context: RequestContext) -> dict[str, int]:
-    """Return the limits of questions and of keys; none for an instance that has neither."""
-    if context.questions is None:
-        return {}
-    # Who asks nobody does without it.
-    from mountd.service import consent
-
-    return {
-        consent.QUESTIONS: consent.MAXIMUM,
-        consent.QUESTIONS_OF_OWNER: consent.MAXIMUM_PER_OWNER,
-        consent.IMPORT_QUESTIONS: consent.MAXIMUM_IMPORTS,
-        consent.IMPORT_QUESTIONS_OF_OWNER: consent.MAXIMUM_IMPORTS_PER_OWNER,
-        encrypted.OPENED: encrypted.PLACES,
-        encrypted.OPENED_OF_OWNER: 1,
-        luks.DERIVING: int(luks.SECONDS),
-    }
-
-
-def store_limits(context: RequestContext) -> dict[str, int]:
-    """Return the limits of the store."""
-    if context.store is None:
-        return {}
-    limits = context.store.limits
-    return {
-        "bytes in the store": limits.total_bytes,
-        "bytes of one owner in the store": limits.owner_bytes,
-        "bytes in an image of the store": limits.image_bytes,
-        "images in the store": limits.images,
-        "images of one owner in the store": limits.owner_images,
-        "transfers at the same time": limits.transfers,
-        "transfers of one owner at the same time": limits.owner_transfers,
-    }
 
 
 def limits_of(limits: object) -> list[dict[str, object]]:
