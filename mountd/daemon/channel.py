@@ -13,13 +13,17 @@ import select
 import socket
 import struct
 from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
 
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel import sockets
 
+if TYPE_CHECKING:
+    from mountd.caller.identify import OwnerKey
+
 COMMAND = struct.Struct("=Ii")  # Word, number
-# Device and inode of the user namespace that the peer connected from, and where it did.
-REQUEST = struct.Struct("=QQB")
+# Device and inode of the user namespace that the peer connected from, who pays for it, and where it did.
+REQUEST = struct.Struct("=QQQQB")
 MAXIMUM_TEXT = 4096
 
 
@@ -64,11 +68,20 @@ def wait(channel: socket.socket, seconds: float | None) -> bool:
     return seconds is None or bool(select.select([channel], [], [], seconds)[0])
 
 
-def next_request(channel: socket.socket) -> tuple[OwnedFd, tuple[int, int], Entrance] | None:
-    """Receive a request: the connection, owned, the user namespace it is from, and where it came in.
+class Request(NamedTuple):
+    """A connection with something to read, owned.
 
-    None at the end.
+    `namespace` is the user namespace it is from, `owner` who pays for it, `entrance` where it came in.
     """
+
+    fd: OwnedFd
+    namespace: tuple[int, int]
+    owner: OwnerKey
+    entrance: Entrance
+
+
+def next_request(channel: socket.socket) -> Request | None:
+    """Receive a request, None at the end."""
     try:
         data, fds, _ = sockets.receive(channel, REQUEST.size, 1)
     except ConnectionResetError:
@@ -76,8 +89,8 @@ def next_request(channel: socket.socket) -> tuple[OwnedFd, tuple[int, int], Entr
     if len(data) != REQUEST.size or len(fds) != 1:
         close_all(fds)
         return None
-    dev, ino, entrance = REQUEST.unpack(data)
-    return fds[0], (dev, ino), Entrance(entrance)
+    dev, ino, uid, roots_namespace, entrance = REQUEST.unpack(data)
+    return Request(fds[0], (dev, ino), (uid, roots_namespace), Entrance(entrance))
 
 
 def hear(channel: socket.socket) -> tuple[Word, int, str, list[OwnedFd]] | None:

@@ -41,6 +41,7 @@ from mountd.fds import close_all
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from mountd.caller.identify import OwnerKey
     from mountd.daemon.board import Board
     from mountd.daemon.channel import Entrance
     from mountd.daemon.counters import Counters
@@ -233,11 +234,10 @@ class Listener:
             self._listening_paused = False
 
     def _welcome(self, accepted: socket.socket, entrance: Entrance) -> None:
-        uid = None
+        key = None
         try:
             namespace, key = peer_namespace(accepted)
             owner = self._queue.owner(key)
-            uid = owner.uid
             if owner.connections >= MAXIMUM_CONNECTIONS_PER_OWNER:
                 raise LimitExceeded("connections of one owner", MAXIMUM_CONNECTIONS_PER_OWNER)
             if len(self._connections) >= self._maximum_connections:
@@ -250,7 +250,7 @@ class Listener:
             answer(accepted, error, entrance)
             accepted.close()
             self._counters.count_for(None, error.wire_name)
-            self._note_refusal(uid, error)
+            self._note_refusal(key, error)
             return
         connection = Connection(accepted, namespace, owner, entrance)
         owner.connections += 1
@@ -259,11 +259,11 @@ class Listener:
         self._counters.set(Figure.CONNECTIONS, len(self._connections))
         self._wait_for_request(connection)
 
-    def _note_refusal(self, owner_uid: int | None, error: MountdError) -> None:
+    def _note_refusal(self, owner: OwnerKey | None, error: MountdError) -> None:
         """Write the journal's line about a connection that is refused, whatever would have been asked."""
-        if owner_uid is not None and self._pool.throttle.may_write(owner_uid):
-            text = f"refused a connection of uid {owner_uid}: {error}"
-            named = {"owner_uid": str(owner_uid), "error": error.wire_name}
+        if owner is not None and self._pool.throttle.may_write(owner):
+            text = f"refused a connection of uid {owner[0]}: {error}"
+            named = {"owner_uid": str(owner[0]), "error": error.wire_name, "error_text": str(error)}
             log(Priority.NOTICE, text, message_id=REQUEST_ID, **named)
 
     def _wait_for_request(self, connection: Connection) -> None:
@@ -322,7 +322,7 @@ class Listener:
             refusal = self._too_many_stuck(connection)
             if refusal is not None:
                 self._refuse(connection, refusal)
-                self._note_refusal(connection.owner.uid, refusal)
+                self._note_refusal(connection.owner.key, refusal)
                 continue
             try:
                 self._pool.assign(worker, connection)

@@ -217,7 +217,8 @@ class Pool:
         self._counters.set_slot(worker.slot, Slot.BUSY)
         try:
             with OwnedFd(_duplicate(connection.fileno())) as theirs:
-                request = channel.REQUEST.pack(*connection.namespace, connection.entrance)
+                owner = connection.owner.key
+                request = channel.REQUEST.pack(*connection.namespace, *owner, connection.entrance)
                 sockets.send(worker.channel, request, [theirs])
         except OSError:
             self._counters.set_slot(worker.slot, Slot.IDLE)
@@ -304,7 +305,7 @@ class Pool:
         self.changed = True
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker.pidfd.fileno(), signal.SIGKILL)
-        if worker.owner is not None and self.throttle.may_write(worker.owner.uid):
+        if worker.owner is not None and self.throttle.may_write(worker.owner.key):
             uid = worker.owner.uid
             log(
                 Priority.WARNING,

@@ -2,22 +2,31 @@
 
 An owner who asks as fast as it can would fill the journal, and push out of it what it says of others. So
 each has LINES lines in a window of SECONDS; what is left out is counted, and told with the first line of a
-later window. Owners whose uids are the same modulo ROWS share a row. Two workers that count at the same
-moment may count one line instead of two, which lets a few lines more through and costs nobody a lock.
+later window, or as soon as another owner gets the row. A row is one of WAYS for its owner, and of nobody
+else in that window; only where as many others have all of these, their rows are shared. Two workers that
+count at the same moment may count one line instead of two, or give one row to two owners, which lets a few
+lines more or less through and costs nobody a lock.
 """
 
 from __future__ import annotations
 
 import mmap
 import time
+from typing import TYPE_CHECKING
 
 from mountd.daemon.journal import WORKER_ID, Priority, log
+
+if TYPE_CHECKING:
+    from mountd.caller.identify import OwnerKey
 
 LINES = 100
 SECONDS = 10
 ROWS = 1024
+WAYS = 8
 SELDOM_SECONDS = 60
-FIELDS = 3  # the number of the window, lines written in it, lines left out since the last that told
+# Whose it is, the number of the window, lines written in it, lines left out since the last that told. What
+# nobody has had yet looks like a row of root's.
+FIELDS = 4
 
 
 class Throttle:
@@ -27,34 +36,56 @@ class Throttle:
         """Map the memory."""
         self._rows = memoryview(mmap.mmap(-1, ROWS * FIELDS * 8)).cast("Q")
 
-    def admit(self, owner_uid: int, now: float) -> int | None:
+    def admit(self, owner: OwnerKey, now: float) -> int | None:
         """Return how many lines were left out before this one, None if this one is to be left out as well.
 
         `now` is time.monotonic().
         """
-        at = owner_uid % ROWS * FIELDS
+        uid, namespace = owner
         window = int(now / SECONDS) + 1
-        if self._rows[at] != window:
-            self._rows[at], self._rows[at + 1] = window, 0
-        if self._rows[at + 1] >= LINES:
-            self._rows[at + 2] += 1
+        at = self._row(uid + namespace, uid << 32 | namespace, window)
+        if self._rows[at + 1] != window:
+            self._rows[at + 1], self._rows[at + 2] = window, 0
+        if self._rows[at + 2] >= LINES:
+            self._rows[at + 3] += 1
             return None
-        self._rows[at + 1] += 1
-        left_out, self._rows[at + 2] = self._rows[at + 2], 0
+        self._rows[at + 2] += 1
+        left_out, self._rows[at + 3] = self._rows[at + 3], 0
         return left_out
 
-    def may_write(self, owner_uid: int) -> bool:
+    def _row(self, first: int, key: int, window: int) -> int:
+        """Return where the row of an owner begins; it gets one that nobody else needs in this window."""
+        rows = self._rows
+        ways = [(first + way) % ROWS * FIELDS for way in range(WAYS)]
+        for at in ways:
+            if rows[at] == key:
+                return at
+        for at in ways:
+            if rows[at + 1] != window:
+                before, left_out = rows[at], rows[at + 3]
+                rows[at], rows[at + 1], rows[at + 2], rows[at + 3] = key, 0, 0, 0
+                if left_out:
+                    tell(before >> 32, left_out)
+                return at
+        return ways[0]
+
+    def may_write(self, owner: OwnerKey) -> bool:
         """Tell whether the journal gets a line more about this owner; tell it what it did not get before."""
-        left_out = self.admit(owner_uid, time.monotonic())
+        left_out = self.admit(owner, time.monotonic())
         if left_out:
-            log(
-                Priority.NOTICE,
-                f"{left_out} lines about requests of uid {owner_uid} were left out",
-                message_id=WORKER_ID,
-                owner_uid=str(owner_uid),
-                left_out=str(left_out),
-            )
+            tell(owner[0], left_out)
         return left_out is not None
+
+
+def tell(owner_uid: int, left_out: int) -> None:
+    """Tell the journal what it did not get."""
+    log(
+        Priority.NOTICE,
+        f"{left_out} lines about requests of uid {owner_uid} were left out",
+        message_id=WORKER_ID,
+        owner_uid=str(owner_uid),
+        left_out=str(left_out),
+    )
 
 
 class Seldom:

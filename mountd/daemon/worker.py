@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from mountd.caller.identify import OwnerKey
     from mountd.daemon.counters import Tally
     from mountd.daemon.throttle import Throttle
     from mountd.execute.seal import NoSeal, Seal
@@ -97,6 +98,7 @@ class Worker:
         self._may_linger = False  # after the last request
         self._served = 0
         self._entrance = Entrance.OWN  # of the connection that is served
+        self._owner: OwnerKey = (0, 0)  # who pays for it
         self._left_over: list[OwnedFd] = []
 
     def run(self) -> None:
@@ -114,10 +116,10 @@ class Worker:
                 request = channel.next_request(self._own)
                 if request is None:
                     return
-                fd, self._entrance = request[0].take(), request[2]
+                fd, self._entrance, self._owner = request.fd.take(), request.entrance, request.owner
                 with (
                     socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd) as connection,
-                    Conversation(connection, request[1]) as held,
+                    Conversation(connection, request.namespace) as held,
                 ):
                     keep = self._serve_in_a_row(held)
                 self._enter(Phase.CLOSE)
@@ -264,7 +266,7 @@ class Worker:
         said = in_their_words(error) if self._entrance is Entrance.MOUNT_FILE_SYSTEM else error
         self._send(connection, encode(error_body(said), is_reply=True), [])
         uid = sockets.peer_credentials(connection).uid
-        if not self._throttle.may_write(uid):
+        if not self._throttle.may_write(self._owner):
             return
         log(
             Priority.NOTICE,
@@ -293,7 +295,7 @@ class Worker:
                 return  # nothing but a question about the interfaces
             peer = sockets.peer_credentials(context.peer.connection)
             notes |= {"caller_uid": str(peer.uid), "caller_gid": str(peer.gid), "caller_pid": str(peer.pid)}
-        if not self._throttle.may_write(int(notes.get("owner_uid", notes["caller_uid"]))):
+        if not self._throttle.may_write(self._owner):
             return
         method = shown(str(message.body.get("method")).rpartition(".")[2])
         outcome = notes.get("verdict", "done") if failure is None else f"refused with {failure.name}"

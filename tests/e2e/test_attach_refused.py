@@ -21,6 +21,7 @@ from tests.daemon import Daemon
 from tests.e2e.attaching import DIRECTORY, Answer, User, asked, granting, records, user_of
 from tests.e2e.conftest import trusting
 from tests.fuse import Fuse, Op
+from tests.rogue import eventually
 
 DORA, EVE = 4220, 4221
 Scene = tuple[Daemon, Path]
@@ -154,6 +155,8 @@ def test_targets_that_are_refused(dora: User, eve: User, images: dict[str, Path]
     assert name == "AttachNotPermitted", text
     assert re.search(NOT_PERMITTED[make], text), text
     assert records(dora.daemon) == []
+    # That the policy has allowed the image is not why, and no rule is to blame.
+    assert eventually(lambda: f": refused with AttachNotPermitted: {text}\n" in dora.daemon.log)
 
 
 @pytest.mark.parametrize("make", NOT_A_DIRECTORY, ids=lambda make: make.__name__)

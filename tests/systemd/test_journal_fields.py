@@ -43,6 +43,9 @@ def test_a_mount_and_a_refusal(machine: Machine, images: dict[str, str], user: s
     }
     assert {name: refused.get(name) for name in expected} == expected
     assert "MOUNTD_RULE" not in refused
+    assert refused["MOUNTD_ERROR_TEXT"] == f"denied by policy: {refused['MOUNTD_REASON']}"
+    assert refused["MESSAGE"].endswith(f": refused with DeniedByPolicy: {refused['MOUNTD_ERROR_TEXT']}")
+    assert "MOUNTD_ERROR_TEXT" not in allowed
 
 
 def test_the_source_of_a_request(machine: Machine, images: dict[str, str]) -> None:
@@ -107,5 +110,6 @@ def test_a_request_that_is_none_is_told_with_who_sent_it(machine: Machine, user:
     machine.run(call, user=user, check=False)
     told = machine.journal(f"MESSAGE_ID={REQUEST_ID}")[-1]
     assert told["MOUNTD_ERROR"] == "InvalidParameter"
+    assert told["MOUNTD_ERROR_TEXT"].startswith("invalid parameter source: ")
     assert told["MOUNTD_CALLER_UID"] == machine.sh(f"id -u {user}").strip()
     assert int(told["MOUNTD_CALLER_PID"]) > 0

@@ -70,7 +70,7 @@ def test_why_it_was_refused_is_not_why_it_was_allowed(
 ) -> None:
     told: list[tuple[Priority, str, dict[str, Any]]] = []
     monkeypatch.setattr(worker, "log", lambda *line, **fields: told.append((*line, fields)))
-    self: Any = SimpleNamespace(_throttle=SimpleNamespace(may_write=lambda _: True))
+    self: Any = SimpleNamespace(_throttle=SimpleNamespace(may_write=lambda _: True), _owner=(4000, 0))
     context: Any = SimpleNamespace(fields=lambda: dict(notes))
     message = Message({"method": "io.mountd.Mount.Mount"}, b"", [])
     worker.Worker._note(self, message, context, failure, 0.0, taken=True)

@@ -29,6 +29,7 @@ class Owner:
     """What the pool counts by."""
 
     uid = 1000
+    key = (1000, 0)
     running = 1
     stuck = 0
 

@@ -60,7 +60,7 @@ def test_commands_keep_their_descriptors_and_texts() -> None:
 def test_a_request_without_its_connection_is_the_end() -> None:
     ours, theirs = channel.pair()
     with ours, theirs:
-        sockets.send(ours, channel.REQUEST.pack(1, 2, channel.Entrance.OWN), [])
+        sockets.send(ours, channel.REQUEST.pack(1, 2, 3, 4, channel.Entrance.OWN), [])
         assert channel.next_request(theirs) is None
 
 
