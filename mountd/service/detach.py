@@ -13,17 +13,21 @@ from mountd.errors import InUse, InvalidParameter, NotFound, SyscallError
 from mountd.execute import attachment, mount_table, trees
 from mountd.execute.attachment import Outcome
 from mountd.fds import close_all
-from mountd.kernel import capabilities
+from mountd.kernel import capabilities, mount_info
+from mountd.kernel.flags import StatmountMask
 from mountd.ledger import find
+from mountd.ledger.rebuilding import NOBODY
 from mountd.service.attach import id_of, needed, root_id
+from mountd.service.attachments import Attachment
 from mountd.service.descriptors import Descriptors
 from mountd.service.phase import Phase
 from mountd.service.requests import TARGET_FIELD
 
 if TYPE_CHECKING:
+    from mountd.caller.model import Caller
     from mountd.execute.attachment import Ids
     from mountd.fds import OwnedFd
-    from mountd.service.attachments import Attachment, Attachments
+    from mountd.service.attachments import Attachments
     from mountd.service.context import RequestContext
 
     Reply = tuple[dict[str, object], list[OwnedFd]]
@@ -41,6 +45,8 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     caller = context.caller()
     context.notes["mount"] = str(id)
     record = records.find(id)
+    lost = record is None
+    record = record or told_by_the_ledger(id, caller, context)
     if record is None or not (caller.is_host_root or (record.uid == caller.uid != OVERFLOW_ID)):
         raise NotFound(f"a mount with the id {id} that is attached for you", hint=YOURS)
     # Or the mount would be in use by whoever is to detach it.
@@ -53,7 +59,7 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     try:
         with records.locked(id) as there:
             outcome = Outcome.ABSENT
-            if there:
+            if there or lost:
                 outcome = detached(record, ids, records, context, lazy=lazy, by_root=caller.is_host_root)
     except TimeoutError:
         raise InUse("the mount is just being attached, or detached", hint="try again") from None
@@ -66,6 +72,27 @@ def detach(parameters: dict[str, Any], fds: list[OwnedFd], context: RequestConte
     if outcome is Outcome.COVERED:
         raise InUse("something else is mounted over the mount", hint="unmount that first")
     return {}, []
+
+
+def told_by_the_ledger(id: int, caller: Caller, context: RequestContext) -> Attachment | None:
+    """Return what the ledger has of a mount that is attached, for when what was written down of it is lost.
+
+    Only of one that never left mountd but by being attached: any other, its user may have given to somebody,
+    who has attached it where it is none of that user's business. Of which tree it is, is lost. Raises
+    PeerGone, SyscallError.
+    """
+    with context.peer.mount_namespace() as namespace:
+        here = id_of(namespace.fileno())
+    try:
+        path = mount_info.statmount(id, StatmountMask.MNT_POINT, here).mount_point if here else None
+    except SyscallError:
+        return None  # it is not there, or no id
+    if path is None or context.ledger is None:
+        return None
+    for each in context.ledger.records():
+        if each.id == id and not each.sent and each.uid < NOBODY:
+            return Attachment(id, each.uid, caller.gid, here, each.rule, path, each.since)
+    return None
 
 
 def detached(

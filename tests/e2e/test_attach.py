@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -204,6 +205,25 @@ def test_records_never_lie(alice: User, images: dict[str, Path]) -> None:
     assert records(alice.daemon) == [str(id)]
     assert alice.detach(id)[0] == "NotFound"
     assert records(alice.daemon) == []
+
+
+@pytest.mark.parametrize("source", ["erofs", "tmpfs:64K"])
+def test_what_is_written_down_is_lost(alice: User, bob: User, images: dict[str, Path], source: str) -> None:
+    """The ledger knows as well for whom mountd has attached what."""
+    target = alice.directory(f"lost-{source[:5]}")
+    image = images.get(source, source)
+    for by_root in (False, True):
+        id = alice.attach(image, target)[2]
+        shutil.rmtree(alice.daemon.directory / "run/attached")
+        assert bob.detach(id)[0] == "NotFound"
+        assert bob.detach(id_at(Path("/")))[0] == "NotFound"
+        assert detached(alice.daemon.socket, id_at(Path("/")))[0] == "NotFound"
+        with OwnedFd(os.open(target, os.O_RDONLY)):
+            assert alice.detach(id)[0] == "InUse"
+        answer = detached(alice.daemon.socket, id) if by_root else alice.detach(id)
+        assert answer == ("", "", id)
+        assert id_at(target) != id
+        assert alice.detach(id)[0] == "NotFound"
 
 
 def test_no_more_than_the_rule_grants(alice: User, bob: User) -> None:

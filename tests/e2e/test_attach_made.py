@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from mountd.client import Client
 from mountd.errors import MountdError
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
-from mountd.kernel.flags import Clone
+from mountd.kernel.flags import Clone, Unmount
 from mountd.kernel.mount_info import mount_id
 from tests.container import as_user, forked
 from tests.daemon import Daemon
@@ -269,6 +270,22 @@ verdict = "deny"
     ) -> None:
         policy = restored.replace("{ any = true }", f"{{ users = [{ALICE}] }}")
         assert self.asked(alice, images["erofs"], "narrower", policy)[0] == ""
+
+
+def test_what_somebody_else_has_attached_is_not_detached(
+    alice: User, images: dict[str, Path], place: Path
+) -> None:
+    """Whoever asked for it has given it away, for one; whatever is written down of what mountd attaches."""
+    theirs = place / "theirs"
+    theirs.mkdir()
+    shutil.rmtree(alice.daemon.directory / "run/attached", ignore_errors=True)
+    with as_owner(alice, images["erofs"]) as made:
+        mount_api.move_mount(made, str(theirs))
+        try:
+            assert alice.detach(mount_id(made), lazy=True)[0] == "NotFound"
+            assert (theirs / "hello").exists()
+        finally:
+            mount_api.umount(str(theirs), Unmount.DETACH)
 
 
 class TestAtOnce:

@@ -15,10 +15,11 @@ import pytest
 
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
-from mountd.kernel.flags import Clone, Propagation
-from tests.container import as_user, set_dumpable
+from mountd.kernel.flags import Clone, Propagation, Unmount
+from tests.container import as_user, drop_capabilities, forked, set_dumpable
 from tests.daemon import Daemon
-from tests.e2e.attaching import DIRECTORY, Answer, User, asked, granting, records, user_of
+from tests.e2e.attaching import DIRECTORY, Answer, User, asked, detached, granting, records, user_of
+from tests.e2e.calls import errno_of
 from tests.e2e.conftest import trusting
 from tests.fuse import Fuse, Op
 from tests.rogue import eventually
@@ -184,6 +185,20 @@ def test_something_is_mounted_there(dora: User, images: dict[str, Path]) -> None
         subprocess.run(["umount", target], check=True)
 
 
+def test_a_target_below_what_is_mounted_over_it(dora: User, images: dict[str, Path]) -> None:
+    """Its path leads to another directory; what is attached to it would be seen nowhere."""
+    above, target = dora.directory("over"), dora.directory("over/target")
+    options = f"uid={dora.uid},gid={dora.uid},mode=755"
+    with OwnedFd(opened(target)) as fd:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", above], check=True)
+        try:
+            dora.directory("over/target")
+            name, text, _ = dora.attach(images["erofs"], fd.fileno())
+        finally:
+            subprocess.run(["umount", above], check=True)
+    assert (name, "is not at its path" in text) == ("AttachNotPermitted", True)
+
+
 @contextmanager
 def in_namespaces(uid: int, kinds: Clone, act: Callable[[], None]) -> Iterator[int]:
     """A process of `uid` in new namespaces that has done `act` there; yields its pid."""
@@ -243,6 +258,37 @@ def test_a_target_below_a_mount_of_the_caller_s_own(dora: User, images: dict[str
         name, text, _ = dora.attach(images["erofs"], fd.fileno())
     assert (name, "is not at its path" in text) == ("AttachNotPermitted", True)
     assert not (path / "target/hello").exists()
+
+
+def test_a_target_below_a_locked_mount(dora: User, images: dict[str, Path]) -> None:
+    """What hides it on the host hides it in a user namespace, and is as good a place as any."""
+    hidden = dora.directory("hidden")
+    below = dora.directory("hidden/target")
+    options = f"uid={dora.uid},gid={dora.uid},mode=755"
+
+    def outside() -> list[str]:
+        namespaces.unshare(Clone.NEWNS)
+        mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
+        with OwnedFd(opened(below)) as covered:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", hidden], check=True)
+            dora.directory("hidden/target")
+            return as_user(lambda: inside(covered.fileno()), dora.uid)
+
+    def inside(covered: int) -> list[str]:
+        namespaces.unshare(Clone.NEWUSER | Clone.NEWNS)
+        Path("/proc/self/uid_map").write_text(f"{dora.uid} {dora.uid} 1")
+        said = [errno_of(lambda: mount_api.umount(str(hidden), Unmount.DETACH))]  # it is locked
+        drop_capabilities()
+        said += asked(dora.daemon.socket, images["erofs"], covered, userns="none")[:2]
+        with OwnedFd(opened(below)) as fd:
+            name, text, id = asked(dora.daemon.socket, images["erofs"], fd.fileno(), userns="none")
+        said += [name, text, str((below / "hello").exists()), detached(dora.daemon.socket, id)[0]]
+        return [*said, str(os.path.ismount(hidden)), *os.listdir(below)]
+
+    locked, name, text, *rest = forked(outside)
+    assert (locked, name, "is not at its path" in text) == ("EINVAL", "AttachNotPermitted", True), text
+    assert rest == ["", "", "True", "", "True"]
+    assert os.listdir(below) == []
 
 
 def test_a_silent_server(dora: User, images: dict[str, Path]) -> None:

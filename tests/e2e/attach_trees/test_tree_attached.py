@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from mountd.client import Client
 from mountd.fds import OwnedFd
@@ -62,6 +65,19 @@ def test_all_of_it_there_and_back(tina: User, disk: Path) -> None:
     assert os.listdir(target) == []
     assert list_of(tina) == {}
     assert eventually(lambda: not loops_over(disk), 5)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_is_written_down_is_lost(tina: User, disk: Path, lazy: bool) -> None:
+    """Each can be detached alone, from the last one on; or lazily the first, with all that is below it."""
+    target = tina.directory(f"lost-{lazy}")
+    ask(tina, disk, target)
+    ids = ids_at(target)
+    shutil.rmtree(tina.daemon.directory / "run/attached")
+    assert tina.detach(ids["root"])[0] == "InUse"
+    for name in ("root",) if lazy else reversed(PLACES):
+        assert tina.detach(ids[name], lazy=lazy) == ("", "", ids[name])
+    assert os.listdir(target) == []
 
 
 def test_every_flag_is_locked(tina: User, disk: Path) -> None:
