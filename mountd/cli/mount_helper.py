@@ -17,7 +17,7 @@ import os
 
 from mountd.asking import Client, attach_reply, open_target
 from mountd.cli.agent import with_consent
-from mountd.cli.attaching import attached, can_attach, left_out_of, regretting
+from mountd.cli.attaching import attached, can_attach, drop, left_out_of, regretting
 from mountd.cli.helper import Place, carry_out, failed, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import UsageError, show_json, tell_done, tell_left_out
@@ -326,7 +326,11 @@ def attach_ourselves(
 
     def attach() -> list[str]:
         with place.inside():
-            return attach_reply(made, target.fileno(), directory)
+            try:
+                return attach_reply(made, target.fileno(), directory)
+            except KeyboardInterrupt:
+                drop(made.mount)  # which from out here can be done only where it is attached
+                raise
 
     with ask(client.mount, request, wishes.sloppy) as made:
         if wishes.digest is not None:

@@ -90,5 +90,5 @@ def detach(mount_fd: int) -> None:
     """Detach what was attached, with all that is below it, if that can be done."""
     try:
         moving.detach(mount_fd)
-    except SyscallError:
+    except OSError:
         return  # it has gone already

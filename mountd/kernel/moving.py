@@ -5,8 +5,10 @@ because these programs last for milliseconds, and would load those for as long. 
 Every function raises SyscallError, and NotSupported where the kernel lacks the call.
 """
 
+import errno
 import os
 
+from mountd.errors import SyscallError
 from mountd.kernel.libc import call
 
 ATTACH = 0x4 | 0x40  # MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH of linux/mount.h
@@ -28,7 +30,26 @@ def unmount(path: str, flags: int = 0) -> None:
 
 def detach(mount_fd: int) -> None:
     """Detach an attached mount with all that is below it. Its descriptor leads to it, wherever that is."""
-    unmount(f"/proc/self/fd/{mount_fd}", DETACH)
+    try:
+        unmount(f"/proc/self/fd/{mount_fd}", DETACH)
+    except SyscallError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise
+        # There is no /proc here, or that of other processes, as in a mount namespace that was entered.
+        detach_from_within(mount_fd)
+
+
+def detach_from_within(mount_fd: int) -> None:
+    """Detach an attached mount, which is the working directory meanwhile."""
+    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fchdir(mount_fd)
+        try:
+            unmount(".", DETACH)
+        finally:
+            os.fchdir(before)
+    finally:
+        os.close(before)
 
 
 def mount_at(directory_fd: int) -> "int | None":

@@ -137,7 +137,7 @@ NOT_PERMITTED = {
     lambda dora, eve: opened(dora.directory("public", 0o777)): r"writable by others than the caller",
     lambda dora, eve: opened("/tmp"): r"/tmp belongs to uid 0, not to the caller",
     lambda dora, eve: opened("/etc"): r"/etc belongs to uid 0",
-    lambda dora, eve: opened("/proc/self"): r"",
+    lambda dora, eve: opened("/proc/self"): r"/proc/[0-9]+ belongs to uid 0, not to the caller",
     lambda dora, eve: opened("/"): r"its path is not a plain one",
 }
 NOT_A_DIRECTORY = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,6 +167,33 @@ def test_root_with_the_helper(scene: Scene, disk: Path) -> None:
             scene.root(helper, target), f"^umount.mountd: {target}: it is in use .hint: “fuser -vm DIR”"
         )
         assert scene.root("umount", "--recursive", target).returncode == 0
+
+    scene.play(work)
+
+
+@pytest.mark.parametrize("proc", ["", "mount -t tmpfs none /proc;"], ids=["usual", "none"])
+def test_what_fails_in_another_mount_namespace_leaves_nothing(
+    scene: Scene, place: Path, contents: dict[str, Path], proc: str
+) -> None:
+    """Of the mounts of an image, the first is attached there by then; there may be no /proc to name it."""
+    target, helper = scene.target, scene.installed / "sbin/mount.mountd"
+    homeless = build_disk(
+        place / f"trusted/homeless{len(proc)}.raw",
+        [Part("root", contents["srv"]), Part("home", contents["home"])],
+    )
+
+    def work() -> None:
+        words = ["unshare", "--mount", "sh", "-ec", f"{proc} echo; exec sleep 60"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as there:
+            try:
+                assert there.stdout is not None
+                there.stdout.readline()
+                done = scene.root(helper, homeless, target, "-N", f"/proc/{there.pid}/ns/mnt")
+                info = Path(f"/proc/{there.pid}/mountinfo").read_text()
+            finally:
+                there.kill()
+        check_line(done, "^mount.mountd: .*the directory home of the image, for its partition home")
+        assert "with\\040space" not in info
 
     scene.play(work)
 

@@ -21,9 +21,13 @@ _mountctl_stored() {
 _mountctl_source() {
   case $cur in
     s*:* | stored*) _mountctl_stored stored: ;;
+    composefs:*)
+      mapfile -t COMPREPLY < <(compgen -f -P composefs: -- "${cur#composefs:}")
+      __ltrim_colon_completions "$cur"
+      ;;
     *)
       _filedir
-      [ -n "$cur" ] || COMPREPLY+=(stored: oci: tmpfs:)
+      mapfile -t -O "${#COMPREPLY[@]}" COMPREPLY < <(compgen -W 'stored: oci: tmpfs: composefs:' -- "$cur")
       [[ ${COMPREPLY[*]} != *: ]] || compopt -o nospace
       ;;
   esac

@@ -32,6 +32,11 @@ function __mountctl_any
     return 1
 end
 
+function __mountctl_composefs
+    set -l file (string replace -r '^composefs:' '' -- (commandline -ct)); or return
+    printf 'composefs:%s\n' (__fish_complete_path $file)
+end
+
 function __mountctl_stored_source
     __mountctl_any mount run explain; and string match -q 's*' -- (commandline -ct)
 end
@@ -71,6 +76,9 @@ complete -c mountctl -n $request -l root-hash-signature -r -F -d 'a signature of
 complete -c mountctl -n '__mountctl_any mount run explain; or __mountctl_in image import' -l interactive -d 'have an administrator asked'
 complete -c mountctl -n '__mountctl_any explain' -l as -x -a '(__fish_complete_users)' -d 'for another user, as root'
 complete -c mountctl -n '__mountctl_any mount explain' -l userns -r -F -d 'user namespace to map ids for'
+set -l source '__mountctl_verbs mount; or __mountctl_verbs run; or __mountctl_verbs explain'
+complete -c mountctl -n $source -a 'stored: oci: tmpfs: composefs:' -d 'instead of a file'
+complete -c mountctl -n $source -a '(__mountctl_composefs)'
 complete -c mountctl -n __mountctl_stored_source -a '(__mountctl_digests stored:)'
 complete -c mountctl -n '__mountctl_in umount' -f -a '(__fish_complete_directories (commandline -ct) "")'
 complete -c mountctl -n '__mountctl_in umount' -s l -l lazy -d 'also if it is in use'

@@ -205,5 +205,13 @@ def test_files_and_directories(complete: Callable[[str], set[str]]) -> None:
     assert "base.raw" not in offered
 
 
+@pytest.mark.parametrize("verb", ["mount", "run", "explain"])
+def test_what_a_source_may_begin_with(complete: Callable[[str], set[str]], verb: str) -> None:
+    assert {"stored:", "oci:", "tmpfs:", "composefs:"} <= complete(f"mountctl {verb} ")
+    assert "composefs:" in complete(f"mountctl {verb} comp")
+    offered = {word.removeprefix("composefs:") for word in complete(f"mountctl {verb} composefs:ba")}
+    assert offered == {"base.raw"}
+
+
 def test_a_value_of_an_option(complete: Callable[[str], set[str]]) -> None:
     assert complete("mountctl mount --idmap ") == {"none", "namespace", "caller"}
