@@ -21,9 +21,15 @@ _mountctl_stored() {
 _mountctl_source() {
   case $cur in
     s*:* | stored*) _mountctl_stored stored: ;;
+    composefs:*)
+      cur=${cur#composefs:}
+      _filedir
+      COMPREPLY=("${COMPREPLY[@]/#/composefs:}")
+      __ltrim_colon_completions "composefs:$cur"
+      ;;
     *)
       _filedir
-      [ -n "$cur" ] || COMPREPLY+=(stored: oci: tmpfs:)
+      [ -n "$cur" ] || COMPREPLY+=(stored: oci: composefs: tmpfs:)
       [[ ${COMPREPLY[*]} != *: ]] || compopt -o nospace
       ;;
   esac

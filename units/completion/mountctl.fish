@@ -36,6 +36,11 @@ function __mountctl_stored_source
     __mountctl_any mount run explain; and string match -q 's*' -- (commandline -ct)
 end
 
+# Where a source is expected, and nothing of it is there yet.
+function __mountctl_any_source
+    __mountctl_verbs mount; or __mountctl_verbs run; or __mountctl_verbs explain; and test -z (commandline -ct)
+end
+
 complete -c mountctl -n '__mountctl_verbs' -f
 complete -c mountctl -n '__mountctl_any policy image list revoke status metrics doctor' -f
 complete -c mountctl -s h -l help -d 'print the options'
@@ -72,6 +77,7 @@ complete -c mountctl -n '__mountctl_any mount run explain; or __mountctl_in imag
 complete -c mountctl -n '__mountctl_any explain' -l as -x -a '(__fish_complete_users)' -d 'for another user, as root'
 complete -c mountctl -n '__mountctl_any mount explain' -l userns -r -F -d 'user namespace to map ids for'
 complete -c mountctl -n __mountctl_stored_source -a '(__mountctl_digests stored:)'
+complete -c mountctl -n __mountctl_any_source -a 'stored: oci: composefs: tmpfs:' -d 'another kind of source'
 complete -c mountctl -n '__mountctl_in umount' -f -a '(__fish_complete_directories (commandline -ct) "")'
 complete -c mountctl -n '__mountctl_in umount' -s l -l lazy -d 'also if it is in use'
 complete -c mountctl -n '__mountctl_in list' -l all -d 'those of all users'

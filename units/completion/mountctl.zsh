@@ -14,9 +14,11 @@ for image in json.load(sys.stdin).get("images", ()):
 _mountctl_source() {
   if [[ $PREFIX == (stored|s*:)* ]]; then
     _mountctl_digests stored:
+  elif compset -P composefs:; then
+    _files
   else
     _files
-    [[ -n $PREFIX ]] || compadd -S '' -- stored: oci: tmpfs:
+    [[ -n $PREFIX ]] || compadd -S '' -- stored: oci: composefs: tmpfs:
   fi
 }
 

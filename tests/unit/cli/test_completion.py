@@ -205,5 +205,15 @@ def test_files_and_directories(complete: Callable[[str], set[str]]) -> None:
     assert "base.raw" not in offered
 
 
+@pytest.mark.parametrize("verb", ["mount", "run", "explain"])
+def test_kinds_of_sources(complete: Callable[[str], set[str]], verb: str) -> None:
+    assert {"stored:", "oci:", "composefs:", "tmpfs:"} <= complete(f"mountctl {verb} ")
+
+
+def test_the_file_of_a_composefs(complete: Callable[[str], set[str]]) -> None:
+    offered = complete("mountctl mount composefs:ba")
+    assert {each.removeprefix("composefs:") for each in offered} == {"base.raw"}
+
+
 def test_a_value_of_an_option(complete: Callable[[str], set[str]]) -> None:
     assert complete("mountctl mount --idmap ") == {"none", "namespace", "caller"}
