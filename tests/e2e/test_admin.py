@@ -287,7 +287,7 @@ class TestReload:
         going = False
         mounting.join(60)
         assert answers == [{"reloaded": True, "rules": 1, "faults": []}] * 120
-        assert len(mounts) > 10
+        assert len(mounts) > 1
         assert set(mounts) == {""}
         assert ask(daemon, "Status")["policy"]["generation"] > 2
         assert daemon.process.poll() is None

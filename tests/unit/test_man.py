@@ -106,6 +106,19 @@ def documented_options(page: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])-{1,2}[A-Za-z][a-z-]*", tags))
 
 
+def synopsis_options(page: str) -> set[str]:
+    """The long options in the synopsis."""
+    source = (MAN / page).read_text()
+    lines = source[source.index(".SH SYNOPSIS") : source.index(".SH DESCRIPTION")].splitlines()
+    return set(re.findall(r"(?<![\w-])--[a-z-]+", "\n".join(map(plain, lines))))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.endswith((".1", ".8"))])
+def test_the_synopsis_has_no_option_of_its_own(page: str) -> None:
+    assert "--help" in synopsis_options(page)
+    assert synopsis_options(page) <= documented_options(page)
+
+
 def test_every_verb_and_option_of_mountctl() -> None:
     verbs = all_verbs()
     sections = ("VERBS", "policy", "image")
@@ -121,6 +134,7 @@ def test_every_option_of_the_daemon() -> None:
     has = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", done.stdout, re.MULTILINE))
     assert "--policy-dir" in has
     assert documented_options("mountd.8") == has
+    assert synopsis_options("mountd.8") == has
 
 
 def test_every_option_of_the_mount_helper() -> None:
@@ -150,6 +164,16 @@ def test_every_method_and_error_of_the_protocol(kind: str) -> None:
             assert {tag for section, tag in found if section == path.stem.upper()} == own
     else:
         assert {tag for section, tag in found if section == "ERRORS"} == declared
+
+
+def test_every_field_of_a_live_mount() -> None:
+    source = (ROOT / "protocol/io.mountd.Mount.varlink").read_text()
+    declared = re.search(r"^type LiveMount \((.*?)^\)", source, re.MULTILINE | re.DOTALL)
+    assert declared is not None
+    fields = set(re.findall(r"^  (\w+):", declared[1], re.MULTILINE)) | {"after", "next"}
+    page = text("mountd-protocol.7")
+    assert "maybeAttached" in fields
+    assert fields <= set(re.findall(r"\w+", page[page.index(" List ") : page.index("IO.MOUNTD.IMAGES")]))
 
 
 def keys_of(table: type[BaseModel]) -> set[str]:
@@ -193,8 +217,33 @@ def test_every_field_of_the_journal_and_message_id() -> None:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "log":
                 fields += [keyword.arg for keyword in node.keywords if keyword.arg]
+            fields += notes_in(node)
+    assert {"source", "target", "mount", "consent", "polkit_action"} <= set(fields)
     named = {f"MOUNTD_{field.upper()}" for field in fields if field != "message_id"}
-    assert named <= set(re.findall(FIELD, text("mountd.8")))
+    told = {
+        found for section, tag, _ in entries("mountd.8") if section == "JOURNAL" for found in fields_in(tag)
+    }
+    assert told == named
+
+
+def fields_in(tag: str) -> list[str]:
+    return re.findall(FIELD, tag)
+
+
+def notes_in(node: ast.AST) -> list[str]:
+    """The fields that a statement notes about a request."""
+
+    def about_notes(target: ast.expr) -> bool:
+        return isinstance(target, ast.Attribute | ast.Name) and "notes" in ast.unparse(target).split(".")
+
+    found: list[ast.expr | None] = []
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and about_notes(node.value):
+        found = [node.slice]
+    elif isinstance(node, ast.AugAssign) and about_notes(node.target) and isinstance(node.value, ast.Dict):
+        found = node.value.keys
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("notes.setdefault"):
+        found = list(node.args[:1])
+    return [str(ast.literal_eval(each)) for each in found if each is not None]
 
 
 def test_every_variable_of_the_environment() -> None:
