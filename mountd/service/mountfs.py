@@ -273,9 +273,17 @@ def image_reply(judged: Judged, policy: image_policy.ImagePolicy) -> dict[str, o
         "imageSize": size,
         "sectorSize": disk.sector_size if disk is not None else SECTOR,
         "imageName": name or None,
-        "imageUuid": disk.uuid if disk is not None else None,
+        "imageUuid": image_uuid(judged),
     }
     return {field: value for field, value in reply.items() if value is not None}
+
+
+def image_uuid(judged: Judged) -> str | None:
+    """Return the UUID of the partition table, or else that of the file system, if it has one."""
+    source = judged.inspected.source
+    if source.disk is not None:
+        return source.disk.uuid
+    return source.file_system.uuid if source.file_system is not None else None
 
 
 def bare(judged: Judged, size: int) -> dict[str, object]:
@@ -329,8 +337,7 @@ def mount_directory(parameters: dict[str, Any], fds: list[OwnedFd], context: Req
         USERNS: fields.add(userns),
         "interactive": parameters.get("allowInteractiveAuthentication") is True,
     }
-    context.registers = True
-    judged = allowed(judge(request, fields.given, context, may_change=True), fields.given, context)
+    judged = allowed(judged_as_granted(request, fields.given, context), fields.given, context)
     return {"mountFileDescriptor": 0}, handed_out(judged, context, userns)
 
 
@@ -357,8 +364,8 @@ def make_directory(parameters: dict[str, Any], fds: list[OwnedFd], context: Requ
     if not is_name(name):
         raise InvalidParameter("name", "it is no name of a file")
     mode = DEFAULT_MODE if mode is None else mode
-    if not 0 <= mode <= 0o7777:
-        raise InvalidParameter("mode", "it is not of 0 to 07777")
+    if not 0 <= mode <= 0o777:
+        raise InvalidParameter("mode", "it is not of 0 to 0777")
     fields = Fields(parameters, fds)
     parent = fields.owned(PARENT, OF_DIRECTORIES, stat.S_IFDIR)
     fields.check_all_named()

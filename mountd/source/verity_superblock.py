@@ -23,7 +23,6 @@ LENGTH = 512
 MAGIC = b"verity\0\0"
 MAXIMUM_SALT = 256
 MAXIMUM_BLOCK = 4096  # the kernel takes no block that is larger than a page, and most pages are of this size
-MAXIMUM_LEVELS = 63  # DM_VERITY_MAX_LEVELS
 
 # Bytes of a digest, by the algorithm's name. With another algorithm, a digest that is as long would mean
 # something else: a root hash is "sha256:…" or "sha512:…".

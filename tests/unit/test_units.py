@@ -42,3 +42,10 @@ def test_exposure(units: Path) -> None:
     threshold = f"--threshold={MAXIMUM_EXPOSURE}"
     done = analyze("security", "--offline=yes", threshold, units / "mountd.service")
     assert done.returncode == 0, done.stdout[-200:] + done.stderr
+
+
+def test_the_socket_of_systemd_is_stopped_first(units: Path) -> None:
+    """Without an order, the one that goes could take the socket of the one that comes with it."""
+    lines = (units / "mountd-mountfsd.socket").read_text().splitlines()
+    assert {"Conflicts=systemd-mountfsd.socket", "After=systemd-mountfsd.socket"} <= set(lines)
+    assert "ConditionPathExists=!/run/host/io.systemd.MountFileSystem" in lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 
 from tests.container import RANGE, USER, in_container, user_namespace
 from tests.daemon import Daemon
-from tests.e2e.mountfs.calls import INTERFACE, PARAMETER, PERMISSION, asked, opened, refusal
+from tests.e2e.directories import rule
+from tests.e2e.mountfs.calls import INTERFACE, PARAMETER, PERMISSION, asked, connect_as, opened, refusal
+from tests.rogue import Raw, call
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY | os.O_DIRECTORY, os.O_PATH | os.O_DIRECTORY])
@@ -52,6 +56,37 @@ def test_a_directory_as_it_is(serving: Daemon, home: Path) -> None:
             _, (mount,) = stack.enter_context(asked(serving, "MountDirectory", given, **all_wishes))
             assert os.fstat(mount.fileno()).st_uid == USER
             assert os.fstatvfs(mount.fileno()).f_flag & os.ST_RDONLY
+
+
+def test_read_only_where_nothing_else_is_granted(
+    start: Callable[..., Daemon], place: Path, home: Path
+) -> None:
+    socket = place / "mountfs-reading"
+    daemon = start(rule("to read", '"caller"'), "--mountfs-socket", str(socket))
+    wishes: list[dict[str, Any]] = [{}, {"readOnly": False}, {"readOnly": True}]
+    for wished in wishes:
+        with contextlib.ExitStack() as stack:
+            raw = stack.enter_context(Raw(daemon, fd=connect_as(socket)))
+            fields = {"directoryFileDescriptor": 0, **wished}
+            raw.send(call(f"{INTERFACE}.MountDirectory", fields), [opened(stack, home, os.O_DIRECTORY)])
+            assert raw.reply() == {"parameters": {"mountFileDescriptor": 0}}
+            assert os.fstatvfs(raw.fds[0].fileno()).f_flag & os.ST_RDONLY
+
+
+def test_a_directory_on_a_read_only_mount(serving: Daemon, home: Path, containers: None) -> None:
+    """What the client has cannot be written to either."""
+    (home / "inside").mkdir()
+    os.chown(home / "inside", USER, USER)
+    subprocess.run(["mount", "--bind", "-o", "ro", home, home], check=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            userns = stack.enter_context(user_namespace(RANGE, owner=USER)).fileno()
+            fds = [opened(stack, home / "inside", os.O_DIRECTORY), userns]
+            fields = {"directoryFileDescriptor": 0, "userNamespaceFileDescriptor": 1}
+            _, (mount,) = stack.enter_context(asked(serving, "MountDirectory", fds, **fields))
+            assert os.fstatvfs(mount.fileno()).f_flag & os.ST_RDONLY
+    finally:
+        subprocess.run(["umount", home], check=True)
 
 
 DIRECTORIES: list[tuple[str, dict[str, Any], str, str]] = [

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,14 @@ from tests.superblock import superblock
 SEALS_OF_IMAGE = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
-@pytest.mark.parametrize("type", ["erofs", "ext4"])
+def uuid_of(image: Path) -> dict[str, str]:
+    """What clients are told of the UUID of its file system."""
+    command = ["blkid", "--probe", "--match-tag", "UUID", "--output", "value", image]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {"imageUuid": found} if found else {}
+
+
+@pytest.mark.parametrize("type", ["erofs", "ext4", "squashfs"])
 def test_an_image_without_partitions(serving: Daemon, images: dict[str, Path], type: str) -> None:
     with contextlib.ExitStack() as stack:
         fd = opened(stack, images[type])
@@ -54,7 +62,9 @@ def test_an_image_without_partitions(serving: Daemon, images: dict[str, Path], t
             "imageSize": size,
             "sectorSize": 512,
             "imageName": type,
+            **uuid_of(images[type]),
         }
+        assert ("imageUuid" in reply) is (type != "squashfs")
         assert hello(mount)
         flags = os.fstatvfs(mount.fileno()).f_flag
         assert flags & os.ST_NOSUID

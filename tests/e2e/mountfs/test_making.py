@@ -48,7 +48,7 @@ def test_make_a_directory_and_fill_it(serving: Daemon, home: Path, containers: N
     """As what unpacks an image without privileges does: make, mount for a container, write there."""
     made = make(serving, home, "machine")
     assert (made.st_uid, made.st_gid, stat.S_IMODE(made.st_mode)) == (BASE, BASE, 0o700)
-    assert stat.S_IMODE(make(serving, home, "wide", mode=0o7777).st_mode) == 0o775
+    assert stat.S_IMODE(make(serving, home, "wide", mode=0o777).st_mode) == 0o775
     assert stat.S_IMODE(make(serving, home, "narrow", mode=0).st_mode) == 0
     assert sorted(os.listdir(home)) == ["machine", "mine", "narrow", "wide"]
     with contextlib.ExitStack() as stack:
@@ -97,8 +97,9 @@ def test_directories_that_are_not_made(serving: Daemon, home: Path, place: Path)
         assert refused(Path("/tmp"), "new")[0] == PERMISSION
         error, said = refused(home, "mine")
         assert (error, said["errnoName"]) == ("io.systemd.System", "EEXIST")
-        error, said = refused(home, "new", mode=-1)
-        assert (error, said["parameter"]) == (PARAMETER, "mode")
+        for mode in (-1, 0o1000, 0o4755, 0o7777):
+            error, said = refused(home, "new", mode=mode)
+            assert (error, said["parameter"]) == (PARAMETER, "mode")
         # Its group would be one that is not the caller's to give away.
         os.chown(home, USER, 0)
         home.chmod(0o2755)

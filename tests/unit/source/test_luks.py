@@ -201,7 +201,7 @@ UNSUPPORTED = {
     "keyslots.0.af.stripes": [1, 8000],
     "keyslots.0.af.hash": ["md5"],
     "keyslots.0.area.type": ["datashift"],
-    "keyslots.0.area.encryption": ["cipher_null-ecb"],
+    "keyslots.0.area.encryption": ["cipher_null-ecb", "serpent-xts-plain64"],
     "keyslots.0.kdf.type": ["scrypt", ["argon2id"]],
     "keyslots.0.kdf.memory": [0, 4 << 20, (1 << 32) - 1],
     "keyslots.0.kdf.time": [0, (1 << 32) - 1],
@@ -275,6 +275,15 @@ def test_what_is_refused_of_version_2(path: str, value: object, error: type[Moun
 def test_what_is_refused_of_version_1(changes: dict[str, Any], error: type[MountdError]) -> None:
     with pytest.raises(error):
         read(header_1(**changes))
+
+
+@pytest.mark.parametrize("name", ["serpent", "twofish"])
+def test_ciphers_that_cryptsetup_leaves_to_the_kernel(name: str) -> None:
+    """They could not be opened where it runs, and it would not say why."""
+    said = f"encrypted with “{name}-xts-plain64”, and only aes-xts-plain64, .* are opened here"
+    for head in (header_1(name=name.encode()), changed("segments.0.encryption", f"{name}-xts-plain64")):
+        with pytest.raises(UnsupportedFileSystem, match=said):
+            read(head)
 
 
 @pytest.mark.parametrize(
