@@ -76,7 +76,7 @@ def problem(file: Path, *, hint: Path | None = None) -> str | None:
         backing = inspect_descriptor(fd.fileno(), "image")
         if hint is not None:
             backing = replace(backing, path_hint=str(hint))
-        found = locate(backing, walker, name_paths=True).location_problem
+        found = locate(fd.fileno(), backing, walker, name_paths=True).location_problem
     return found.removeprefix(f"{file.parent} ") if found is not None else None
 
 
