@@ -192,7 +192,7 @@ def add_verity(
         found,
         evidence=evidence,
         hash_fd=request.verity.hash_fd,
-        verity=Verity.of(superblock, request.verity.root_hash),
+        verity=Verity.of(superblock, request.verity.root_hash, hash_file=hashes.state),
     )
 
 
