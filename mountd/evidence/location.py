@@ -5,6 +5,9 @@ namespace, one component at a time, each found in the directory that was held an
 must be no link, belong to root and be writable by nobody else. What the walk ends at has to be the very
 inode that the caller handed over. Only root can rename what is in such a directory; should root do so at
 this very moment, what was judged is still what the rest was found in.
+
+A file that root was given may still be open for writing to whoever had it before, and nobody must have it
+open so. That is asked last: by then it takes to be root to open it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from mountd.errors import SyscallError
 from mountd.evidence.model import Evidence
 from mountd.evidence.mounts import problem_of
 from mountd.fds import OwnedFd
+from mountd.kernel import lease
 from mountd.kernel.flags import StatxMask
 from mountd.kernel.numbers import AT_FDCWD
 from mountd.kernel.paths import statx
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 MAXIMUM_COMPONENTS = 64
 MAXIMUM_HELD = 64
 COMPONENT = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+UNKNOWN_WRITERS = "whether somebody has it open for writing cannot be found out"
+WRITTEN = "somebody has it open for writing"
 MISSING = "its path does not exist in the mount namespace of mountd"
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
 
@@ -110,20 +116,37 @@ class Walker:
         self.close()
 
 
-def locate(backing: BackingFile, walker: Walker, *, name_paths: bool) -> Evidence:
-    """Find out whether the image that `backing` describes lies under a path that is root's alone.
+def locate(fd: int, backing: BackingFile, walker: Walker, *, name_paths: bool) -> Evidence:
+    """Find out whether the image `fd`, borrowed, which `backing` describes, lies where it is root's alone.
 
     `name_paths` says whether the reason may name directories: whoever is in a container has no business with
-    the host's. Raises NotSupported; whatever else goes wrong is a reason why there is no such evidence.
+    the host's. Raises NotSupported, and SyscallError for an image that cannot be opened at once; whatever
+    else goes wrong is a reason why there is no such evidence.
     """
     try:
-        path = walker.walk(backing, name_paths)
+        path: str | None = walker.walk(backing, name_paths)
         problem = None
     except NotThere as reason:
         path, problem = None, str(reason)
     except SyscallError as error:
         path, problem = None, f"its path cannot be checked ({error.errno_name})"
-    return Evidence(path, problem, backing.writable)
+    # A caller's descriptor that can write to it is one itself; what that comes to is for the policy to say.
+    if path is not None and not backing.writable:
+        problem = problem_of_writers(fd)
+    return Evidence(path if problem is None else None, problem, backing.writable)
+
+
+def problem_of_writers(fd: int) -> str | None:
+    """Return why a file that only root can open for writing by now may be written to by others all the same.
+
+    Who had it open before it became root's still can: an administrator may have moved it where it lies. None
+    if nobody has. Raises SyscallError.
+    """
+    with lease.open_again(fd) as own:
+        written = lease.has_writer(own.fileno())
+    if written is None:
+        return UNKNOWN_WRITERS
+    return WRITTEN if written else None
 
 
 def identity(status: statx_struct) -> Identity:

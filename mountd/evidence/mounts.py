@@ -1,14 +1,16 @@
 """Whether what a mount shows is root's alone, as far as the mount and what it lies on have a say in that.
 
-A server decides what is in its file system. An idmapped mount shows other owners than those on the disk. And
-a loop device shows a file: whoever can write to that one decides what is in the file system on it, and may
-decide otherwise whenever it likes. That is what a desktop's user gets who has an image mounted by udisks,
-below a path that is root's all the way down.
+A server decides what is in its file system. An idmapped mount shows other owners than those on the disk. An
+overlay shows what is in others, and does not tell in which. And a loop device shows a file: whoever can
+write to that one decides what is in the file system on it, and may decide otherwise whenever it likes. That
+is what a desktop's user gets who has an image mounted by udisks, below a path that is root's all the way
+down; and of a disk that can be plugged in, nobody knows who has written what is on it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +28,20 @@ if TYPE_CHECKING:
 
 # Whoever runs the server decides what is in the file, and when it answers.
 REMOTE = {"fuse", "fuseblk", "nfs", "nfs4", "cifs", "smb3", "ceph", "9p", "virtiofs", "afs"}
+# What root alone decides about, as far as the kernel has a say in it.
+LOCAL = {
+    *("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "bcachefs", "jfs", "nilfs2", "reiserfs"),
+    *("erofs", "squashfs", "cramfs", "romfs", "iso9660", "udf", "vfat", "exfat", "ubifs", "jffs2"),
+    *("tmpfs", "ramfs", "rootfs", "devtmpfs", "autofs"),
+}
+OVERLAY = "overlay"
+# What systemd-sysext(8) calls the overlays that it puts over /usr and /etc: of these, and of what root has
+# put where it looks.
+EXTENSIONS = {"sysext", "confext"}
+# Flags that a mount on behalf of a user has: by udisks, and by “user” in fstab(5). A mount of root's own on
+# which they are not set runs what is on it as root.
+FOR_USERS = MountAttr.NOSUID | MountAttr.NODEV
+BUS = re.compile(r"(usb|fw)[0-9]+")  # to which anybody can plug a disk, as a directory in sysfs
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
 BLOCK_DEVICES = "/sys/dev/block"
 BTRFS = "/sys/fs/btrfs"
@@ -33,6 +49,9 @@ MOUNTS = "/proc/self/mountinfo"
 MAXIMUM_DEVICES = 64
 MAXIMUM_DEPTH = 8  # of loop devices over files on loop devices
 UNKNOWN = "is on a device of which cannot be found out what it lies on"
+IDMAPPED = "is on an idmapped mount, which shows files of others as root's"
+UNKNOWN_LAYERS = "is on an overlay of which cannot be found out what it lies on"
+PLUGGED = "is on a disk that can be unplugged, and is mounted as for a user (nosuid, nodev)"
 
 
 @lru_cache(maxsize=64)
@@ -48,9 +67,32 @@ def problem_of(id: int, *, is_root: bool = False, depth: int = 0) -> str | None:
         return f"is on a file system of type {info.fs_type}, whose contents somebody else decides"
     if is_root:
         return None
+    if info.fs_type == OVERLAY:
+        return problem_of_overlay(info)
+    if info.fs_type not in LOCAL:
+        return f"is on a file system of type {info.fs_type}, whose contents others than root may decide"
     if info.attributes & MountAttr.IDMAP:
-        return "is on an idmapped mount, which shows files of others as root's"
+        return IDMAPPED
     return problem_below(info, depth)
+
+
+def problem_of_overlay(info: MountInfo) -> str | None:
+    """Return why the contents of an overlay are not root's alone, None if they are.
+
+    What it is made of has names that may lead elsewhere by now, or in another mount namespace. Raises
+    SyscallError.
+    """
+    if info.attributes & MountAttr.IDMAP:
+        return IDMAPPED
+    root = statx(AT_FDCWD, "/", WANTED, sync=False)
+    # Part of the root directory, as a sandbox has it mounted once more.
+    if info.sb_dev == (root.stx_dev_major, root.stx_dev_minor):
+        return None
+    try:
+        source = source_of(":".join(map(str, info.sb_dev)))
+    except OSError:
+        source = None
+    return None if source in EXTENSIONS else UNKNOWN_LAYERS
 
 
 def problem_below(info: MountInfo, depth: int) -> str | None:
@@ -75,6 +117,8 @@ def problem_below(info: MountInfo, depth: int) -> str | None:
             backing = contents_of(f"{at}/loop/backing_file")
         except OSError:
             return UNKNOWN
+        if info.attributes & FOR_USERS == FOR_USERS and can_be_unplugged(at):
+            return PLUGGED
         problem = problem_of_file(Path(at).resolve().name, backing, devices, depth) if backing else None
         if problem is not None:
             return problem
@@ -94,25 +138,36 @@ def devices_of(info: MountInfo) -> list[str] | None:
     # Its own number is nobody's device, and it may have several.
     for each in sorted(Path(BTRFS).glob("*-*")):
         devices = [contents_of(f"{device}/dev") for device in (each / "devices").iterdir()]
-        if source_of(name) in devices:
+        if device_of(name) in devices:
             return devices
     return None
 
 
-def source_of(name: str) -> str | None:
+def device_of(name: str) -> str | None:
     """Return the device that the mounts of a file system with this number say to be on.
 
     None if there is none of its name. Raises OSError.
+    """
+    source = source_of(name)
+    if source is None:
+        return None
+    try:
+        number = os.stat(source).st_rdev
+    except OSError:
+        return None
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def source_of(name: str) -> str | None:
+    """Return what the first mount of a file system with this number says to be of, None if there is none.
+
+    Raises OSError.
     """
     # Only what the kernel takes for the end of a line or a field: users choose the names of directories.
     for line in text_of(MOUNTS).split("\n"):
         fields, _, source = line.partition(" - ")
         if fields.split(" ")[2:3] == [name]:
-            try:
-                number = os.stat(source.split(" ")[1]).st_rdev
-            except OSError:
-                return None
-            return f"{os.major(number)}:{os.minor(number)}"
+            return source.split(" ")[1]
     return None
 
 
@@ -122,6 +177,16 @@ def look_at(device: str) -> tuple[str, list[str]]:
     if os.path.exists(f"{at}/partition"):
         at += "/.."
     return at, [contents_of(f"{at}/slaves/{name}/dev") for name in os.listdir(f"{at}/slaves")]
+
+
+def can_be_unplugged(at: str) -> bool:
+    """Tell whether the disk whose directory in sysfs this is can be taken to another machine and back.
+
+    By its medium, or whole; as udisks tells those that any user may mount. Raises OSError.
+    """
+    if contents_of(f"{at}/removable") == "1" or contents_of(f"{at}/device/type") == "SD":
+        return True
+    return any(BUS.fullmatch(part) for part in Path(at).resolve().parts)
 
 
 def contents_of(path: str) -> str:

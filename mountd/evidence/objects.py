@@ -1,9 +1,10 @@
 """Whose the object directories of a composefs are, and whether fs-verity can check what is in them.
 
 In such a directory files lie under names of their digests, most of them in directories of two digits. A path
-that is root's says nothing about what is below it; so it is looked at all of that. For a composefs, the
-kernel follows no symbolic links there, and enters no other mounts (LOOKUP_NO_SYMLINKS and LOOKUP_NO_XDEV in
-fs/overlayfs/namei.c), so that what these lead to is of no matter.
+that is root's says nothing about what is below it; so it is looked at all of that, and nobody may have any
+of it open for writing. For a composefs, the kernel follows no symbolic links there, and enters no other
+mounts (LOOKUP_NO_SYMLINKS and LOOKUP_NO_XDEV in fs/overlayfs/namei.c), so that what these lead to is of no
+matter.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from mountd.evidence import fs_verity
 from mountd.evidence.directory import collect_ownership
 from mountd.evidence.model import Objects, Ownership
 from mountd.fds import OwnedFd
+from mountd.kernel import lease
+from mountd.kernel.capabilities import reading_everything
 from mountd.kernel.flags import Resolve, StatxMask
 from mountd.kernel.mount_info import mount_id
 from mountd.kernel.paths import openat2, statx
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 MAXIMUM_NAMES = 1 << 18  # a whole system has some hundred thousand files
 MAXIMUM_DEPTH = 8
 OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 STAYING = Resolve.NO_XDEV | Resolve.NO_SYMLINKS | Resolve.BENEATH
 LOOKED_AT = StatxMask.TYPE | StatxMask.MODE | StatxMask.UID | StatxMask.MNT_ID_UNIQUE
 
@@ -73,6 +78,18 @@ def problem_inside(fd: int) -> str | None:
     return None
 
 
+def problem_of_file(at: int, name: str, mode: int) -> str | None:
+    """Return why others can write to a file of root's in the directory `at`, borrowed. Raises OSError."""
+    # Root may have files that it cannot read itself.
+    with nullcontext() if mode & stat.S_IRUSR else reading_everything():
+        own = OwnedFd(os.open(name, OPEN_FILE, dir_fd=at))
+    with own:
+        written = lease.has_writer(own.fileno())
+    if written is None:
+        return "whether somebody has what is in it open for writing cannot be found out"
+    return "somebody has what is in it open for writing" if written else None
+
+
 def problems_below(fd: int, mount: int, depth: int) -> Iterator[str | None]:
     """Yield what is wrong with each name in the directory `fd`, borrowed, and below it.
 
@@ -87,6 +104,9 @@ def problems_below(fd: int, mount: int, depth: int) -> Iterator[str | None]:
                 yield "something is mounted on what is in it"
             is_link = stat.S_ISLNK(status.stx_mode)
             others = status.stx_uid != 0 or (status.stx_mode & 0o022 and not is_link)
+            if not others and stat.S_ISREG(status.stx_mode):
+                yield problem_of_file(own.fileno(), entry.name, status.stx_mode)
+                continue
             yield "what is in it can be changed by others than root" if others else None
             if stat.S_ISDIR(status.stx_mode):
                 if depth == 0:

@@ -19,6 +19,7 @@ from mountd.execute import composefs, overlay, verity
 from mountd.kernel import cloning, loop_device, mount_api, namespaces
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
+from mountd.kernel.lease import open_again
 from mountd.kernel.paths import statx
 from mountd.plan.operations import (
     Backing,
@@ -312,12 +313,7 @@ def refuse_lease(image_fd: int) -> None:
 
     The kernel opens the image to mount it, and would wait until the lease is given up or broken.
     """
-    try:
-        os.close(os.open(f"/proc/self/fd/{image_fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        leased = error.errno == errno.EAGAIN
-        what = "the image, on which somebody has a lease" if leased else "the image"
-        raise SyscallError(error.errno or 0, f"open({what})") from None
+    open_again(image_fd).close()
 
 
 def _create_named(operation: CreateSuperblock, inputs: Inputs, fd: int) -> FsContext:

@@ -1,8 +1,13 @@
-"""Whether anybody at all has a file open, and nobody may meanwhile (F_SETLEASE in fcntl(2))."""
+"""Whether anybody at all has a file open, or has it open to write to it (F_SETLEASE in fcntl(2))."""
 
 import contextlib
+import errno
 import fcntl
+import os
 import signal
+
+from mountd.errors import SyscallError
+from mountd.fds import OwnedFd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,3 +38,38 @@ def only_opener(fd: int) -> "Iterator[bool]":
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     finally:
         signal.signal(signal.SIGIO, previous)
+
+
+def has_writer(own: int) -> "bool | None":
+    """Tell whether anybody has a file open for writing, None if that cannot be told.
+
+    `own`, borrowed, is the file opened to be read, by this process and for this: a lease belongs to an open
+    file, and nobody else's business is disturbed. The kernel grants a read lease only if nobody has. It
+    counts as `only_opener` says, but only what was opened to be written to, which goes on to write whatever
+    became of owner and mode since. The lease is given up at once: who opens the file afterwards is judged by
+    the mode that it has then.
+
+    None where the file system has no leases, where nobody gets any (fs.leases-enable), and for the file of
+    another (CAP_LEASE).
+    """
+    # What tells of an attempt to write meanwhile: by default, a signal that would end the process.
+    fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return True if error.errno == errno.EAGAIN else None
+    fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+def open_again(fd: int) -> OwnedFd:
+    """Open the file of `fd` (borrowed) once more, to read it.
+
+    Raises SyscallError, also if somebody has a lease on it that has to be given up or broken first.
+    """
+    try:
+        return OwnedFd(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        leased = error.errno == errno.EAGAIN
+        what = "the image, on which somebody has a lease" if leased else "the image"
+        raise SyscallError(error.errno or 0, f"open({what})") from None

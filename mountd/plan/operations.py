@@ -32,7 +32,8 @@ class Verity:
     """What a dm-verity device is told: the root hash, and how the tree below it was made.
 
     The fields are those of `source.model.VeritySuperblock`. `hash_window` is where in the image the hash
-    data is, None for a file of its own.
+    data is, None for a file of its own, and `hash_file` what tells that and its state from all others then
+    (`BackingFile.state`).
     """
 
     root_hash: bytes
@@ -43,9 +44,16 @@ class Verity:
     data_blocks: int
     hash_start_block: int
     hash_window: Window | None = None
+    hash_file: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, superblock: VeritySuperblock, root_hash: bytes, hash_window: Window | None = None) -> Verity:
+    def of(
+        cls,
+        superblock: VeritySuperblock,
+        root_hash: bytes,
+        hash_window: Window | None = None,
+        hash_file: tuple[int, ...] | None = None,
+    ) -> Verity:
         """Put together what the superblock says and the root hash that the verdict is about."""
         return cls(
             root_hash,
@@ -56,6 +64,7 @@ class Verity:
             superblock.data_blocks,
             superblock.hash_start_block,
             hash_window,
+            hash_file,
         )
 
     def describe(self) -> str:

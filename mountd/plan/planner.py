@@ -132,14 +132,15 @@ def shared_name(
     """Return a name that two requests have in common only if the one may have a clone of the other's mount.
 
     The image is the same, in the same state, and cannot change: that is known by its inode and the time of
-    its last change, as it cannot be replaced while it is mounted. It is read in the same way, has the same
-    attributes, is trusted for the same reason, and belongs to the same owner, so that what is taken from
-    the one is not taken from another as well.
+    its last change, as it cannot be replaced while it is mounted. It is read in the same way, through the
+    same hash data, as others may only give errors; it has the same attributes, is trusted for the same
+    reason, and belongs to the same owner, so that what is taken from the one is not taken from another as
+    well.
     """
     backing = source.backing
     if backing is None or not backing.changed or not made.read_only:
         return None
-    image: tuple[object, ...] = (backing.dev, backing.ino, backing.changed, backing.size)
+    image: tuple[object, ...] = backing.state
     if made.verity is not None and made.verity.hash_window is not None and not backing.mode & 0o022:
         # What is in it is known by its root hash. But whoever can write to one of two files could make the
         # other one's reader get errors: they have the same owner, and nobody else writes to them.

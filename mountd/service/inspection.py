@@ -98,7 +98,7 @@ def inspect(
     backing = inspect_descriptor(request.image_fd, IMAGE_FIELD)
     # Where the caller says that it is: for people, and no evidence.
     context.notes["source"] = shown(backing.path_hint or "an image without a path", MAXIMUM_SHOWN)
-    evidence = locate(backing, context.walker, name_paths=caller.on_host)
+    evidence = locate(request.image_fd, backing, context.walker, name_paths=caller.on_host)
     found = Inspected(Source(SourceKind.IMAGE, backing, None, None), evidence, request.image_fd)
     if request.verity is not None:
         return add_verity(look_inside(found), backing, request, context)
@@ -192,7 +192,7 @@ def add_verity(
         found,
         evidence=evidence,
         hash_fd=request.verity.hash_fd,
-        verity=Verity.of(superblock, request.verity.root_hash),
+        verity=Verity.of(superblock, request.verity.root_hash, hash_file=hashes.state),
     )
 
 

@@ -58,6 +58,11 @@ class BackingFile:
     path_hint: str | None
     changed: int = 0
 
+    @property
+    def state(self) -> tuple[int, ...]:
+        """What tells the file, and the state that it is in, from all others while it is there."""
+        return self.dev, self.ino, self.changed, self.size
+
     def __hash__(self) -> int:
         """Of what tells one from another: what was decided about it is looked up for each request."""
         return hash((self.dev, self.ino, self.changed))

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from mountd.errors import InvalidImage, LimitExceeded, NotSupported
@@ -39,6 +43,10 @@ MEMORY = 2 << 30
 MAXIMUM_IMAGE = 256 << 20
 PIECE = 1 << 16
 IDENTITY = 16  # digits
+LIBRARY = re.compile(rb"libcomposefs\.so[.0-9]*")
+MAXIMUM_PROGRAM = 16 << 20
+PREFIXES = ("/usr", "/usr/local", "")
+MULTIARCH = getattr(sys.implementation, "_multiarch", "")  # of Debian, like x86_64-linux-gnu
 DISCARDED = "/dev/null"
 
 
@@ -54,15 +62,43 @@ class Made:
 def identity() -> str:
     """Return what tells one version of mkcomposefs from another, which may make another image.
 
-    It has no option that says so. Where it is missing, that is a version as well.
+    It has no option that says so, and most of it is in a library, which has updates of its own. Where it is
+    missing, that is a version as well.
     """
     path = shutil.which(PROGRAM, path=program.ENVIRONMENT["PATH"])
     if path is None:
         return "missing"
+    found = [state_of(path)]
+    for name in libraries(path, found[0]):
+        for directory in library_directories(path):
+            with suppress(OSError):
+                found.append(state_of(f"{directory}/{name}"))
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:IDENTITY]
+
+
+def state_of(path: str) -> tuple[int, ...]:
+    """Return what tells a file, and the state that it is in, from its predecessors. Raises OSError."""
     status = os.stat(path)
+    # Not the device, whose number may be another after each boot.
     # The time of the change as well: that of the contents is the same for all where images are reproducible.
-    about = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:IDENTITY]
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@lru_cache(maxsize=1)
+def libraries(path: str, _state: tuple[int, ...]) -> list[str]:
+    """Return the names of libraries that a program in this state asks for, as far as that can be read."""
+    try:
+        with open(path, "rb") as file:
+            return sorted({os.fsdecode(name) for name in LIBRARY.findall(file.read(MAXIMUM_PROGRAM))})
+    except OSError:
+        return []
+
+
+def library_directories(path: str) -> list[str]:
+    """Return where the libraries of a program are looked for: those of the system, and beside it."""
+    beside = os.path.dirname(os.path.dirname(os.path.realpath(path)))
+    prefixes = dict.fromkeys((*PREFIXES, beside))
+    return [f"{prefix}/{name}" for prefix in prefixes for name in ("lib", "lib64", f"lib/{MULTIARCH}")]
 
 
 def build(description: int, size: int, filter: Filter, directory: int) -> Made:

@@ -21,7 +21,7 @@ from mountd.fds import OwnedFd
 from mountd.store.store import Store
 from tests.container import USER, as_user, forked
 from tests.daemon import Daemon
-from tests.e2e.calls import mount_fds, mounted, text_of
+from tests.e2e.calls import mount, mount_fds, mounted, outcome, text_of
 from tests.e2e.conftest import trusting
 from tests.e2e.trust import Case, Makers, digest_of, key_sections, rule, source, users_file
 from tests.images import build_image, build_tree
@@ -128,6 +128,33 @@ def test_a_mount_of_what_is_stored_while_the_file_is_written_to(
         for _ in range(5):
             forget_pages()
             assert text_of(reply) == TEXT.decode()
+
+
+def test_a_file_that_is_moved_to_where_it_is_trusted(
+    start: Callable[[str], Daemon], images: dict[str, Path], place: Path
+) -> None:
+    """Who has it open for writing still can; a copy is nobody else's."""
+    trusted = place / "moved-to"
+    trusted.mkdir(mode=0o755)
+    daemon = start(trusting(trusted))
+    with users_file(place, images["erofs"].read_bytes()) as path, OwnedFd(os.open(path, os.O_RDWR)) as fd:
+        moved = path.rename(trusted / "moved.raw")
+        os.chown(moved, 0, 0)
+        moved.chmod(0o644)
+        refused = as_user(lambda: outcome(lambda: mount(daemon.socket, moved)))
+        assert refused[0] == "DeniedByPolicy"
+        assert "somebody has it open for writing" in refused[1]
+        copied = Path(shutil.copy(moved, trusted / "copied.raw"))
+        assert as_user(lambda: read(daemon, copied)) == TEXT.decode()
+        position = moved.read_bytes().index(TEXT)
+        os.pwrite(fd.fileno(), TEXT.upper(), position)
+        assert as_user(lambda: read(daemon, copied)) == TEXT.decode()
+    assert as_user(lambda: read(daemon, moved)) == TEXT.upper().decode()
+
+
+def read(daemon: Daemon, path: Path) -> str:
+    with mounted(daemon.socket, path) as reply:
+        return text_of(reply)
 
 
 @pytest.fixture(scope="module")

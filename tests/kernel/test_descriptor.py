@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
+import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,10 +107,15 @@ def backing(images: dict[str, Path]) -> BackingFile:
 
 
 def problem(backing: BackingFile, *, name_paths: bool = True) -> str | None:
-    with location.Walker() as walker:
-        found = location.locate(backing, walker, name_paths=name_paths)
+    # Where a test pretends another path, the walk does not come to the file.
+    path = backing.path_hint or "/"
+    with (
+        OwnedFd(os.open(path if os.path.isfile(path) else "/", os.O_RDONLY)) as fd,
+        location.Walker() as walker,
+    ):
+        found = location.locate(fd.fileno(), backing, walker, name_paths=name_paths)
         # What is held from the first walk changes nothing.
-        assert location.locate(backing, walker, name_paths=name_paths) == found
+        assert location.locate(fd.fileno(), backing, walker, name_paths=name_paths) == found
     assert (found.location_problem is None) == (found.root_owned_path is not None)
     return found.location_problem
 
@@ -128,7 +136,8 @@ def problem(backing: BackingFile, *, name_paths: bool = True) -> str | None:
         ("/etc/passwd/file", "does not exist in the mount namespace"),
         ("/etc/passwd", "another file is at its path"),
         ("/etc", "another file is at its path"),
-        ("/proc/self/exe", "a symbolic link in it"),
+        ("/etc/mtab", "a symbolic link in it"),
+        ("/proc/version", "/proc is on a file system of type proc, whose contents others"),
         ("/tmp/file", "/tmp is writable by everybody"),
         pytest.param("/" + "a" * 256, "cannot be checked (ENAMETOOLONG)", id="long"),
     ],
@@ -172,6 +181,86 @@ def test_every_component_has_to_be_roots(
         (inner / "image").unlink()
         inner.rmdir()
         (scratch / "outer").rmdir()
+
+
+def in_a_mapping(fd: int) -> AbstractContextManager[object]:
+    mapping = mmap.mmap(fd, 1)
+    os.close(fd)
+    return mapping
+
+
+def on_its_way(fd: int) -> AbstractContextManager[object]:
+    """In a message that nobody has received."""
+    stack = ExitStack()
+    sender, _ = (stack.enter_context(end) for end in socket.socketpair())
+    socket.send_fds(sender, [b"x"], [fd])
+    os.close(fd)
+    return stack
+
+
+@pytest.mark.parametrize(
+    ("way", "flags"),
+    [
+        (OwnedFd, os.O_RDWR),
+        (OwnedFd, os.O_WRONLY),
+        (OwnedFd, os.O_WRONLY | os.O_APPEND),
+        (in_a_mapping, os.O_RDWR),
+        (on_its_way, os.O_WRONLY),
+    ],
+)
+def test_who_can_still_write_to_what_has_become_roots(
+    scratch: Path, way: Callable[[int], AbstractContextManager[object]], flags: int
+) -> None:
+    """Whoever had it open before goes on to write, whatever the mode has become."""
+    image = scratch / "image"
+    image.write_bytes(b"x")
+    os.chown(image, USER, USER)
+    try:
+        writer = os.open(image, flags)
+        with way(writer):
+            os.chown(image, 0, 0)
+            with OwnedFd(os.open(image, os.O_RDONLY)) as fd:
+                backing = inspect_descriptor(fd.fileno(), FIELD)
+            assert problem(backing) == location.WRITTEN
+        assert problem(backing) is None
+    finally:
+        image.unlink()
+
+
+def test_readers_are_no_writers(images: dict[str, Path], backing: BackingFile) -> None:
+    with OwnedFd(os.open(images["erofs"], os.O_RDONLY)), OwnedFd(os.open(images["erofs"], os.O_PATH)):
+        assert problem(backing) is None
+
+
+def test_that_nobody_gets_a_lease(backing: BackingFile) -> None:
+    """Then it is not known who has it open, and that is no proof."""
+    switch = Path("/proc/sys/fs/leases-enable")
+    assert switch.read_text() == "1\n"
+    switch.write_text("0")
+    try:
+        assert problem(backing) == location.UNKNOWN_WRITERS
+    finally:
+        switch.write_text("1")
+
+
+def test_who_opens_it_meanwhile_ends_nobody(images: dict[str, Path], backing: BackingFile) -> None:
+    """The kernel tells whoever has a lease by a signal."""
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            os.close(os.open(images["erofs"], os.O_RDWR))
+    try:
+        seen = {problem_of_writers(backing) for _ in range(2000)}
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert seen <= {None, location.WRITTEN}
+    assert location.WRITTEN in seen
+
+
+def problem_of_writers(backing: BackingFile) -> str | None:
+    with OwnedFd(os.open(str(backing.path_hint), os.O_RDONLY)) as fd:
+        return location.problem_of_writers(fd.fileno())
 
 
 @pytest.mark.parametrize("type", ["fuse.sshfs", "fuse", "fuseblk", "nfs4", "cifs", "9p", "virtiofs", None])

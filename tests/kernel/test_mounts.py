@@ -16,9 +16,11 @@ from mountd.evidence import mounts
 from mountd.evidence.location import Walker, locate
 from mountd.fds import OwnedFd
 from mountd.kernel import libc, loop_device
+from mountd.kernel.flags import MountAttr
 from mountd.kernel.loop_device import LoopDevice
+from mountd.kernel.mount_info import mount_id
 from mountd.source.descriptor import inspect_descriptor
-from tests.container import USER
+from tests.container import USER, forked
 
 THEIRS = f"is on a loop device, whose file belongs to uid {USER}, not to root"
 WRITABLE = "is on a loop device, whose file is writable by others than root"
@@ -76,7 +78,7 @@ def problem(file: Path, *, hint: Path | None = None) -> str | None:
         backing = inspect_descriptor(fd.fileno(), "image")
         if hint is not None:
             backing = replace(backing, path_hint=str(hint))
-        found = locate(backing, walker, name_paths=True).location_problem
+        found = locate(fd.fileno(), backing, walker, name_paths=True).location_problem
     return found.removeprefix(f"{file.parent} ") if found is not None else None
 
 
@@ -188,3 +190,124 @@ def test_what_cannot_be_found_out_is_no_proof(
         with monkeypatch.context() as patch:
             patch.setattr(mounts, "MAXIMUM_DEPTH", -1)
             assert problem(file) == mounts.UNKNOWN
+
+
+@contextlib.contextmanager
+def overlay(lower: Path, place: Path, name: str) -> Iterator[Path]:
+    """An overlay over a directory of root's with an image in it, whose source is called so."""
+    place.mkdir()
+    (lower / "image.raw").write_bytes(bytes(4096))
+    (lower / "below").mkdir()
+    options = f"lowerdir={lower}:{place}"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, name, place], check=True)
+    try:
+        yield place / "image.raw"
+    finally:
+        subprocess.run(["umount", place], check=True)
+        place.rmdir()
+
+
+@pytest.fixture
+def lower(scratch: Path) -> Iterator[Path]:
+    path = scratch / "lower"
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("overlay", mounts.UNKNOWN_LAYERS), ("sysext", None), ("confext", None)],
+)
+def test_an_overlay(scratch: Path, lower: Path, name: str, expected: str | None) -> None:
+    """A server's file system below it would make its files root's; systemd-sysext takes what is root's."""
+    with overlay(lower, scratch / "over", name) as file:
+        assert problem(file) == expected
+
+
+def test_an_overlay_that_is_the_root_directory(scratch: Path, lower: Path) -> None:
+    """As in most containers, and in live systems; sandboxes mount parts of it once more."""
+    with overlay(lower, scratch / "over", "overlay") as file:
+        over = file.parent
+
+        def found() -> list[str | None]:
+            os.chroot(over)
+            mount_of = [mount_id_of("/"), mount_id_of("/below")]
+            return [mounts.problem_of(mount_of[0], is_root=True), mounts.problem_of(mount_of[1])]
+
+        subprocess.run(["mount", "--bind", over, over / "below"], check=True)
+        try:
+            assert forked(found) == [None, None]
+        finally:
+            subprocess.run(["umount", over / "below"], check=True)
+
+
+def mount_id_of(path: str) -> int:
+    with OwnedFd(os.open(path, os.O_PATH)) as fd:
+        return mount_id(fd.fileno())
+
+
+@pytest.mark.parametrize("type", ["vboxsf", "lustre", "ocfs2", "ecryptfs", "sysfs", "what is to come"])
+def test_a_file_system_of_which_nothing_is_known(monkeypatch: pytest.MonkeyPatch, type: str) -> None:
+    class Info:
+        fs_type = type
+
+    monkeypatch.setattr(mounts, "statmount", lambda _id: Info)
+    assert "whose contents others than root may decide" in str(mounts.problem_of(1))
+
+
+PCI = "devices/pci0000:00/0000:00:14.0"
+AS_OF_UDISKS = MountAttr.NOSUID | MountAttr.NODEV
+
+
+@pytest.mark.parametrize("attributes", [AS_OF_UDISKS, AS_OF_UDISKS | MountAttr.NOEXEC, MountAttr.NOSUID, 0])
+@pytest.mark.parametrize(
+    ("disk", "about", "unplugged"),
+    [
+        (f"{PCI}/usb1/1-2/1-2:1.0/host0/block/sda", {}, True),
+        (f"{PCI}/fw0/fw1/fw1.0/host3/block/sda", {}, True),
+        (f"{PCI}/ata3/host2/block/sr0", {"removable": "1"}, True),
+        (f"{PCI}/mmc_host/mmc0/mmc0:aaaa/block/mmcblk0", {"device/type": "SD"}, True),
+        (f"{PCI}/mmc_host/mmc0/mmc0:aaaa/block/mmcblk0", {"device/type": "MMC"}, False),
+        (f"{PCI}/ata1/host0/block/sda", {"removable": "0", "device/type": "0"}, False),
+        ("devices/virtual/block/usb", {"removable": "0"}, False),
+    ],
+)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_disk_that_can_be_unplugged(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    attributes: int,
+    disk: str,
+    about: dict[str, str],
+    unplugged: bool,
+    stacked: bool,
+) -> None:
+    """What users have mounted of it is nobody's in particular; what root has mounted for all is root's.
+
+    It does not matter whether what is mounted is a partition, or something that lies on one (dm-crypt).
+    """
+    whole = tmp_path / disk
+    numbers = tmp_path / "dev/block"
+    numbers.mkdir(parents=True)
+    for path in (whole, whole / "part", tmp_path / "devices/virtual/block/dm-0"):
+        (path / "slaves").mkdir(parents=True)
+    (whole / "part/partition").write_text("1\n")
+    for name, value in about.items():
+        (whole / name).parent.mkdir(exist_ok=True)
+        (whole / name).write_text(f"{value}\n")
+    crypt = tmp_path / "devices/virtual/block/dm-0"
+    (crypt / "slaves/part").mkdir()
+    (crypt / "slaves/part/dev").write_text("8:1\n")
+    (numbers / "8:1").symlink_to(whole / "part")
+    (numbers / "253:0").symlink_to(crypt)
+
+    class Info:
+        fs_type = "ext4"
+        sb_dev = (253, 0) if stacked else (8, 1)
+
+    Info.attributes = attributes  # type: ignore[attr-defined]
+    monkeypatch.setattr(mounts, "statmount", lambda _id: Info)
+    monkeypatch.setattr(mounts, "BLOCK_DEVICES", str(numbers))
+    refused = unplugged and attributes & AS_OF_UDISKS == AS_OF_UDISKS
+    assert mounts.problem_of(1) == (mounts.PLUGGED if refused else None)

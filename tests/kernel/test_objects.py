@@ -61,6 +61,15 @@ def test_what_others_can_change(directory: Path, change: Callable[[Path], None])
     assert problem(directory) == "what is in it can be changed by others than root"
 
 
+@pytest.mark.parametrize("name", ["object", "0a/0b/object"])
+@pytest.mark.parametrize("mode", [0o644, 0o000])
+def test_what_somebody_can_still_write_to(directory: Path, name: str, mode: int) -> None:
+    (directory / name).chmod(mode)
+    with OwnedFd(os.open(directory / name, os.O_RDWR)):
+        assert problem(directory) == "somebody has what is in it open for writing"
+    assert problem(directory) is None
+
+
 @pytest.mark.parametrize("hidden", ["0a", "0a/0b", "object", "0a/0b/object"])
 def test_what_is_hidden_by_a_mount(directory: Path, hidden: str) -> None:
     """What is looked at has to be what the composefs has, which is below it."""

@@ -96,7 +96,7 @@ def test_locate(ground: Ground, make: MakeScene, hinted: bool, held: bool) -> No
             backing = replace(backing, path_hint=str(scene.checked))
         if not held:
             walker.close()
-        return locate(backing, walker, name_paths=True).root_owned_path
+        return locate(fd, backing, walker, name_paths=True).root_owned_path
 
     with opened(scene) as (good, evil), Walker() as walker:
 

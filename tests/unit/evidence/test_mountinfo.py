@@ -25,5 +25,7 @@ def test_a_name_is_no_line(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_bytes(os.fsencode(odd(name) + WANTED))
     monkeypatch.setattr(mounts, "MOUNTS", str(path))
     number = DEVICE.stat().st_rdev
-    assert mounts.source_of("0:45") == f"{os.major(number)}:{os.minor(number)}"
-    assert mounts.source_of("0:47") is None
+    assert mounts.device_of("0:45") == f"{os.major(number)}:{os.minor(number)}"
+    assert mounts.source_of("0:45") == str(DEVICE)
+    assert mounts.device_of("0:46") is None
+    assert mounts.device_of("0:47") is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mountd.caller.model import Caller, IdExtent, UserNamespace
@@ -158,6 +160,28 @@ def test_dm_verity_needs_a_root_hash_and_is_read_only() -> None:
     ):
         with pytest.raises(ValueError, match="dm-verity"):
             CreateSuperblock("erofs", backing, read_only, (), verity)
+
+
+def test_a_mount_is_not_shared_with_one_through_other_hash_data() -> None:
+    """What does not fit the root hash gives errors to whoever reads through it, and to nobody else."""
+    superblock = VeritySuperblock(4096, 512, 7, 1, "sha256", b"salt", None)
+    fixed = replace(image("erofs"), backing=replace(BACKING, changed=1))
+
+    def name(**changes: int) -> str | None:
+        file = replace(BACKING, **({"changed": 1} | changes))
+        verity = Verity.of(superblock, b"\xab" * 32, hash_file=file.state)
+        decision = allowed(attributes=LOCKED)
+        return plan_mount(fixed, decision, USER, IdMapKind.NONE, verity=verity).shared
+
+    names = [
+        name(),
+        *(name(**{field: 77}) for field in ("dev", "ino", "changed", "size")),
+        name(uid=5),
+        name(),
+    ]
+    assert None not in names
+    assert len(set(names)) == 5
+    assert names[0] == names[-2] == names[-1]
 
 
 def test_a_layer_is_not_locked_and_can_be_shared_as_any_other() -> None:
