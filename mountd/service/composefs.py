@@ -40,7 +40,7 @@ from mountd.source.descriptor import inspect_descriptor
 from mountd.source.directory import inspect_directory
 from mountd.source.model import Composefs, FileSystem, Source, SourceKind
 from mountd.store import composefs_build
-from mountd.store.quota import Limits, is_of_owner
+from mountd.store.quota import Limits
 from mountd.store.store import Known, finish
 from mountd.trust.contents import VERITY
 from mountd.trust.owned import CANNOT_IDMAP
@@ -72,6 +72,7 @@ LIMITS = Limits(
     images=512,
     owner_images=128,
 )
+LIMITS_OF_ROOM = 5  # bytes and images, of an owner and of all, and the disk
 NO_STORE = "the journal of mountd says why it has none"
 
 
@@ -302,15 +303,13 @@ def kept(image: Made, name: str, store: Store, owner: Owner) -> str:
         return record.digest
 
     store.collect_garbage(maximum_age=UNUSED_SECONDS)
-    # What nobody uses just now is made again when somebody needs it: what is on the same account goes first,
-    # and that of others only where there is no room for anybody.
-    for charged in (owner.charged, None):
+    # What nobody uses just now is made again when somebody needs it. One limit may hide another.
+    for _ in range(LIMITS_OF_ROOM):
         try:
             return added()
         except LimitExceeded as error:
-            if charged is None and is_of_owner(error):
+            if not store.make_room(image.size, owner, error):
                 raise
-        store.collect_garbage(maximum_age=0, charged=charged)
     return added()
 
 

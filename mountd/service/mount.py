@@ -200,9 +200,7 @@ def judge(
     def judge_source(each: MountRequest) -> Judged:
         return judge_one(each, caller, (uids, gids), fds, context, may_change=may_change)
 
-    if not request.layers:
-        return judge_source(request)
-    try:
+    def judge_stack() -> Judged:
         layers, top = stacks.judge_parts(request, judge_source, context)
         judged = Judged(
             request,
@@ -215,7 +213,10 @@ def judge(
             layers,
             top,
         )
-        judged = stacks.of_layers(judged, context)
+        return stacks.of_layers(judged, context)
+
+    try:
+        judged = judge_stack() if request.layers else judge_source(request)
     except BaseException:
         take_out(caller, fds, context)
         raise

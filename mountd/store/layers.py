@@ -14,21 +14,22 @@ import fcntl
 import os
 import signal
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import InvalidImage, LimitExceeded
 from mountd.kernel import sandbox
 from mountd.kernel.child import pipe
-from mountd.store import erofs_build, program, tar_filter
+from mountd.store import below, erofs_build, program, tar_filter
 from mountd.store.child import Child, Deadline, finish, fork_python
 from mountd.store.decompress import Gunzip, Measured
 from mountd.store.tar_filter import Filter, Summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mountd.fds import OwnedFd
+    from mountd.store.below import Access
 
 ZSTD = "zstd"
 # The window that its format has everybody able to read is 8 MiB; no layer needs more than this.
@@ -55,7 +56,7 @@ class Work:
     """One layer to be made: its bytes `fd` (borrowed, at its start), how they are compressed, how many.
 
     `diff_id` is the digest of the uncompressed archive. `lowest` is whether no layer is below, `devices`
-    whether device nodes are kept.
+    whether device nodes are kept. `below` are the directories of those below (Summary.directories).
     """
 
     fd: int
@@ -64,6 +65,7 @@ class Work:
     diff_id: str
     lowest: bool
     devices: bool
+    below: Mapping[bytes, Access] | None = field(default_factory=dict)
 
 
 def build(
@@ -139,7 +141,9 @@ def _outcome(first: list[Child], filtering: Child, building: Child, diff_id: str
 
 def _start_filter(work: Work, source: int, sink: int, limits: LayerLimits) -> Child:
     return fork_python(
-        "filter", lambda answer: _filter(work, source, sink, answer, limits), sandbox.MAXIMUM_ANSWER
+        "filter",
+        lambda answer: _filter(work, source, sink, answer, limits),
+        sandbox.MAXIMUM_ANSWER + below.MAXIMUM_BYTES,
     )
 
 
@@ -148,7 +152,7 @@ def _filter(work: Work, source: int, sink: int, answer_fd: int, limits: LayerLim
 
     def filtered() -> dict[str, object]:
         try:
-            return asdict(_pass_through(work, source, sink, limits))
+            return serialise(_pass_through(work, source, sink, limits))
         except MemoryError:
             raise LimitExceeded("bytes of memory", FILTER_MEMORY) from None
 
@@ -184,7 +188,14 @@ def _pass_through(work: Work, source: int, sink: int, limits: LayerLimits) -> Su
 
     uncompressed = Gunzip(read).read if work.compression == "gzip" else read
     measured = Measured(uncompressed, limits.uncompressed, work.size)
-    filter = Filter(measured.read, write, limits=limits.tar, lowest=work.lowest, devices=work.devices)
+    filter = Filter(
+        measured.read,
+        write,
+        limits=limits.tar,
+        lowest=work.lowest,
+        devices=work.devices,
+        below=work.below,
+    )
     summary = filter.run()
     flush()
     if measured.digest != work.diff_id:
@@ -194,13 +205,23 @@ def _pass_through(work: Work, source: int, sink: int, limits: LayerLimits) -> Su
     return summary
 
 
+def serialise(summary: Summary) -> dict[str, object]:
+    """Return a summary for JSON."""
+    found = summary.directories
+    told = asdict(replace(summary, directories=None))
+    return {**told, "directories": None if found is None else below.serialise(found)}
+
+
 def _understand(answer: bytes, diff_id: str) -> Summary:
     """Turn the child's answer into what the filter returned or raised; BrokenPipeError if mkfs ended."""
     told = sandbox.understand(answer)
     if told is None:
         raise InvalidImage(f"the layer {diff_id} could not be read within the limits set for that")
     if "found" in told:
-        return Summary(**told["found"])
+        try:
+            return Summary(**{**told["found"], "directories": below.parse(told["found"]["directories"])})
+        except (KeyError, TypeError, ValueError):
+            raise InvalidImage(f"the layer {diff_id} could not be read") from None
     if told.get("kind") == BrokenPipeError.__name__:
         raise BrokenPipeError
     if told.get("error") == LimitExceeded.wire_name:

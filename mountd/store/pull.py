@@ -26,6 +26,7 @@ from mountd.store import containers_policy, erofs_build, layers, manifest, quara
 from mountd.store.layers import LayerLimits
 from mountd.store.manifest import Index, Manifest
 from mountd.store.quarantine import Quarantine
+from mountd.store.tar_filter import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -257,6 +258,7 @@ def build(
                 diff_id=diff_id,
                 lowest=number == 0,
                 devices=devices,
+                below=made[-1].summary.directories if made else NOTHING,
             )
             made.append(
                 build_layer(work, layer, number, work_directory, version, limits, progress, before, total)

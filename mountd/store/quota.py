@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 LATER = "try again later"
 MAXIMUM_SLOT = 512  # bytes of what is written down about who has one
 OWNER_BYTES, OWNER_IMAGES = "bytes of one owner in the store", "images of one owner in the store"
+STORE_BYTES, STORE_IMAGES = "bytes in the store", "images in the store"
+DISK_BYTES = "bytes on the disk of the store"
+OF_OWNER = (OWNER_BYTES, OWNER_IMAGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +46,29 @@ def check(state: State, limits: Limits, size: int, owner: Owner) -> None:
 
     What is being imported counts as if it were there.
     """
-    taken = [(record.size, {each.charged for each in record.owners}) for record in all_records(state)]
-    for name in state.names(INCOMING):
-        reserved = RESERVED.fullmatch(name)
-        if reserved is not None:
-            taken.append((int(reserved[1]), {int(reserved[2])}))
-    own = [size for size, charged in taken if owner.charged in charged]
+    taken, own = sizes_of(state), sizes_of(state, owner.charged)
     hint = "“mountctl image remove” makes room"
     if owner.uid != ROOT and sum(own) + size > limits.owner_bytes:
         raise LimitExceeded(OWNER_BYTES, limits.owner_bytes, hint=hint)
     if owner.uid != ROOT and len(own) >= limits.owner_images:
         raise LimitExceeded(OWNER_IMAGES, limits.owner_images, hint=hint)
-    if sum(size for size, _ in taken) + size > limits.total_bytes:
-        raise LimitExceeded("bytes in the store", limits.total_bytes, hint=hint)
+    if sum(taken) + size > limits.total_bytes:
+        raise LimitExceeded(STORE_BYTES, limits.total_bytes, hint=hint)
     if len(taken) >= limits.images:
-        raise LimitExceeded("images in the store", limits.images, hint=hint)
+        raise LimitExceeded(STORE_IMAGES, limits.images, hint=hint)
 
 
-def is_of_owner(error: LimitExceeded) -> bool:
-    """Tell whether `check` has refused what is too much for the owner, whatever room others take."""
-    return error.parameters["limit"] in (OWNER_BYTES, OWNER_IMAGES)
+def sizes_of(state: State, charged: int | None = None) -> list[int]:
+    """Return the sizes of all images, of those on one account if it is given, with what is being imported.
+
+    The lock has to be held.
+    """
+    taken = [(record.size, {each.charged for each in record.owners}) for record in all_records(state)]
+    for name in state.names(INCOMING):
+        reserved = RESERVED.fullmatch(name)
+        if reserved is not None:
+            taken.append((int(reserved[1]), {int(reserved[2])}))
+    return [size for size, accounts in taken if charged is None or charged in accounts]
 
 
 def take_slot(state: State, limits: Limits, owner: Owner, work: str = "") -> OwnedFd:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from mountd.errors import InUse, InvalidImage, LimitExceeded, SyscallError
-from mountd.store import garbage, quota, tags, transfer
+from mountd.store import garbage, quota, room, tags, transfer
 from mountd.store.disk import (
     IMAGE_MODE,
     PULLED,
@@ -329,13 +329,10 @@ class Store:
                 # Or a tag would lead there again as soon as somebody has pulled it by its digest.
                 garbage.sweep_pulled(state)
 
-    def collect_garbage(
-        self, by_uid: int = ROOT, maximum_age: int | None = None, *, charged: int | None = None
-    ) -> Collected:
+    def collect_garbage(self, by_uid: int = ROOT, maximum_age: int | None = None) -> Collected:
         """Sweep, and remove images that nobody has used for `maximum_age` seconds, None for no image.
 
-        Only those of `by_uid` alone, for the host's root (ROOT) all; of these, only those that nobody but
-        `charged` has on the account, None for whoever has. Never what is in use.
+        Only those of `by_uid` alone, for the host's root (ROOT) all. Never what is in use.
         """
         with self._named("writing to the store"), State(self._path) as state, state.locked():
             garbage.sweep(state)
@@ -346,10 +343,17 @@ class Store:
                 record
                 for record in all_records(state)
                 if (by_uid == ROOT or all(owner.uid == by_uid for owner in record.owners))
-                and (charged is None or all(owner.charged == charged for owner in record.owners))
                 and garbage.last_used(state, record) <= before
             ]
             return garbage.collect(state, candidates)
+
+    def make_room(self, size: int, owner: Owner, error: LimitExceeded) -> bool:
+        """Remove what nobody uses, if an image of `size` bytes has room then; tell whether it has.
+
+        For a store of what can be made again. `error` is what `adding` has raised.
+        """
+        with self._named("writing to the store"), State(self._path) as state, state.locked():
+            return room.make(state, self.limits, size, owner, error.parameters.get("limit"))
 
     @contextlib.contextmanager
     def slot(self, owner: Owner, *, seconds: float = 0.0, work: str = "") -> Iterator[None]:
@@ -422,7 +426,7 @@ class Store:
                 free = os.statvfs(self._path)
                 left = free.f_bavail * free.f_frsize
                 hint = "the disk of the store is full: an administrator has to make room"
-                raise LimitExceeded("bytes on the disk of the store", left, hint=hint) from None
+                raise LimitExceeded(quota.DISK_BYTES, left, hint=hint) from None
             if isinstance(error, SyscallError):
                 raise
             raise SyscallError(error.errno or 0, doing) from None

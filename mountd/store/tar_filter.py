@@ -4,11 +4,13 @@ Every entry is understood and made anew: nothing of the original reaches the pro
 system from the result but names, owners, times, contents and the attributes that are allowed. The rules:
 
 * A name is relative, has no "..", and every component above it is a directory of this layer. Directories
-  that an archive leaves out are added, so that nobody else has to decide whose they are.
+  that an archive leaves out are added, so that nobody else has to decide whose they are: the owner's that
+  they have in the layers below (below.py), and as open.
 * A name is there once; only a directory may be there again, and the last one counts.
 * A hard link leads to an entry that came before it in the same layer.
 * Extended attributes are dropped but for user.*: trusted.overlay.* and user.overlay.* would have overlayfs
-  show what is elsewhere, security.capability would give privileges. Device nodes are dropped unless granted.
+  show what is elsewhere, security.capability would give privileges. Device nodes are dropped unless granted,
+  and what the layers below have under the same name is hidden as it would be by them.
 * Whiteouts (OCI layer.md, "Whiteouts") apply to the layers below. In the lowest layer there are none, so
   that they vanish. In others they come last, when it is known what else has the name: what the layer itself
   brings stays, and a directory that it brings in the place of another becomes opaque.
@@ -18,15 +20,18 @@ No I/O: bytes come from `read` and go to `write`, as they do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from mountd.errors import InvalidImage, LimitExceeded
+from mountd.store import below as directories
 from mountd.store import tar_header
+from mountd.store.below import DEFAULT, Access
 from mountd.store.tar_header import BLOCK, Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 CHUNK = 256 << 10
 MAXIMUM_PAX = 1 << 20
@@ -46,6 +51,7 @@ TYPES = (
     tar_header.FIFO,
 )
 LONG_NAMES = (tar_header.GNU_LONG_NAME, tar_header.GNU_LONG_LINK)
+NOTHING: Mapping[bytes, Access] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +69,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What came out: `entries` written, and what was left out of it."""
+    """What came out: `entries` written, and what was left out of it.
+
+    `directories` are those that the next layer has to know of, None if they are too many.
+    """
 
     entries: int
     content: int
     devices_dropped: int
     xattrs_dropped: int
     whiteouts: int
+    directories: Mapping[bytes, Access] | None = field(default_factory=dict, compare=False, repr=False)
 
 
 class Filter:
@@ -83,13 +93,17 @@ class Filter:
         limits: Limits,
         lowest: bool,
         devices: bool,
+        below: Mapping[bytes, Access] | None = NOTHING,
     ) -> None:
         """`read(n)` returns from 1 to n bytes, none at the end. `devices` is whether their nodes are kept.
 
-        `lowest` is whether this layer has no other below it.
+        `lowest` is whether this layer has no other below it; `below` are the directories of those it has, as
+        the Summary of the next one says.
         """
         self._read, self._write = read, write
         self._limits, self._lowest, self._devices = limits, lowest, devices
+        self._below = below
+        self._own: dict[bytes, Access] = {}
         self._offset = 0
         self._kinds: dict[bytes, int] = {}
         # Directory -> whether it is opaque; whiteouts by the name that they hide.
@@ -103,7 +117,7 @@ class Filter:
             entry, offset = found
             self._take(entry, offset)
         if b"" not in self._kinds:
-            self._add(Entry(b"", tar_header.DIRECTORY), self._offset)
+            self._add_parent(b"", 0)
         whiteouts = 0 if self._lowest else self._write_whiteouts()
         self._write(bytes(2 * BLOCK))
         return Summary(
@@ -112,6 +126,7 @@ class Filter:
             self._counts["devices"],
             self._counts["xattrs"],
             whiteouts,
+            self._directories(),
         )
 
     # Reading
@@ -255,7 +270,7 @@ class Filter:
         if entry.type in DEVICES and (not self._devices or not (entry.major or entry.minor)):
             # 0:0 is how overlayfs spells a whiteout; no device has that number.
             self._counts["devices"] += 1
-            self._remember(entry.path, IS_DROPPED)
+            self._drop(entry.path, offset)
             return
         if entry.type == tar_header.HARD_LINK:
             entry.link = self._clean(entry.link, offset)
@@ -263,7 +278,7 @@ class Filter:
             if target is None or target == IS_DIRECTORY:
                 raise InvalidImage("a hard link leads to nothing that came before it", offset=offset)
             if target == IS_DROPPED:
-                self._remember(entry.path, IS_DROPPED)
+                self._drop(entry.path, offset)
                 return
         elif entry.type == tar_header.SYMBOLIC_LINK and not 0 < len(entry.link) <= MAXIMUM_PATH:
             raise InvalidImage("a symbolic link is empty or too long", offset=offset)
@@ -272,6 +287,8 @@ class Filter:
         self._drop_xattrs(entry)
         if known is None:
             self._remember(entry.path, IS_DIRECTORY if is_directory else IS_OTHER)
+        if is_directory:
+            self._own[entry.path] = Access(entry.mode, entry.uid, entry.gid)
         self._emit(entry)
         self._copy(entry.size, offset)
 
@@ -287,9 +304,32 @@ class Filter:
                 raise InvalidImage("a name in the tar archive goes through a file or a link", offset=offset)
             missing.append(path)
         for directory in reversed(missing):
-            self._count("headers", 1, "entries in a layer", self._limits.entries)
-            self._remember(directory, IS_DIRECTORY)
-            self._emit(Entry(directory, tar_header.DIRECTORY, mtime=mtime))
+            self._add_parent(directory, mtime)
+
+    def _add_parent(self, path: bytes, mtime: int) -> None:
+        """Write a directory that the archive has left out, as it is in the layers below."""
+        self._count("headers", 1, "entries in a layer", self._limits.entries)
+        self._remember(path, IS_DIRECTORY)
+        if self._below is None:
+            raise LimitExceeded("bytes about directories of the layers below", directories.MAXIMUM_BYTES)
+        mode, uid, gid = self._own[path] = self._below.get(path, DEFAULT)
+        self._emit(Entry(path, tar_header.DIRECTORY, mode=mode, uid=uid, gid=gid, mtime=mtime))
+
+    def _directories(self) -> dict[bytes, Access] | None:
+        """Return what the next layer has to know of the directories of this one and of those below."""
+        if self._below is None:
+            return None
+
+        def replaced(path: bytes) -> bool:
+            return path in self._hidden or self._kinds.get(path, IS_DIRECTORY) != IS_DIRECTORY
+
+        return directories.with_layer(self._below, self._own, replaced, self._opaque.__contains__)
+
+    def _drop(self, path: bytes, offset: int) -> None:
+        """Leave something out; its name has to leave room to be that of a whiteout."""
+        if not self._lowest and len(path.rpartition(b"/")[2]) > MAXIMUM_COMPONENT - len(WHITEOUT):
+            raise InvalidImage("the name of a device is too long to be hidden", offset=offset)
+        self._remember(path, IS_DROPPED)
 
     def _remember(self, path: bytes, kind: int) -> None:
         self._count("names", len(path), "bytes of names in a layer", self._limits.names)
@@ -340,6 +380,7 @@ class Filter:
         """Write what hides something of the layers below, in the notation of the archive."""
         opaque = self._opaque | {path for path in self._hidden if self._kinds.get(path) == IS_DIRECTORY}
         hidden = {path for path in self._hidden if path not in self._kinds}
+        hidden |= {path for path, kind in self._kinds.items() if kind == IS_DROPPED}
         marks = {_join(path, OPAQUE) for path in opaque}
         marks |= {_join(path.rpartition(b"/")[0], WHITEOUT + path.rpartition(b"/")[2]) for path in hidden}
         # Nothing of the layer shows through its own whiteouts, so that their order says nothing.

@@ -12,6 +12,7 @@ from mountd.evidence.sealed import SEALS
 from mountd.fds import OwnedFd
 from tests.container import USER, as_user, drop_capabilities, forked
 from tests.e2e.calls import explain, mount_fds, outcome, text_of
+from tests.e2e.directories import peer
 from tests.e2e.trust import (
     NONE,
     STORED,
@@ -119,3 +120,42 @@ verdict = "deny"
             with OwnedFd(os.open(path, os.O_RDONLY)) as fd:
                 assert both(case, fd.fileno(), signature)[0] == found
             assert case.stored() == stored
+
+
+class TestTakenOutAgain:
+    """What was copied for a composefs, and is refused for what comes with it."""
+
+    def refusals(
+        self, case: Case, makers: Makers, place: Path, data: bytes, objects: Path, **composefs: object
+    ) -> str:
+        signature = source(makers.own["ed25519"](data))["signature"]
+        about = {"imageFileDescriptor": 0, "objectsFileDescriptors": [1], **composefs}
+        with (
+            users_file(place, data) as path,
+            OwnedFd(os.open(path, os.O_RDONLY)) as fd,
+            OwnedFd(os.open(objects, os.O_RDONLY)) as other,
+            peer(),
+        ):
+            given = {"composefs": about, "signature": signature}
+            return outcome(lambda: mount_fds(case.daemon.socket, given, [fd.fileno(), other.fileno()]))[0]
+
+    def test_the_metadata_of_a_composefs(
+        self, begin: Callable[[str], Case], makers: Makers, place: Path, images: dict[str, Path]
+    ) -> None:
+        case = begin(key_sections(makers.keys) + STORED)
+        of_roots, own = place / "taken-roots", place / "taken-own"
+        for path, uid in ((of_roots, 0), (own, USER)):
+            path.mkdir(mode=0o755)
+            os.chown(path, uid, uid)
+        data = images["erofs"].read_bytes()
+        refused = lambda *given, **more: self.refusals(case, makers, place, *given, **more)  # noqa: E731
+        assert refused(data, own) == "NotImmutable"
+        assert case.stored() == []
+        assert refused(data, of_roots, digest="0" * 64) == "InvalidImage"
+        assert case.stored() == []
+        assert refused(images["ext4"].read_bytes(), of_roots) == "UnsupportedFileSystem"
+        assert case.stored() == []
+        assert refused(data, of_roots) == ""
+        assert case.stored() == [digest_of(data)]
+        of_roots.rmdir()
+        own.rmdir()

@@ -153,9 +153,23 @@ def test_whiteouts_come_last_and_hide_nothing_of_their_own_layer() -> None:
     assert summary.whiteouts == 4
 
 
-def test_a_whiteout_of_what_was_dropped_stays_away() -> None:
-    out, _ = run(archive(DEVICE, Member(".wh.null", b"")), lowest=False)
-    assert list(members(out)) == ["."]
+@pytest.mark.parametrize("more", [[], [Member(".wh.null", b"")]])
+def test_what_was_dropped_hides_what_is_below(more: list[Member]) -> None:
+    """As it would itself; whether the archive hides the same as well or not."""
+    link = Member("dev/again", type=tarfile.LNKTYPE, link="null")
+    data = archive(DEVICE, link, *more)
+    out, summary = run(data, lowest=False)
+    assert list(members(out)) == [".", "dev", ".wh.null", "dev/.wh.again"]
+    assert (summary.devices_dropped, summary.whiteouts) == (1, 2)
+    assert list(members(run(data)[0])) == [".", "dev"]
+    assert list(members(run(data, lowest=False, devices=True)[0])) == [".", "null", "dev", "dev/again"]
+
+
+def test_a_device_whose_name_has_no_room_to_be_hidden() -> None:
+    device = archive(Member("n" * 252, type=tarfile.CHRTYPE, device=(1, 3)))
+    assert run(device)[1].devices_dropped == 1
+    with pytest.raises(InvalidImage, match="too long to be hidden"):
+        run(device, lowest=False)
 
 
 def pax(*records: tuple[bytes, bytes]) -> bytes:
