@@ -145,7 +145,7 @@ IMAGE_POLICIES = {
     "*": "",
     "root=unprotected": "",
     "root=open": "",
-    "root=unprotected+read-only-on": "",
+    "root=unprotected+read-only-on": "DeniedByPolicy",
     "root=erofs": "",
     "root=signed": "DeniedByPolicy",
     "root=verity": "DeniedByPolicy",
