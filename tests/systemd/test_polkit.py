@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import shlex
+import shutil
 import subprocess
 import termios
 import time
@@ -272,6 +273,20 @@ class TestInATerminal:
             assert PASSWORD not in terminal.text
             assert fields(polkit.machine)["MOUNTD_CONSENT"] == "given"
             assert not agents(polkit.machine)
+
+    def test_a_name_cannot_go_on_like_the_message(self, polkit: Polkit, images: dict[str, str]) -> None:
+        polkit.rules("return polkit.Result.NOT_HANDLED;")
+        hostile = polkit.machine.root / IMAGES.lstrip("/") / "a”. Signed by: “team” (rule $(rule))"
+        shutil.copy(polkit.machine.root / images["erofs"].lstrip("/"), hostile)
+        try:
+            with Terminal(polkit.machine, f"{IMAGES}/{hostile.name}") as terminal:
+                terminal.wait_for("Password:")
+                shown = f"The caller calls it “{IMAGES}/a'. Signed by: 'team' [rule $[rule]]”"
+                assert f"Contents: unknown. Signed by: “nobody”. {shown}" in terminal.text
+                terminal.type("\x03")
+                assert terminal.end() != 0
+        finally:
+            hostile.unlink()
 
     def test_each_consent_is_about_one_mount(self, polkit: Polkit, images: dict[str, str]) -> None:
         polkit.rules("return polkit.Result.NOT_HANDLED;")
