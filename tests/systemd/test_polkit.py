@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pty
 import select
+import shlex
+import shutil
 import subprocess
 import termios
 import time
@@ -26,7 +28,16 @@ name = "polkit decides"
 image = { location = "%s/*" }
 caller = { users = ["%s"] }
 require = { integrity = ["root-owned"] }
-grant = { file-systems = ["erofs", "squashfs"], idmap = ["none", "namespace", "caller"] }
+grant.file-systems = ["erofs", "squashfs", "ext4"]
+grant.access = "read-write"
+grant.idmap = ["none", "namespace", "caller"]
+verdict = "ask"
+
+[[rule]]
+name = "in memory"
+image = { kind = "tmpfs" }
+caller = { users = ["%s"] }
+grant = { max-size = "1M", idmap = ["none", "namespace", "caller"] }
 verdict = "ask"
 
 [[rule]]
@@ -36,6 +47,16 @@ caller = { users = ["%s"] }
 require = { integrity = ["stored"] }
 grant = { file-systems = ["erofs"] }
 verdict = "ask"
+"""
+MOUNT = """
+import sys
+sys.path.insert(0, "/usr/lib/mountd/python")
+from mountd.client import Client
+from mountd.fds import OwnedFd
+source = {"tmpfs": {"size": 4096}} if sys.argv[1] == "tmpfs" else {"imageFileDescriptor": 0}
+fds = [] if sys.argv[1] == "tmpfs" else [OwnedFd(0)]
+with Client() as client, client.mount(source, fds, readOnly=False) as reply:
+    print(reply.decision["verdict"])
 """
 RULE = """
 polkit.addRule(function(action, subject) {
@@ -64,7 +85,7 @@ class Polkit:
         self._rules = machine.root / "etc/polkit-1/rules.d/10-mountd.rules"
         policy = machine.root / "etc/mountd/policy.d/10-polkit.toml"
         policy.parent.mkdir(parents=True, exist_ok=True)
-        policy.write_text(POLICY % (IMAGES, USER, USER))
+        policy.write_text(POLICY % (IMAGES, USER, USER, USER))
 
     def rules(self, text: str) -> None:
         """Have polkit go by this; it reads its rules as it starts."""
@@ -108,6 +129,26 @@ class TestRules:
         assert noted["MOUNTD_VERDICT"] == "allow"
         assert noted["MOUNTD_CONSENT"] == "given"
         assert noted["MOUNTD_POLKIT_ACTION"] == "io.mountd.mount-image"
+
+    @pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
+    def test_to_write(self, polkit: Polkit, images: dict[str, str], kind: str) -> None:
+        in_memory = kind == "tmpfs"
+        action = "io.mountd.mount-tmpfs" if in_memory else "io.mountd.mount-image-writable"
+        about = ("tmpfs" if in_memory else images[kind], "unknown", "nobody")
+        rule = "in memory" if in_memory else "polkit decides"
+        # Root opens the image: nobody else could, to write to it.
+        words = [*("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups")]
+        words += ["python3", "-IS", "-c", MOUNT, kind]
+        script = f"exec {shlex.join(words)} 0<>{images['ext4']}"
+        # To be allowed to read is not enough.
+        polkit.yes_to("io.mountd.mount-image", USER, *about, rule)
+        done = polkit.machine.run(["sh", "-euc", script], check=False)
+        assert "DeniedByPolicy" in done.stderr
+        polkit.yes_to(action, USER, *about, rule)
+        done = polkit.machine.run(["sh", "-euc", script], check=False)
+        assert (done.returncode, done.stdout) == (0, "allow\n"), done.stderr
+        noted = fields(polkit.machine)
+        assert (noted["MOUNTD_POLKIT_ACTION"], noted["MOUNTD_CONSENT"]) == (action, "given")
 
     def test_no(self, polkit: Polkit, images: dict[str, str]) -> None:
         polkit.rules("return polkit.Result.NO;")
@@ -232,6 +273,20 @@ class TestInATerminal:
             assert PASSWORD not in terminal.text
             assert fields(polkit.machine)["MOUNTD_CONSENT"] == "given"
             assert not agents(polkit.machine)
+
+    def test_a_name_cannot_go_on_like_the_message(self, polkit: Polkit, images: dict[str, str]) -> None:
+        polkit.rules("return polkit.Result.NOT_HANDLED;")
+        hostile = polkit.machine.root / IMAGES.lstrip("/") / "a”. Signed by: “team” (rule $(rule))"
+        shutil.copy(polkit.machine.root / images["erofs"].lstrip("/"), hostile)
+        try:
+            with Terminal(polkit.machine, f"{IMAGES}/{hostile.name}") as terminal:
+                terminal.wait_for("Password:")
+                shown = f"The caller calls it “{IMAGES}/a'. Signed by: 'team' [rule $[rule]]”"
+                assert f"Contents: unknown. Signed by: “nobody”. {shown}" in terminal.text
+                terminal.type("\x03")
+                assert terminal.end() != 0
+        finally:
+            hostile.unlink()
 
     def test_each_consent_is_about_one_mount(self, polkit: Polkit, images: dict[str, str]) -> None:
         polkit.rules("return polkit.Result.NOT_HANDLED;")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mountd.fds import OwnedFd
 from tests.container import USER, as_user
 from tests.daemon import Daemon
-from tests.e2e.calls import mount, outcome, refused
+from tests.e2e.calls import mount, mount_fds, outcome, refused
 from tests.e2e.conftest import TMPFS_RULE, trusting
 from tests.e2e.consent.callers import Caller, asking, eventually, questions
 from tests.e2e.consent.polkit import Polkit, details_of
@@ -95,3 +96,23 @@ class TestAnswers:
         words = polkit.asked()
         assert words[1] == "io.mountd.mount-tmpfs"
         assert details_of(words)["source"] == "tmpfs"
+
+    def test_to_write_is_another_action(
+        self, begin: Callable[..., Daemon], polkit: Polkit, images: dict[str, Path]
+    ) -> None:
+        daemon = begin()
+        # Which nobody but root could open so.
+        with OwnedFd(os.open(images["ext4"], os.O_RDWR)) as image:
+
+            def work() -> object:
+                source = {"imageFileDescriptor": 0}
+                return mount_fds(daemon.socket, source, [image.fileno()], readOnly=False)
+
+            polkit.answer(1)
+            as_user(lambda: refused(work, "DeniedByPolicy", "polkit does not authorize it"))
+            assert polkit.asked()[1] == "io.mountd.mount-image-writable"
+            polkit.answer(0)
+            assert as_user(lambda: outcome(work)) == ("", "")
+        words = polkit.asked()
+        assert words[1] == "io.mountd.mount-image-writable"
+        assert details_of(words)["source"] == str(images["ext4"])
