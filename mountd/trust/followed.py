@@ -20,7 +20,7 @@ from mountd.trust.image_policy import (
     ImagePolicy,
     parse,
 )
-from mountd.trust.partitions import is_for_others
+from mountd.trust.partitions import is_for_others, table_flags
 from mountd.trust.vouching import bound_signers
 
 if TYPE_CHECKING:
@@ -73,8 +73,12 @@ def of_disk(disk: Disk, signed: frozenset[str], wished: ImagePolicy) -> ImagePol
         # Unless it was named, what protects a partition is not what an image fails for.
         if name in flags:
             continue
-        allowed = policy.flags(name) & USES
-        if "absent" not in allowed if disk.partition(name) is None else allowed <= {"absent"}:
+        partition, allowed = disk.partition(name), policy.flags(name)
+        if partition is None:
+            fits = "absent" in allowed
+        else:
+            fits = not allowed & USES <= {"absent"} and table_flags(partition) <= allowed
+        if not fits:
             flags[name] = wished.flags(name) | {"unprotected"}
     return policy
 

@@ -207,35 +207,45 @@ def check_flags(use: Use, flags: frozenset[str]) -> None:
 
 def check_table_flags(partition: Partition, flags: frozenset[str]) -> None:
     """Raise DeniedByPolicy if a partition has flags in the table that the policy does not have."""
-    for what, is_on in (("read-only", partition.read_only), ("growfs", partition.grow)):
-        if f"{what}-{'on' if is_on else 'off'}" not in flags:
-            other = "off" if is_on else "on"
-            raise refused(f"it wants the flag {what} of the {partition.designator} partition to be {other}")
+    for what in sorted(table_flags(partition) - flags):
+        flag, _, state = what.rpartition("-")
+        other = "off" if state == "on" else "on"
+        raise refused(f"it wants the flag {flag} of the {partition.designator} partition to be {other}")
+
+
+def table_flags(partition: Partition) -> frozenset[str]:
+    """Return what the table says of a partition, in the words of a policy."""
+    flags = (("read-only", partition.read_only), ("growfs", partition.grow))
+    return frozenset(f"{what}-{'on' if is_on else 'off'}" for what, is_on in flags)
 
 
 def check_presence(disk: Disk, policy: ImagePolicy, designator: str, used: set[str]) -> None:
     """Raise DeniedByPolicy if a partition is not there, or not used, and the policy does not allow that."""
     flags = policy.flags(designator)
-    if disk.partition(designator) is None:
+    partition = disk.partition(designator)
+    if partition is None:
         # Also what a policy says of root includes: who may have it signed has to have what that takes.
         if "absent" not in flags:
             raise refused(f"it wants a {designator} partition, and there is none")
     elif "-verity" in designator:
-        check_protecting(policy, designator, used)
+        check_protecting(policy, partition, used)
     elif designator not in used and "unused" not in flags:
         raise refused(f"it does not allow the {designator} partition to be unused, as it would be")
 
 
-def check_protecting(policy: ImagePolicy, designator: str, used: set[str]) -> None:
+def check_protecting(policy: ImagePolicy, partition: Partition, used: set[str]) -> None:
     """Raise DeniedByPolicy if hash data or a signature is there, or used, and the policy does not allow it.
 
     What a policy says of what they protect includes them: they may be there, and need not be used for that.
     More protection than it wants is not refused, unless it says so of them by name.
     """
+    designator = partition.designator
     flags = policy.flags(designator)
     if flags & USES <= {"absent"}:
         raise refused(f"it wants no {designator} partition, and there is one")
-    if designator in used and designator in policy.partitions and not flags & USES - NOT_USED:
+    if may_be_used(policy, designator):
+        check_table_flags(partition, flags)
+    elif designator in used and designator in policy.partitions:
         raise refused(f"it allows no use of the {designator} partition")
 
 

@@ -145,6 +145,7 @@ IMAGE_POLICIES = {
     "*": "",
     "root=unprotected": "",
     "root=open": "",
+    "root=unprotected+read-only-off": "",
     "root=unprotected+read-only-on": "DeniedByPolicy",
     "root=erofs": "",
     "root=signed": "DeniedByPolicy",

@@ -188,11 +188,14 @@ def test_a_policy_is_never_exceeded(
         assert flags & (have | {"encrypted" if use.partition.luks else "unprotected"})
         assert use.verity or not only_verity
         assert use.read_only or not (read_only or use.partition.read_only)
+        assert use.read_only or use.partition.designator != "root"  # which has hash data
         assert "ext4" in flags or use.is_locked
         assert ("read-only-on" if use.partition.read_only else "read-only-off") in flags
         assert ("growfs-on" if use.partition.grow else "growfs-off") in flags
     used = {use.partition.designator for use in found}
     for designator in ("usr", "srv", "swap"):
         assert "absent" in policy.flags(designator)
-    for designator in {"home", "esp"} - used:
+    for designator in {"home"} - used:
         assert "unused" in policy.flags(designator)
+    # Others use it.
+    assert policy.flags("esp") & {"unused", "unprotected"}

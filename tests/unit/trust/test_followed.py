@@ -30,8 +30,9 @@ VERITY = PartitionVerity(VeritySuperblock(4096, 4096, 1, 1, "sha256", b"", None)
 def part(designator: str, *, verity: bool = False) -> Partition:
     """A partition with a file system, but for what protects others."""
     found = None if "-verity" in designator or designator in ("swap", "esp") else EROFS
+    read_only = "-verity" in designator  # as systemd-repart makes it
     return Partition(
-        designator, 1, "", "", None, WINDOW, False, False, found, None, VERITY if verity else None
+        designator, 1, "", "", None, WINDOW, read_only, False, found, None, VERITY if verity else None
     )
 
 
@@ -94,6 +95,9 @@ FLAGS = st.lists(
             "ignore",
             "erofs",
             "ext4",
+            "read-only-on",
+            "read-only-off",
+            "growfs-off",
         ]
     ),
     max_size=4,

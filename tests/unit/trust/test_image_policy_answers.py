@@ -4,7 +4,7 @@
 and how the table describes it. To each image belongs what `systemd-dissect --validate` of systemd 262 makes
 of each of the policies, in their order: + for what it allows, - for what it refuses. Types of file systems
 are no part of it, as that program does not look at them; neither is what mountd refuses with any policy.
-tests/vm/newest/test_image_policy_validate.py asks that program again.
+tests/vm/newest/test_image_policy_validate.py asks that program some of it again.
 """
 
 from __future__ import annotations

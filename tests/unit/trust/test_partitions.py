@@ -28,7 +28,7 @@ def partition(designator: str, type: str | None = "ext4", **fields: object) -> P
 ROOT = partition("root", "erofs", verity=VERITY, read_only=True)
 PLAIN = partition("root", "erofs")
 HOME = partition("home", grow=True)
-HASHES = [partition("root-verity", None), partition("root-verity-sig", None)]
+HASHES = [partition(f"root-verity{end}", None, read_only=True) for end in ("", "-sig")]
 ALL = [ROOT, HOME, partition("esp", None, contents="vfat"), *HASHES]
 SIGNED = frozenset({"root"})
 NOBODY: frozenset[str] = frozenset()
@@ -88,6 +88,8 @@ def test_what_a_policy_has_used(policy: str | None, expected: str) -> None:
         ("root=read-only-off", "flag read-only of the root partition to be off"),
         ("root=growfs-on", "flag growfs of the root partition to be on"),
         ("root=open:home=growfs-off", "flag growfs of the home partition to be off"),
+        ("root=open:root-verity=read-only-off", "flag read-only of the root-verity partition to be off"),
+        ("root=open:root-verity-sig=growfs-on", "flag growfs of the root-verity-sig partition to be on"),
         ("root=squashfs", "allows squashfs for the root partition, which is erofs"),
         ("root=unprotected:root-verity=absent", "wants no root-verity partition, and there is one"),
         ("root=signed:root-verity=absent", "wants no root-verity partition"),
