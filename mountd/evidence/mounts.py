@@ -246,6 +246,6 @@ def problem_of_writers(loop: str, path: str, inode: tuple[int, int]) -> str | No
             written = lease.has_writer(own.fileno())
     except OSError:
         return UNKNOWN
-    if (status.st_dev, status.st_ino) != inode or written is None:
+    if (status.st_dev, status.st_ino) != inode:
         return UNKNOWN
     return WRITTEN if written else None
