@@ -143,9 +143,10 @@ def problem_of_writers(fd: int) -> str | None:
     if nobody has. Raises SyscallError.
     """
     with lease.open_again(fd) as own:
-        written = lease.has_writer(own.fileno())
-    if written is None:
-        return UNKNOWN_WRITERS
+        try:
+            written = lease.has_writer(own.fileno())
+        except SyscallError as error:
+            return f"{UNKNOWN_WRITERS} ({error.errno_name})"
     return WRITTEN if written else None
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mountd.errors import SyscallError
-from mountd.kernel import loop_device
+from mountd.fds import OwnedFd
+from mountd.kernel import lease, loop_device
 from mountd.kernel.flags import MountAttr, StatxMask
 from mountd.kernel.mount_info import statmount
 from mountd.kernel.numbers import AT_FDCWD
@@ -44,10 +45,13 @@ FOR_USERS = MountAttr.NOSUID | MountAttr.NODEV
 BUS = re.compile(r"(usb|fw)[0-9]+")  # to which anybody can plug a disk, as a directory in sysfs
 WANTED = StatxMask.BASIC_STATS | StatxMask.MNT_ID_UNIQUE
 BLOCK_DEVICES = "/sys/dev/block"
+BLOCKS = "/sys/block"
 BTRFS = "/sys/fs/btrfs"
 MOUNTS = "/proc/self/mountinfo"
 MAXIMUM_DEVICES = 64
 MAXIMUM_DEPTH = 8  # of loop devices over files on loop devices
+OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+WRITTEN = "is on a loop device, whose file somebody has open for writing"
 UNKNOWN = "is on a device of which cannot be found out what it lies on"
 IDMAPPED = "is on an idmapped mount, which shows files of others as root's"
 UNKNOWN_LAYERS = "is on an overlay of which cannot be found out what it lies on"
@@ -223,4 +227,25 @@ def problem_of_file(loop: str, path: str, devices: list[str], depth: int) -> str
     if status.stx_mode & 0o022:
         return "is on a loop device, whose file is writable by others than root"
     root = statx(AT_FDCWD, "/", WANTED, sync=False)
-    return problem_of(status.stx_mnt_id, is_root=status.stx_mnt_id == root.stx_mnt_id, depth=depth + 1)
+    at_root = status.stx_mnt_id == root.stx_mnt_id
+    problem = problem_of(status.stx_mnt_id, is_root=at_root, depth=depth + 1)
+    return problem_of_writers(loop, path, found) if problem is None else problem
+
+
+def problem_of_writers(loop: str, path: str, inode: tuple[int, int]) -> str | None:
+    """Return why others may still write to the file of root's, at `path`, that the device `loop` shows.
+
+    A device that can be written to has the file open for writing itself: of that one, nothing is known. None
+    if nobody has.
+    """
+    try:
+        if contents_of(f"{BLOCKS}/{loop}/ro") != "1":
+            return None
+        with OwnedFd(os.open(path, OPEN_FILE)) as own:
+            status = os.fstat(own.fileno())
+            written = lease.has_writer(own.fileno())
+    except OSError:
+        return UNKNOWN
+    if (status.st_dev, status.st_ino) != inode:
+        return UNKNOWN
+    return WRITTEN if written else None

@@ -85,8 +85,6 @@ def problem_of_file(at: int, name: str, mode: int) -> str | None:
         own = OwnedFd(os.open(name, OPEN_FILE, dir_fd=at))
     with own:
         written = lease.has_writer(own.fileno())
-    if written is None:
-        return "whether somebody has what is in it open for writing cannot be found out"
     return "somebody has what is in it open for writing" if written else None
 
 

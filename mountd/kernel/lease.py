@@ -40,8 +40,8 @@ def only_opener(fd: int) -> "Iterator[bool]":
         signal.signal(signal.SIGIO, previous)
 
 
-def has_writer(own: int) -> "bool | None":
-    """Tell whether anybody has a file open for writing, None if that cannot be told.
+def has_writer(own: int) -> bool:
+    """Tell whether anybody has a file open for writing.
 
     `own`, borrowed, is the file opened to be read, by this process and for this: a lease belongs to an open
     file, and nobody else's business is disturbed. The kernel grants a read lease only if nobody has. It
@@ -49,15 +49,17 @@ def has_writer(own: int) -> "bool | None":
     became of owner and mode since. The lease is given up at once: who opens the file afterwards is judged by
     the mode that it has then.
 
-    None where the file system has no leases, where nobody gets any (fs.leases-enable), and for the file of
-    another (CAP_LEASE).
+    Raises SyscallError where the file system has no leases, or nobody gets any (fs.leases-enable), and for
+    the file of another (CAP_LEASE).
     """
     # What tells of an attempt to write meanwhile: by default, a signal that would end the process.
     fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
-        return True if error.errno == errno.EAGAIN else None
+        if error.errno == errno.EAGAIN:
+            return True
+        raise SyscallError(error.errno or 0, "fcntl(F_SETLEASE)") from None
     fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     return False
 

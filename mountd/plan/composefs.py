@@ -3,14 +3,15 @@
 What is in an object is read with the rights of whoever made the overlay, mountd, and not of who reads: the
 modes that are asked are those of the metadata, which says what it likes. Else whoever can name a file in a
 description could read it. So each object directory has its ids mapped such that mountd has no more rights in
-it than the caller:
+it than anybody has, but for what is the caller's:
 
 * In one of the caller's own, the ids of the caller stay, and there are no others.
 * In any other, there are none.
 
 mountd reads what is not its own by a capability (CAP_DAC_READ_SEARCH), and that does not hold for a file of
-a user or a group that is not there: it has to be one that everybody may read. The ids that are seen are
-those of the metadata.
+a user or a group that is not there: it has to be one that everybody may read. That everybody may and the
+caller may not, as a mode (0604) or an ACL has less for a group or a user than for others, makes no
+difference: it is read all the same. The ids that are seen are those of the metadata.
 """
 
 from __future__ import annotations

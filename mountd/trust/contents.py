@@ -5,9 +5,10 @@ check, or for whoever can change what is in the object directories.
 
 * Metadata that somebody vouches for has contents that nobody can change either: fs-verity checks them, or
   the object directories are root's, with what is in them.
-* Of a description nobody has said anything. Its contents are the caller's own business, as a directory of
-  the caller's is, as long as nobody else can change them: they are in directories of the caller's or of
-  root's, or fs-verity checks them. In no case is more read than the caller could read (`plan.composefs`).
+* Of a description nobody has said anything. Its contents are the caller's own business, as what is in a
+  directory of the caller's is: they are in directories of the caller's or of root's, or fs-verity checks
+  them. Whose they are there is not looked at; who names a file that another can change gets what that one
+  writes. What belongs to others is read only where everybody may read it (`plan.composefs`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 VERITY = "composefs-verity"
 CHECKED = "fs-verity checks the contents"
 ROOTS = "only root can change the contents"
-UNCHECKED = "nothing checks the contents, which are the caller's own or root's"
+UNCHECKED = "nothing checks the contents, which the caller names in directories of the caller's or root's"
 HINT = (
     "have an administrator copy the objects, owned by root, to a directory that only root can write to; or "
     "keep them on a file system with fs-verity, and enable it on each"

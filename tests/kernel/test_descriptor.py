@@ -25,6 +25,7 @@ from mountd.source import descriptor
 from mountd.source.descriptor import inspect_descriptor
 from mountd.source.model import BackingFile
 from tests.container import USER, user_namespace
+from tests.leases import without_leases
 
 FIELD = "source.imageFileDescriptor"
 
@@ -232,15 +233,10 @@ def test_readers_are_no_writers(images: dict[str, Path], backing: BackingFile) -
         assert problem(backing) is None
 
 
-def test_that_nobody_gets_a_lease(backing: BackingFile) -> None:
+def test_where_there_are_no_leases(backing: BackingFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then it is not known who has it open, and that is no proof."""
-    switch = Path("/proc/sys/fs/leases-enable")
-    assert switch.read_text() == "1\n"
-    switch.write_text("0")
-    try:
-        assert problem(backing) == location.UNKNOWN_WRITERS
-    finally:
-        switch.write_text("1")
+    without_leases(monkeypatch)
+    assert problem(backing) == f"{location.UNKNOWN_WRITERS} (EINVAL)"
 
 
 def test_who_opens_it_meanwhile_ends_nobody(images: dict[str, Path], backing: BackingFile) -> None:

@@ -104,6 +104,26 @@ def test_the_file_of_a_loop_device(
     (scratch / "other").unlink(missing_ok=True)
 
 
+def test_who_can_still_write_to_the_file_of_a_loop_device(scratch: Path, disk: Path) -> None:
+    """Of a device that nobody can write to it is known: that itself has not opened it for that."""
+    with attached(disk) as device, mounted(device, scratch / "media"):
+        pass
+    with OwnedFd(os.open(disk, os.O_RDWR)) as writer:
+        with OwnedFd(os.open(disk, os.O_RDONLY)) as fd:
+            device = loop_device.attach(fd.fileno(), read_only=True, direct_io=False)
+        place = scratch / "media"
+        place.mkdir()
+        subprocess.run(["mount", "-o", "ro", device.path, place], check=True)
+        device.close()
+        try:
+            assert problem(place / "image.raw") == mounts.WRITTEN
+            writer.close()
+            assert problem(place / "image.raw") is None
+        finally:
+            subprocess.run(["umount", place], check=True)
+            place.rmdir()
+
+
 def test_another_file_of_that_name(scratch: Path, disk: Path) -> None:
     """What sysfs says is a name, and who has the file may have put one of root's there."""
     with attached(disk) as device, mounted(device, scratch / "media") as file:

@@ -19,6 +19,7 @@ from mountd.kernel.fs_context import FsContext
 from mountd.kernel.lease import only_opener
 from mountd.store.record import Record
 from mountd.store.store import Store
+from tests.leases import without_leases
 from tests.store import MIB, OTHER, USER, age, content, digest_of, files, opened, put, tree
 
 
@@ -174,13 +175,11 @@ class TestInUse:
             assert os.waitstatus_to_exitcode(os.waitpid(looked, 0)[1]) == 0
 
     def test_where_there_are_no_leases_nothing_is_removed(
-        self, home: Path, store: Store, erofs: Record
+        self, home: Path, store: Store, erofs: Record, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        subprocess.run(["sysctl", "-qw", "fs.leases-enable=0"], check=True)
-        try:
+        with monkeypatch.context() as patch:
+            without_leases(patch)
             self.stays(home, store, erofs)
-        finally:
-            subprocess.run(["sysctl", "-qw", "fs.leases-enable=1"], check=True)
         self.goes(home, store, erofs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -9,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from mountd.client import attach
+from mountd.client import MountReply, attach
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api
 from mountd.kernel.flags import MountAttr
@@ -26,42 +27,34 @@ OTHER = USER + 7
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
-def test_nothing_is_read_that_the_caller_could_not_read(serving: Daemon, own: Path, place: Path) -> None:
-    """Modes are what the description says; what an object is, is what the file is."""
-    secrets = {"roots": (0, 0o600), "others": (OTHER, 0o640), "mine": (USER, 0o400), "open": (0, 0o644)}
-    for name, (uid, mode) in secrets.items():
+def test_nothing_is_read_that_is_not_for_the_caller(serving: Daemon, own: Path, place: Path) -> None:
+    """Modes are what the description says; what is read is the caller's, or what everybody may read."""
+    files = {
+        "roots": (0, 0, 0o600),
+        "others": (OTHER, OTHER, 0o640),
+        "mine": (USER, USER, 0o400),
+        "open": (0, 0, 0o644),
+        "for others than mine": (OTHER, USER, 0o604),
+    }
+    objects = dict(enumerate(files))
+    for name, (uid, gid, mode) in files.items():
         (own / name).write_text("secret\n")
-        os.chown(own / name, uid, uid)
+        os.chown(own / name, uid, gid)
         (own / name).chmod(mode)
-    (own / "link").symlink_to("/etc/hostname")
-    (own / "up").symlink_to("..")
-    os.mkfifo(own / "pipe")
     lines = [
-        b"/%s 7 100644 1 %d %d 0 0.0 %s - -\n" % (name.encode(), USER, USER, name.encode())
-        for name in (*secrets, "link", "up/passwd", "pipe")
-        if "/" not in name
+        b"/%d 7 100644 1 %d %d 0 0.0 %s - -\n" % (number, USER, USER, name.replace(" ", "\\x20").encode())
+        for number, name in objects.items()
     ]
-    lines.append(b"/up 7 100644 1 0 0 0 0.0 up/mine - -\n")
     path = described(place, HEAD + b"".join(lines))
     with ask_as_user(serving, path, own) as reply:
-        fd = reply.mount.fileno()
-
-        def read(name: str) -> str:
-            try:
-                return Path(f"/proc/self/fd/{fd}/{name}").read_text()
-            except OSError as error:
-                return os.strerror(error.errno or 0)
-
         # As root, who could read all of it elsewhere.
-        assert {name: read(name) for name in secrets} == {
-            "roots": "Permission denied",
-            "others": "Permission denied",
+        assert {name: read(reply, str(number)) for number, name in objects.items()} == {
+            "roots": "EACCES",
+            "others": "EACCES",
             "mine": "secret\n",
             "open": "secret\n",
+            "for others than mine": "secret\n",
         }
-        assert "secret" not in read("link")
-        assert read("up") != "secret\n"
-        assert read("pipe") != "secret\n"
     path.unlink()
 
 
@@ -86,6 +79,40 @@ def test_objects_on_a_file_system_of_a_user_namespaces(
     path.unlink()
     assert name == "NotSupported"
     assert "mounted in a user namespace" in text
+
+
+def test_an_object_is_a_file_in_its_directory(serving: Daemon, own: Path, place: Path) -> None:
+    """No symbolic link is followed, to it or on the way to it, and nothing but a file is opened."""
+    beside = place / "beside the objects"
+    beside.write_text("secret\n")
+    (own / "file").write_text("secret\n")
+    (own / "in").mkdir()
+    (own / "in/file").write_text("secret\n")
+    (own / "link").symlink_to("file")
+    (own / "out").symlink_to(beside)
+    (own / "up").symlink_to("..")
+    (own / "across").symlink_to("in")
+    os.mkfifo(own / "pipe")
+    objects = ["file", "in/file", "link", "out", f"up/{own.name}/file", "across/file", "pipe"]
+    # Who follows the links comes to a file each time.
+    assert all((own / each).read_text() == "secret\n" for each in objects if each != "pipe")
+    text = HEAD + b"".join(
+        b"/%d 7 100644 1 0 0 0 0.0 %s - -\n" % (number, each.encode()) for number, each in enumerate(objects)
+    )
+    path = described(place, text)
+    with ask_as_user(serving, path, own) as reply:
+        found = [read(reply, str(number)) for number in range(len(objects))]
+    assert found == ["secret\n", "secret\n", "ENOENT", "ENOENT", "ELOOP", "ELOOP", "ENOENT"]
+    path.unlink()
+    beside.unlink()
+
+
+def read(reply: MountReply, name: str) -> str:
+    """What is in a file, or the error that reading it comes to."""
+    try:
+        return Path(f"/proc/self/fd/{reply.mount.fileno()}/{name}").read_text()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
 
 
 def test_root_owned_objects_show_what_everybody_may_read(serving: Daemon, place: Path) -> None:
