@@ -347,6 +347,11 @@ class Store:
             ]
             return garbage.collect(state, candidates)
 
+    def left(self) -> int:
+        """Return how many bytes more the store takes now. Raises NotFound, LimitExceeded, SyscallError."""
+        with self._named("reading the store"), State(self._path) as state, state.locked():
+            return max(self.limits.total_bytes - sum(quota.sizes_of(state)), 0)
+
     def make_room(self, size: int, owner: Owner, error: LimitExceeded) -> bool:
         """Remove what nobody uses, if an image of `size` bytes has room then; tell whether it has.
 
