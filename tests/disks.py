@@ -13,12 +13,18 @@ from pathlib import Path
 
 from mountd.fds import OwnedFd
 from mountd.kernel import loop_device
-from mountd.source.partition_types import MACHINES, PER_ARCHITECTURE, type_uuid
+from mountd.source.partition_types import MACHINES, PER_ARCHITECTURE, TYPES, PartitionType
 from tests.verity import Verified
 
 MIB = 1 << 20
 NATIVE, *SECONDARY = MACHINES[platform.machine()]
 FIRST = MIB  # where the first partition begins
+
+
+def type_uuid(designator: str, architecture: str | None = None) -> str:
+    """The type of a partition, as text; KeyError for what there is not."""
+    types = {found: type for type, found in TYPES.items()}
+    return types[PartitionType(designator, architecture)]
 
 
 @dataclass(frozen=True, slots=True)

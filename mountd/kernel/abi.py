@@ -176,18 +176,6 @@ class fsverity_digest(Structure):  # noqa: N801
     _fields_ = (("digest_algorithm", c_uint16), ("digest_size", c_uint16), ("digest", c_uint8 * 64))
 
 
-class fsverity_read_metadata_arg(Structure):  # noqa: N801
-    """struct fsverity_read_metadata_arg."""
-
-    _fields_ = (
-        ("metadata_type", c_uint64),
-        ("offset", c_uint64),
-        ("length", c_uint64),
-        ("buf_ptr", c_uint64),
-        ("_reserved", c_uint64),
-    )
-
-
 class dm_ioctl(Structure):  # noqa: N801
     """struct dm_ioctl; what an ioctl takes or returns besides it follows at `data_start`."""
 

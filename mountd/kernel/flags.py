@@ -195,14 +195,6 @@ class VerityAlgorithm(IntEnum):
     SHA512 = 2
 
 
-class VerityMetadata(IntEnum):
-    """FS_VERITY_METADATA_TYPE_* of linux/fsverity.h."""
-
-    MERKLE_TREE = 1
-    DESCRIPTOR = 2
-    SIGNATURE = 3
-
-
 class Ioctl(IntEnum):
     """Requests of ioctl(2): linux/{nsfs,pidfd,loop,fs,fsverity,dm-ioctl}.h."""
 
@@ -226,7 +218,6 @@ class Ioctl(IntEnum):
     BLKGETSIZE64 = 0x80081272
     FS_IOC_ENABLE_VERITY = 0x40806685
     FS_IOC_MEASURE_VERITY = 0xC0046686
-    FS_IOC_READ_VERITY_METADATA = 0xC0286687
     DM_VERSION = 0xC138FD00
     DM_LIST_DEVICES = 0xC138FD02
     DM_DEV_CREATE = 0xC138FD03

@@ -63,13 +63,6 @@ class FsContext:
         """Set an option to an open file, borrowed."""
         self._config(FsConfig.SET_FD, key, None, fd)
 
-    def set_binary(self, key: str, value: bytes) -> None:
-        """Set an option to a blob of at most 1 MiB."""
-        import ctypes
-
-        blob = (ctypes.c_char * len(value)).from_buffer_copy(value)
-        self._config(FsConfig.SET_BINARY, key, blob, len(value))
-
     def create(self) -> None:
         """Make the superblock."""
         self._config(FsConfig.CMD_CREATE, None, None, 0)

@@ -7,12 +7,11 @@ closed it stays the same even if the disk below is changed: then reads fail.
 
 import ctypes
 
-from mountd.kernel.abi import fsverity_digest, fsverity_enable_arg, fsverity_read_metadata_arg
-from mountd.kernel.flags import Ioctl, VerityAlgorithm, VerityMetadata
+from mountd.kernel.abi import fsverity_digest, fsverity_enable_arg
+from mountd.kernel.flags import Ioctl, VerityAlgorithm
 from mountd.kernel.libc import call
 
 MAXIMUM_SALT = 32
-MAXIMUM_METADATA = 1 << 20  # of one read; the kernel returns what there is
 
 
 def enable(
@@ -51,19 +50,3 @@ def measure(fd: int) -> "tuple[VerityAlgorithm, bytes]":
     result = fsverity_digest(digest_size=64)
     call("ioctl", fd, Ioctl.FS_IOC_MEASURE_VERITY, ctypes.byref(result))
     return VerityAlgorithm(result.digest_algorithm), bytes(result.digest)[: result.digest_size]
-
-
-def read_metadata(fd: int, kind: VerityMetadata, offset: int = 0, length: int = 4096) -> bytes:
-    """Return up to `length` bytes at `offset` of what the file system keeps for the file `fd` (borrowed).
-
-    It is b"" at the end. Raises SyscallError: ENODATA if fs-verity is not enabled or there is no signature,
-    ENOTTY and EOPNOTSUPP as `measure`; ValueError for more than `MAXIMUM_METADATA` bytes at once.
-    """
-    if not 0 < length <= MAXIMUM_METADATA:
-        raise ValueError(f"{length} bytes of metadata at once")
-    buffer = ctypes.create_string_buffer(length)
-    argument = fsverity_read_metadata_arg(
-        metadata_type=kind, offset=offset, length=length, buf_ptr=ctypes.addressof(buffer)
-    )
-    count = call("ioctl", fd, Ioctl.FS_IOC_READ_VERITY_METADATA, ctypes.byref(argument))
-    return buffer.raw[:count]

@@ -43,7 +43,6 @@ MAXIMUM_DESCRIPTORS = 64
 MAXIMUM_PATIENCE = 1.0  # seconds from the end of its output to that of the program
 # Of ids that are given to no user and no container (systemd's UIDS-GIDS.md), for what has a secret.
 UNUSED_IDS = range(1 << 31, (1 << 32) - 2)
-EXIT_NOT_RUN = child.EXIT_RAISED
 
 # Machine -> AUDIT_ARCH_*, and the numbers of: socket socketpair connect ptrace bpf perf_event_open add_key
 # request_key keyctl userfaultfd unshare setns clone clone3 (fork vfork) kill mount move_mount open_tree

@@ -23,12 +23,13 @@ from mountd.evidence.model import Ownership
 from mountd.kernel.flags import MountAttr
 from mountd.plan.idmap import IdMapKind
 from mountd.plan.operations import CloneTree, MakeComposefs, MakeMount, MapRanges, Plan, Seal
-from mountd.plan.planner import attributes_of
+from mountd.plan.planner import attributes_of, plan_mounts
+from mountd.source.model import SourceKind
 
 if TYPE_CHECKING:
     from mountd.caller.model import Caller
     from mountd.plan.operations import Operation
-    from mountd.source.model import Directory
+    from mountd.source.model import Directory, Source
     from mountd.trust.decide import Decision
 
     Extents = tuple[IdExtent, ...]
@@ -53,6 +54,15 @@ def mapped(id: int, *, own: bool) -> Extents:
     if own and id != OVERFLOW_ID:
         return (IdExtent(id, id, 1),)
     return (IdExtent(NOBODY_AT_ALL, NOBODY_AT_ALL, 1),)
+
+
+def plan_metadata(
+    source: Source, decision: Decision, caller: Caller, idmap: IdMapKind, uids: Extents, gids: Extents
+) -> tuple[Plan, ...]:
+    """Return the operations for the metadata, whose mount nobody but the overlay gets."""
+    regenerated = source.kind is SourceKind.COMPOSEFS
+    ids = ids_of_metadata(caller, idmap, uids, gids, regenerated=regenerated)
+    return plan_mounts(source, decision, caller, *ids, as_layer=True)
 
 
 def ids_of_metadata(

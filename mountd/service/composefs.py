@@ -27,8 +27,7 @@ from mountd.evidence.sealed import prove_sealed
 from mountd.execute.run import Inputs, run, run_all
 from mountd.fds import close_all
 from mountd.kernel.compat import mount_id_and_device
-from mountd.plan.composefs import ids_of_metadata, plan_composefs, plan_objects
-from mountd.plan.planner import plan_mounts
+from mountd.plan.composefs import plan_composefs, plan_metadata, plan_objects
 from mountd.service.images import owner_of, transfer_seconds
 from mountd.service.inspection import Inspected, inspect, is_fixed, judged
 from mountd.service.phase import Phase
@@ -349,14 +348,9 @@ def make(judged: Judged, context: RequestContext, note: Callable[[OwnedFd], None
 def metadata(judged: Judged, context: RequestContext) -> list[OwnedFd]:
     """Return the mount of the metadata."""
     inspected, request = judged.inspected, judged.request
-    kind, uids, gids = ids_of_metadata(
-        judged.caller,
-        request.idmap.kind,
-        judged.uids,
-        judged.gids,
-        regenerated=inspected.source.kind is SourceKind.COMPOSEFS,
+    plans = plan_metadata(
+        inspected.source, judged.decision, judged.caller, request.idmap.kind, judged.uids, judged.gids
     )
-    plans = plan_mounts(inspected.source, judged.decision, judged.caller, kind, uids, gids)
     inputs = Inputs(image_fd=inspected.image_fd, userns_fd=request.userns_fd, seal=context.seal)
     return run_all(plans, inputs)
 

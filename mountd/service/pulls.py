@@ -149,7 +149,10 @@ class Stages:
 def pulled_here(wanted: Reference, store: Store, context: RequestContext) -> Steps:
     """Pull, put each layer into the store, and return the records, the lowest layer's first."""
     stages = Stages(context)
-    limits = PullLimits(compressed=min(PullLimits().compressed, store.limits.image_bytes))
+    # Layers that are there already count as well: which ones these are is known only once they are made.
+    limits = PullLimits(
+        compressed=min(PullLimits().compressed, store.limits.image_bytes), stored=store.left()
+    )
     with store.workspace() as directory:
 
         def run(tell: Tell) -> Pulled:

@@ -270,12 +270,3 @@ TYPES: Mapping[str, PartitionType] = MappingProxyType(
         },
     }
 )
-
-
-def type_uuid(designator: str, architecture: str | None = None) -> str:
-    """Return the type of a partition, as text. Raises KeyError for what there is not."""
-    wanted = PartitionType(designator, architecture)
-    for uuid, found in TYPES.items():
-        if found == wanted:
-            return uuid
-    raise KeyError(designator)

@@ -7,10 +7,11 @@ archive.
 from __future__ import annotations
 
 import re
+import signal
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from mountd.errors import InvalidImage, NotSupported, StorageFull
+from mountd.errors import InvalidImage, LimitExceeded, NotSupported, StorageFull
 from mountd.store import program
 from mountd.store.child import Deadline, finish
 
@@ -25,7 +26,8 @@ HINT = "install erofs-utils 1.7 or later, which can build from a tar archive"
 SECONDS, VERSION_SECONDS = 1800, 10
 MEMORY = 4 << 30
 MAXIMUM_VERSION = 4096
-FULL = "No space left on device"
+FULL, TOO_LARGE = "No space left on device", "File too large"
+LIMIT = "bytes in the file system of a layer"
 
 
 def version(directory: int) -> tuple[int, int]:
@@ -82,11 +84,16 @@ def start(
     )
 
 
-def check(child: Child) -> None:
-    """Raise InvalidImage or StorageFull unless the build, which has ended, went well."""
+def check(child: Child, maximum: int) -> None:
+    """Raise an error unless the build, of at most `maximum` bytes, has ended well.
+
+    InvalidImage, StorageFull or LimitExceeded.
+    """
     if child.code == 0:
         return
     said = b"\n".join(output.kept for output in child.outputs).decode("utf-8", "replace")
+    if child.code == -signal.SIGXFSZ or TOO_LARGE in said:
+        raise LimitExceeded(LIMIT, maximum)
     if FULL in said:
         raise StorageFull("the file system image of a layer", hint="free space for mountd's images")
     raise InvalidImage(f"a layer cannot be made into a file system: {program.excerpt(said, child.code)}")

@@ -106,7 +106,7 @@ def build(
             )
         first = [] if uncompressing is None else [uncompressing[0]]
         finish([*first, filtering, building], Deadline(limits.seconds), tick)
-        return _outcome(first, filtering, building, work.diff_id)
+        return _outcome(first, filtering, building, work.diff_id, limits.image)
 
 
 def _start_zstd(stack: ExitStack, fd: int, directory: int) -> tuple[Child, OwnedFd]:
@@ -119,7 +119,7 @@ def _start_zstd(stack: ExitStack, fd: int, directory: int) -> tuple[Child, Owned
     return stack.enter_context(child), reader
 
 
-def _outcome(first: list[Child], filtering: Child, building: Child, diff_id: str) -> Summary:
+def _outcome(first: list[Child], filtering: Child, building: Child, diff_id: str, maximum: int) -> Summary:
     """Return what came of it all. Whoever failed first is to blame: the others only noticed."""
     try:
         summary = _understand(filtering.outputs[0].kept, diff_id)
@@ -133,9 +133,9 @@ def _outcome(first: list[Child], filtering: Child, building: Child, diff_id: str
                 raise InvalidImage(f"a layer cannot be uncompressed: {shown}") from None
         raise
     except BrokenPipeError:
-        erofs_build.check(building)
+        erofs_build.check(building, maximum)
         raise InvalidImage("a layer cannot be made into a file system") from None
-    erofs_build.check(building)
+    erofs_build.check(building, maximum)
     return summary
 
 

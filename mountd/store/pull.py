@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mountd.errors import LimitExceeded, RegistryFailed
@@ -43,14 +43,16 @@ if TYPE_CHECKING:
 
 RESOLVE, FETCH, VERIFY, BUILD = "resolve", "fetch", "verify", "build"
 MANIFEST_FILE = "manifest.json"
+ROOM_HINT = "“mountctl image remove” makes room in the store"
 MOVED_HINT = "pull again; give the digest alone for a certain image"
 
 
 @dataclass(frozen=True, slots=True)
 class PullLimits:
-    """What a pull may take: `compressed` bytes to fetch, and seconds for each of its steps."""
+    """What a pull may take: bytes to fetch (`compressed`) and to keep (`stored`), and seconds for each."""
 
     compressed: int = 16 << 30
+    stored: int = 64 << 30
     resolve_seconds: int = 60
     fetch_seconds: int = 3600
     layer: LayerLimits = field(default_factory=LayerLimits)
@@ -248,6 +250,7 @@ def build(
     """Make an erofs file of each layer. What was made is removed again if one of them cannot be."""
     total = sum(layer.size for layer in found.layers)
     before = 0
+    left = limits.stored
     made: list[Layer] = []
     try:
         for number, (blob, layer, diff_id) in enumerate(zip(blobs, found.layers, diff_ids, strict=True)):
@@ -260,16 +263,25 @@ def build(
                 devices=devices,
                 below=made[-1].summary.directories if made else NOTHING,
             )
+            bounded = replace(limits.layer, image=min(limits.layer.image, left))
             made.append(
-                build_layer(work, layer, number, work_directory, version, limits, progress, before, total)
+                build_layer(work, layer, number, work_directory, version, bounded, progress, before, total)
             )
             before += layer.size
-    except BaseException:
+            left -= made[-1].size
+    except BaseException as error:
         for each in made:
             each.erofs_fd.close()
             os.unlink(each.name, dir_fd=work_directory)
+        if isinstance(error, LimitExceeded) and left < limits.layer.image and is_too_large(error):
+            raise LimitExceeded("bytes in the layers of an image", limits.stored, hint=ROOM_HINT) from None
         raise
     return tuple(made)
+
+
+def is_too_large(error: LimitExceeded) -> bool:
+    """Tell whether the file system of a layer would have been larger than it may be."""
+    return error.parameters["limit"] == erofs_build.LIMIT
 
 
 def build_layer(
@@ -278,7 +290,7 @@ def build_layer(
     number: int,
     work_directory: int,
     version: tuple[int, int],
-    limits: PullLimits,
+    limits: LayerLimits,
     progress: Progress,
     before: int,
     total: int,
@@ -290,7 +302,7 @@ def build_layer(
         progress(BUILD, before + os.lseek(work.fd, 0, os.SEEK_CUR), total)
 
     with Quarantine(work_directory, BUILD) as directory:
-        summary = layers.build(work, directory.fileno(), limits.layer, version, tick)
+        summary = layers.build(work, directory.fileno(), limits, version, tick)
         name = f"layer-{number}.erofs"
         fd, size = quarantine.take(directory.fileno(), erofs_build.NAME, work_directory, name)
     return Layer(fd, name, size, layer.digest, work.diff_id, summary)

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 
     Report = Callable[[int, int], None]
 
+SHORTAGES = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How old the time of the last access may be before it is written anew.
 TOUCH_SECONDS = 3600
@@ -347,6 +348,11 @@ class Store:
             ]
             return garbage.collect(state, candidates)
 
+    def left(self) -> int:
+        """Return how many bytes more the store takes now. Raises NotFound, LimitExceeded, SyscallError."""
+        with self._named("reading the store"), State(self._path) as state, state.locked():
+            return max(self.limits.total_bytes - sum(quota.sizes_of(state)), 0)
+
     def make_room(self, size: int, owner: Owner, error: LimitExceeded) -> bool:
         """Remove what nobody uses, if an image of `size` bytes has room then; tell whether it has.
 
@@ -418,7 +424,10 @@ class Store:
 
     @contextlib.contextmanager
     def _named(self, doing: str) -> Iterator[None]:
-        """Give the errors of the disk a name: LimitExceeded for a full one, SyscallError for any other."""
+        """Give the errors of the disk a name: LimitExceeded for a full one, SyscallError for any other.
+
+        A process or a descriptor that was not to be had is none of them.
+        """
         try:
             yield
         except OSError as error:
@@ -427,7 +436,7 @@ class Store:
                 left = free.f_bavail * free.f_frsize
                 hint = "the disk of the store is full: an administrator has to make room"
                 raise LimitExceeded(quota.DISK_BYTES, left, hint=hint) from None
-            if isinstance(error, SyscallError):
+            if isinstance(error, SyscallError) or error.errno in SHORTAGES:
                 raise
             raise SyscallError(error.errno or 0, doing) from None
 

@@ -143,7 +143,7 @@ def test_one_that_says_too_much() -> None:
 
 def test_program_that_is_not_there() -> None:
     done = program.run("/nonexistent", (), (), seconds=5, memory=MEMORY)
-    assert (done.status, done.output, done.timed_out) == (program.EXIT_NOT_RUN, b"", False)
+    assert (done.status, done.output, done.timed_out) == (child.EXIT_RAISED, b"", False)
 
 
 def test_its_input() -> None:

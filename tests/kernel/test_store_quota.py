@@ -46,6 +46,7 @@ class TestQuota:
     def test_bytes_of_all(self, home: Path) -> None:
         store = limited(home, total_bytes=1000)
         put(store, content(600))
+        assert store.left() == 400
         refused(lambda: put(store, content(401, 2), ROOT), "bytes in the store", 1000)
         put(store, content(400, 2), OTHER)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mountd.errors import InUse, InvalidImage
+from mountd.errors import InUse, InvalidImage, LimitExceeded, SyscallError
 from mountd.fds import OwnedFd
 from mountd.kernel import loop_device, mount_api
 from mountd.kernel.flags import MountAttr, MoveMount, Unmount
@@ -235,6 +236,14 @@ def test_a_workspace_goes_with_what_fails_in_it(store: Store, home: Path) -> Non
     with pytest.raises(InvalidImage):
         fail()
     assert incoming(home) == []
+
+
+def test_what_fails_in_a_workspace_is_the_store_s_where_it_is(store: Store) -> None:
+    """A process that cannot be made has nothing to do with the disk."""
+    kinds = {errno.EAGAIN: BlockingIOError, errno.EIO: SyscallError, errno.ENOSPC: LimitExceeded}
+    for number, kind in kinds.items():
+        with pytest.raises(kind), store.workspace():
+            raise OSError(number, "work")
 
 
 @pytest.mark.parametrize("way", ["prepare", "collect", "add", "workspace"])

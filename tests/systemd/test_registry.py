@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 
 import pytest
 
 from tests import oci
-from tests.oci import Layout, Member, archive
+from tests.oci import Layout, Member, archive, directory
 from tests.systemd.registry import HELLO, HOST, PLACE, Registry, check_provenance, key_digest, look
 
 
@@ -59,6 +60,7 @@ cat etc/hello; stat -c '%a %u %g %h %Y' etc/hello; stat -c '%a %u' etc .
 stat -c '%a %u %g %Y' deep deep/er; readlink link; wc -c < deep/er/than/that
 getfattr -d -m - etc/hello capable 2> /dev/null || python3 -c '
 import os
+import tarfile
 print({name: os.getxattr(path, name) for path in ("etc/hello", "capable") for name in os.listxattr(path)})'
 ls; find . -name 'nnn*' -printf '%s %T@\n'
 """
@@ -139,6 +141,9 @@ def test_layers_stack_with_their_whiteouts(registry: Registry) -> None:
         Member("replaced/old", b"1"),
         Member("opaque/old", b"1"),
         Member("changed", b"1"),
+        Member("device", b"1"),
+        directory("closed/", mode=0o700, uid=7),
+        Member("closed/gone", b"1"),
         Member(".wh.nothing", b""),
     )
     upper = archive(
@@ -149,20 +154,25 @@ def test_layers_stack_with_their_whiteouts(registry: Registry) -> None:
         Member("opaque/new", b"2"),
         Member("changed", b"2"),
         Member(".wh.changed", b""),
+        Member("device", type=tarfile.CHRTYPE, device=(1, 3)),
+        Member("closed/.wh.gone", b""),
     )
     registry.image("gpg/stack:1.0", *registry.sign_gpg, archives=(lowest, upper))
     answer = registry.pull(f"oci:{HOST}/gpg/stack:1.0")
-    assert [each["summary"]["whiteouts"] for each in answer["layers"]] == [0, 3]
+    assert [each["summary"]["whiteouts"] for each in answer["layers"]] == [0, 5]
     found = registry.machine.sh(
         f"""
 mkdir -p /tmp/0 /tmp/1
 for n in 0 1; do mount -t erofs -o loop,ro {answer["work"]}/layer-$n.erofs /tmp/$n; done
 mount -t overlay -o lowerdir=/tmp/1:/tmp/0 overlay /mnt
 cd /mnt; find . -type f -printf '%P ' -exec cat {{}} \\; -printf '\\n'
+stat -c '%n %a %u' closed
 cd /; umount /mnt /tmp/0 /tmp/1
 """
     )
-    assert sorted(found.splitlines()) == ["changed 2", "kept 1", "opaque/new 2", "replaced/new 2"]
+    assert sorted(found.splitlines()) == [
+        *("changed 2", "closed 700 7", "kept 1", "opaque/new 2", "replaced/new 2")
+    ]
 
 
 def test_a_tag_with_a_digest(registry: Registry, signed: str) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mountd.errors import MountdError
-from mountd.store import pull, reference
+from mountd.store import layers, pull, reference
 
 arguments = json.loads(sys.argv[1])
 phases = []
@@ -54,7 +54,7 @@ try:
                 "size": layer.size,
                 "digest": layer.digest,
                 "diff_id": layer.diff_id,
-                "summary": asdict(layer.summary),
+                "summary": layers.serialise(layer.summary),
                 "sha256": subprocess.run(
                     ["sha256sum", f"{arguments['work']}/{layer.name}"], capture_output=True, text=True
                 ).stdout.split()[0],

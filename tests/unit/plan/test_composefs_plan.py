@@ -9,10 +9,17 @@ import pytest
 from mountd.caller.model import OVERFLOW_ID, IdExtent
 from mountd.evidence.model import Ownership
 from mountd.kernel.flags import MountAttr
-from mountd.plan.composefs import NOBODY_AT_ALL, ids_of_metadata, plan_composefs, plan_objects
+from mountd.plan.composefs import (
+    NOBODY_AT_ALL,
+    ids_of_metadata,
+    plan_composefs,
+    plan_metadata,
+    plan_objects,
+)
 from mountd.plan.idmap import IdMapKind
-from mountd.plan.operations import CloneTree, MakeComposefs, MakeMount, MapRanges, Seal
-from mountd.source.model import Directory
+from mountd.plan.operations import CloneTree, MakeComposefs, MakeMount, MapRanges, MapRootOwner, Seal
+from mountd.plan.planner import plan_mount
+from mountd.source.model import BackingFile, Directory, FileSystem, Source, SourceKind
 from mountd.trust.decide import Decision
 from mountd.trust.policy import Verdict
 from tests.policies import ROOT, USER
@@ -64,3 +71,15 @@ def test_ids_of_a_description_are_those_of_its_caller() -> None:
     assert ids_of_metadata(ROOT, none, (), (), regenerated=True) == (none, (), ())
     for kind in (IdMapKind.NAMESPACE, IdMapKind.CALLER, IdMapKind.RANGES):
         assert ids_of_metadata(USER, kind, *given, regenerated=True) == (kind, *given)
+
+
+def test_the_metadata_are_locked_by_the_overlay_and_mapped_by_themselves() -> None:
+    backing = BackingFile(4096, 1, 2, 0, 0, 0o100644, writable=False, path_hint=None, changed=7)
+    source = Source(SourceKind.IMAGE, backing, FileSystem("erofs", 4096, 512, None, None, False), None)
+    (plan,) = plan_metadata(source, ALLOWED, USER, IdMapKind.CALLER, (), ())
+    assert plan.operations[1:] == (MakeMount(READ_ONLY), MapRootOwner(USER.uid, USER.gid))
+    # So that an image which is mounted by itself as well is mounted once.
+    assert plan.shared == plan_mount(source, ALLOWED, USER, IdMapKind.NONE).shared is not None
+    made_anew = replace(source, kind=SourceKind.COMPOSEFS)
+    (plan,) = plan_metadata(made_anew, ALLOWED, USER, IdMapKind.NONE, (), ())
+    assert isinstance(plan.operations[-1], MapRanges)

@@ -13,7 +13,8 @@ from mountd.errors import InvalidImage, UnsupportedFileSystem
 from mountd.source import disk, gpt, partition_types, version_order
 from mountd.source.gpt import Entry
 from mountd.source.model import Disk
-from mountd.source.partition_types import FOR_ALL, GENERIC, MACHINES, PER_ARCHITECTURE, TYPES, type_uuid
+from mountd.source.partition_types import FOR_ALL, GENERIC, MACHINES, PER_ARCHITECTURE, TYPES
+from tests.disks import type_uuid
 
 MIB = 1 << 20
 ORDER = [

@@ -13,8 +13,7 @@ import pytest
 
 from mountd.errors import InvalidImage
 from mountd.source import gpt
-from mountd.source.partition_types import type_uuid
-from tests.disks import FIRST, MIB, NATIVE, Part, build_disk
+from tests.disks import FIRST, MIB, NATIVE, Part, build_disk, type_uuid
 
 ROOT_UUID = "0f2e0a51-9bd2-4c1a-8d1c-0a6b4f1d2e33"
 needs_root = pytest.mark.kernel

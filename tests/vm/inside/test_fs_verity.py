@@ -18,7 +18,7 @@ from mountd.evidence.model import Proof
 from mountd.execute.run import Inputs, run
 from mountd.fds import OwnedFd
 from mountd.kernel import fs_verity
-from mountd.kernel.flags import MountAttr, VerityAlgorithm, VerityMetadata
+from mountd.kernel.flags import MountAttr, VerityAlgorithm
 from mountd.plan.operations import Backing, CreateSuperblock, MakeMount, Plan
 from tests.sealing import Unsealed
 from tests.verity import Verified, flip
@@ -179,24 +179,6 @@ def ext4(scratch: Path) -> Iterator[tuple[Path, Path]]:
     disk, target = make("ext4", scratch)
     yield disk, target
     unmake(disk, target)
-
-
-def test_metadata(ext4: tuple[Path, Path]) -> None:
-    path = write(ext4[1] / "metadata", 3 * MIB)
-    enable(path, salt=b"salt")
-    with OwnedFd(os.open(path, os.O_RDONLY)) as fd:
-        descriptor = fs_verity.read_metadata(fd.fileno(), VerityMetadata.DESCRIPTOR)
-        # version, algorithm, log2 of the block size, length of the salt
-        assert descriptor[:4] == bytes([1, VerityAlgorithm.SHA256, 12, 4])
-        assert int.from_bytes(descriptor[8:16], "little") == 3 * MIB
-        tree = fs_verity.read_metadata(fd.fileno(), VerityMetadata.MERKLE_TREE, length=MIB)
-        assert len(tree) == (6 + 1) * 4096
-        assert fs_verity.read_metadata(fd.fileno(), VerityMetadata.MERKLE_TREE, offset=MIB) == b""
-        with pytest.raises(SyscallError, match="ENODATA"):
-            fs_verity.read_metadata(fd.fileno(), VerityMetadata.SIGNATURE)
-        for length in (0, -1, fs_verity.MAXIMUM_METADATA + 1):
-            with pytest.raises(ValueError, match="at once"):
-                fs_verity.read_metadata(fd.fileno(), VerityMetadata.DESCRIPTOR, length=length)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
-"""Directories that a layer leaves out: from layer to layer of a pull, and in an overlay of these."""
+"""The layers of a pull one after the other: directories that one leaves out, and how large all may be."""
 
 from __future__ import annotations
 
 import os
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mountd.errors import InvalidImage
+from mountd.errors import InvalidImage, LimitExceeded
 from mountd.fds import OwnedFd, close_all
 from mountd.kernel.flags import MountAttr
 from mountd.kernel.fs_context import FsContext
@@ -105,3 +106,19 @@ def test_what_a_filter_says_that_was_taken_over() -> None:
     for told in (b"1", b'{"found": {}}', b'{"found": {"directories": [["a", 0, 0, "b"]]}}', b'{"found": 1}'):
         with pytest.raises(InvalidImage):
             layers._understand(told, "sha256:x")
+
+
+def test_all_layers_together_are_bounded(tmp_path: Path, kept_as_archives: None) -> None:
+    """While they are made: nothing is left of them then."""
+    tmp_path.chmod(0o700)
+    large = [archive(Member(name, os.urandom(60_000))) for name in ("a", "b", "c")]
+    limits = pull.PullLimits(stored=150_000)
+    assert len(built(tmp_path, *large[:2], limits=limits)) == 2
+    for each in tmp_path.iterdir():
+        each.unlink()
+    with pytest.raises(LimitExceeded, match="at most 150000 bytes in the layers of an image"):
+        built(tmp_path, *large, limits=limits)
+    assert not list(tmp_path.iterdir())
+    one = replace(limits, layer=layers.LayerLimits(image=50_000))
+    with pytest.raises(LimitExceeded, match="at most 50000 bytes in the file system of a layer"):
+        built(tmp_path, *large, limits=one)
