@@ -20,9 +20,10 @@ from mountd.errors import MountdError
 from mountd.source import disk, gpt
 from mountd.source.gpt import Entry
 from mountd.source.model import Disk
-from mountd.source.partition_types import PER_ARCHITECTURE, PROTECTED, type_uuid
+from mountd.source.partition_types import PER_ARCHITECTURE, PROTECTED
 from mountd.trust import image_policy
 from mountd.trust.partitions import uses
+from tests.disks import type_uuid
 from tests.unit.trust.test_partitions import VERITY, VOLUME, partition
 
 if TYPE_CHECKING:
