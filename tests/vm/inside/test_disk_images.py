@@ -344,6 +344,9 @@ def test_an_image_by_systemd_repart(scene: Scene, scratch: Path) -> None:
     trusted.write_bytes(image.read_bytes())
     assert uses(scene, trusted) == [("root", "loop"), ("srv", "loop"), ("place", "rule")]
     strict = "root=signed+read-only-on+growfs-off:srv=unprotected+ext4:=absent"
+    # Which it does not set for the signature.
+    assert result(scene, trusted, imagePolicy=strict)[0] == "DeniedByPolicy"
+    strict += ":root-verity-sig=unprotected"
     assert uses(scene, trusted, imagePolicy=strict) == [("root", "dm"), ("srv", "loop"), ("place", "rule")]
     assert result(scene, trusted, imagePolicy="root=signed+growfs-on")[0] == "DeniedByPolicy"
 
