@@ -16,6 +16,7 @@ from tests.container import USER, as_user, forked, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import Outcome, explain, mount_fds, outcome
 from tests.e2e.conftest import trusting
+from tests.fuse import Fuse
 
 DENIED = "DeniedByPolicy"
 BIND = 4096  # MS_BIND
@@ -350,3 +351,26 @@ def test_explain_never_disagrees_with_mount(
         *("DeniedByPolicy", "InvalidImage", "InvalidParameter", "NotImmutable"),
         *("OptionNotPermitted", "UnsupportedFileSystem", "UserNamespaceNotPermitted"),
     }
+
+
+def test_a_servers_file_seen_through_an_overlay(
+    start: Callable[..., Daemon], images: dict[str, Path], place: Path
+) -> None:
+    """It looks like root's there, and as if it lay on no server."""
+    at, over, empty = place / "served", place / "over", place / "nothing"
+    over.mkdir(mode=0o755)
+    empty.mkdir()
+    with Fuse(at, images["squashfs"].read_bytes()):
+        call("mount", b"overlay", os.fsencode(over), b"overlay", 0, os.fsencode(f"lowerdir={at}:{empty}"))
+        try:
+            daemon = start(trusting(over))
+            assert (over / "image").stat().st_uid == 0
+            with OwnedFd(os.open(over / "image", os.O_RDONLY)) as fd:
+                name, text = agreed(daemon, fd.fileno())
+            assert name == DENIED
+            assert f"{over} is on an overlay of which cannot be found out what it lies on" in text
+            daemon.stop()
+        finally:
+            call("umount2", os.fsencode(over), 0)
+    over.rmdir()
+    empty.rmdir()
