@@ -4,7 +4,8 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 VM_STAMP := $(VENV)/.complete-vm
 BENCH_STAMP := $(VENV)/.complete-bench
-# For bench-seed: --readme puts what it finds into README.md, --entries=N takes so many of /usr.
+# For bench-seed: --readme puts what it finds into README.md, --entries=N takes so many of /usr, --only=NAME
+# measures one way of mounting, --control two mounts by hand.
 SEED :=
 
 DESTDIR :=

@@ -45,15 +45,17 @@ ENTRIES = 24_000
 class Pair:
     """The two processes that have the tree mounted in one way, and what was measured of them."""
 
-    def __init__(self, way: Way, target: Path, socket: Path, stack: ExitStack) -> None:
-        """Start them; `stack` ends them. Raises RuntimeError if one cannot mount, or they differ."""
+    def __init__(self, way: Way, target: Path, socket: Path, stack: ExitStack, *, control: bool) -> None:
+        """Start them; `stack` ends them. Raises RuntimeError if one cannot mount, or they differ.
+
+        With `control` the second one mounts by hand as well.
+        """
         self.row = Row(way.name)
         self.lines: set[int] = set()
         self.runners: dict[str, Runner] = {}
-        for who, enter, mount in (
-            ("direct", as_root, way.by_hand),
-            ("mountd", as_container, lambda target: way.by_mountd(target, socket)),
-        ):
+        by_hand = as_root, way.by_hand
+        by_mountd = as_container, lambda target: way.by_mountd(target, socket)
+        for who, (enter, mount) in (("direct", by_hand), ("mountd", by_hand if control else by_mountd)):
             runner = self.runners[who] = Runner(enter, mount, target)
             stack.callback(runner.stop)
             facts = runner.mount()
@@ -82,10 +84,12 @@ class Pair:
                 getattr(self.row.warm, who).append(self.runners[who].list())
 
 
-def measure(all_ways: list[Way], target: Path, socket: Path, seconds: float) -> list[Row]:
+def measure(all_ways: list[Way], target: Path, socket: Path, seconds: float, *, control: bool) -> list[Row]:
     """Measure rounds of all ways for so many seconds, at least LEAST of them."""
     with ExitStack() as stack:
-        pairs = [Pair(way, target, socket, stack) for way in all_ways if way.missing is None]
+        pairs = [
+            Pair(way, target, socket, stack, control=control) for way in all_ways if way.missing is None
+        ]
         lines = set().union(*(pair.lines for pair in pairs))
         if len(lines) != 1:
             raise RuntimeError(f"the trees differ: they have {lines} lines")
@@ -132,16 +136,18 @@ def run(directory: Path, options: argparse.Namespace) -> bool:
     daemon = Daemon(directory / "daemon", POLICY.format(trusted), ("--shared-seconds", "5"))
     try:
         with mapper():
-            rows = measure(ways(images), target, daemon.socket, options.seconds)
+            chosen = [way for way in ways(images) if options.only in (None, way.name)]
+            if not chosen:
+                sys.exit(f"bench-seed: there is no way of this name: {options.only}")
+            rows = measure(chosen, target, daemon.socket, options.seconds, control=options.control)
             where = conditions(copied, rows)
             print(figures.text_table(rows), where, sep="\n", flush=True)
-            # A worker is replaced every now and then, and what it has kept goes with it.
-            daemon.stop()
-            daemon.launch()
             once, sharing = containers.measure(images.erofs, target, daemon.socket, options.containers)
     finally:
         daemon.stop()
     print(textwrap.fill(sharing, 110))
+    if options.control:
+        print("“mountd” is a second mount by hand")
     plot = PLOT_OF_README if options.readme else PLOT
     draw(rows, plot)
     if options.readme:
@@ -160,8 +166,14 @@ def main() -> int:
     parser.add_argument("--entries", type=int, default=ENTRIES, help="how many of /usr, at most")
     parser.add_argument("--seconds", type=float, default=360, help="how long to measure the table")
     parser.add_argument("--containers", type=int, default=100)
+    parser.add_argument("--only", help="one of the ways, as the table calls them")
+    parser.add_argument(
+        "--control", action="store_true", help="have the second of each pair mount by hand, too"
+    )
     parser.add_argument("--readme", action="store_true", help="put table and plot into README.md")
     options = parser.parse_args()
+    if options.readme and (options.only or options.control):
+        parser.error("--readme is for the whole table")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     namespaces.unshare(Clone.NEWNS)
     mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
