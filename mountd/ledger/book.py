@@ -6,7 +6,8 @@ the same time, and without a lock. What is in the files is never believed withou
 holds for as long as the watch on its superblock is there (`kernel.watch`), and where superblocks are shared,
 for as long as the mark on the mount is (`kernel.mark`); one record stays when only copies do. What is gone
 is cleared away by whoever comes across it. That does take a lock: a place that was freed may be another's a
-moment later, and who is about to free it must not free that.
+moment later, and who is about to free it must not free that. A place that is not written to yet is locked by
+who has it, with flock(2), so that one of a process that was killed is anybody's at once.
 
 In each directory it is written down up to which place there may be some that are taken. Where an owner may
 have fewer mounts than before, those beyond count as well.
@@ -25,19 +26,19 @@ import fcntl
 import hashlib
 import os
 import shutil
-import stat
-import time
 from typing import TYPE_CHECKING
 
 from mountd.errors import LimitExceeded, NotSupported, SyscallError
 from mountd.kernel import capabilities, mark, watch
 from mountd.ledger import live
+from mountd.ledger.places import free, free_abandoned, is_locked, look_at
 from mountd.ledger.record import MAXIMUM_SIZE, decode, ended, without
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
     from mountd.fds import OwnedFd
+    from mountd.ledger.places import Place
     from mountd.ledger.rebuilding import Attached
     from mountd.ledger.record import Record
 
@@ -47,15 +48,9 @@ ROOT = "root"
 CLAIMED = "claimed.names"  # in it, each name is a number; a directory for each would stay for ever
 MAXIMUM_OF_ROOT = 65536
 COLLECT_EVERY = 256  # reservations, at least
-YOUNG = 1.0  # seconds in which who has made a place comes to lock it
 LIMIT = "mounts of one user at a time"
 RULE_LIMIT = "mounts of one user at a time by the rule"
 HINT = "detach one, or have an administrator look at “mountctl list --all”"
-
-
-# A path, with the inode and the contents that it had when it was looked at; None for any contents, as it is
-# held open.
-Place = tuple[str, int, bytes | None]
 
 
 class Reservation:
@@ -308,9 +303,10 @@ class Book:
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             except FileExistsError:
                 return None
-            # Until it is written to, that goes with this process.
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            return fd
+            if is_locked(fd):
+                return fd
+            os.close(fd)
+            return None
 
         return self._first_free(directory, maximum, limit, create)
 
@@ -387,69 +383,20 @@ class Book:
     def _written(self) -> dict[Place, Record]:
         """Return what is written at the places; nobody's place, and what is no record, is freed."""
         found: dict[Place, Record] = {}
-        nobodys: set[Place] = set()
+        unwritten: list[str] = []
         for place in self._places():
             record = decode(place[2] or b"")
             if record is not None:
                 found[place] = record
-            elif is_abandoned(place[0]):
-                nobodys.add(place)
-        self._free(nobodys)
+            else:
+                unwritten.append(place[0])
+        if unwritten:
+            free_abandoned(self._directory, unwritten)
         return found
 
     def _free(self, places: Collection[Place]) -> None:
         if places:
             free(self._directory, places)
-
-
-def free(ledger: str, places: Collection[Place]) -> None:
-    """Remove these places of the ledger in that directory, unless they are others' by now.
-
-    Raises OSError.
-    """
-    try:
-        fd = os.open(ledger, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return  # with all its places
-    try:
-        # Nobody else frees any meanwhile, so that none of them becomes another's.
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        for place in places:
-            found = look_at(place[0])
-            if found is not None and found[:2] == place[:2] and place[2] in (None, found[2]):
-                os.unlink(place[0])
-    finally:
-        os.close(fd)
-
-
-def look_at(path: str) -> Place | None:
-    """Return what is at a path of the ledger, None for nothing, or nothing of ours."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        status = os.fstat(fd)
-        return (path, status.st_ino, os.read(fd, MAXIMUM_SIZE)) if stat.S_ISREG(status.st_mode) else None
-    finally:
-        os.close(fd)
-
-
-def is_abandoned(path: str) -> bool:
-    """Tell whether who has made a place, and has not written to it, was killed."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        if 0 <= time.time() - os.fstat(fd).st_mtime <= YOUNG:
-            return False
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True
 
 
 def bound_of(directory: str) -> int | None:

@@ -39,7 +39,7 @@ from mountd.source.descriptor import inspect_descriptor
 from mountd.source.directory import inspect_directory
 from mountd.source.model import Composefs, FileSystem, Source, SourceKind
 from mountd.store import composefs_build
-from mountd.store.quota import Limits
+from mountd.store.quota import IMAGE_OWNERS, Limits
 from mountd.store.store import Known, finish
 from mountd.trust.contents import VERITY
 from mountd.trust.owned import CANNOT_IDMAP
@@ -307,6 +307,11 @@ def kept(image: Made, name: str, store: Store, owner: Owner) -> str:
         try:
             return added()
         except LimitExceeded as error:
+            if error.parameters["limit"] == IMAGE_OWNERS:
+                # It is there, and on the accounts of enough.
+                digest = sha256_of(image.fd.fileno(), image.size)
+                store.rename(digest, name)
+                return digest
             if not store.make_room(image.size, owner, error):
                 raise
     return added()

@@ -20,6 +20,7 @@ LATER = "try again later"
 MAXIMUM_SLOT = 512  # bytes of what is written down about who has one
 OWNER_BYTES, OWNER_IMAGES = "bytes of one owner in the store", "images of one owner in the store"
 STORE_BYTES, STORE_IMAGES = "bytes in the store", "images in the store"
+IMAGE_OWNERS = "owners of one stored image"
 DISK_BYTES = "bytes on the disk of the store"
 OF_OWNER = (OWNER_BYTES, OWNER_IMAGES)
 

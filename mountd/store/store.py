@@ -454,7 +454,7 @@ def merge(known: Record, new: Record) -> Record:
     owner = new.owners[0]
     owners = known.owners if known.belongs_to(owner.uid) else (*known.owners, owner)
     if len(owners) > MAXIMUM_OWNERS:
-        raise LimitExceeded("owners of one stored image", MAXIMUM_OWNERS)
+        raise LimitExceeded(quota.IMAGE_OWNERS, MAXIMUM_OWNERS)
     signers = tuple(dict.fromkeys((*known.signers, *new.signers)))
     if len(signers) > MAXIMUM_SIGNERS:
         raise LimitExceeded("signatures of one stored image", MAXIMUM_SIGNERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -396,16 +397,17 @@ class TestLimits:
             os.wait()
         assert sum(counts) == 20, counts
 
-    def test_a_worker_that_is_killed_does_not_keep_a_place_for_ever(
+    def test_a_worker_that_is_killed_keeps_no_place(
         self, start: Callable[..., Daemon], images: dict[str, Path]
     ) -> None:
         daemon = start(trusting(images["erofs"].parent), "--max-mounts", "1")
         directory = daemon.directory / f"run/ledger/{USER}"
         directory.mkdir(parents=True)
-        (directory / "0").touch()
-        with pytest.raises(LimitExceeded):
-            ask_as(daemon, images["erofs"], USER)
-        os.utime(directory / "0", (time.time() - 61,) * 2)
+        with open(directory / "0", "wb") as place:
+            fcntl.flock(place, fcntl.LOCK_EX)
+            with pytest.raises(LimitExceeded):
+                ask_as(daemon, images["erofs"], USER)
+        # As the lock is, with the process that had it.
         ask_as(daemon, images["erofs"], USER).close()
 
     def test_66_somebody_who_keeps_as_many_as_it_can(

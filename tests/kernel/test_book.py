@@ -21,6 +21,7 @@ from mountd.kernel.mount_info import mount_id
 from mountd.ledger import book as module
 from mountd.ledger import find
 from mountd.ledger.book import Book, Reservation, usable
+from mountd.ledger.places import Place, free, is_locked
 from mountd.ledger.record import Record, decode, without
 
 OWNER = (4270, 0)
@@ -142,9 +143,8 @@ def test_nobody_frees_a_place_that_is_anothers_by_now(
     one, other = book(home, watches, 1), book(home, watches, 1)
     close(hold(one, 1))
     late: list[OwnedFd] = []
-    free = module.free
 
-    def free_late(ledger: str, places: set[module.Place]) -> None:
+    def free_late(ledger: str, places: set[Place]) -> None:
         if not late:
             late.append(mount())
             with monkeypatch.context() as patch:
@@ -395,12 +395,40 @@ def test_a_place_is_free_soon_after_its_worker_was_killed(home: Path, watches: O
     mine.give_back()
 
 
-def test_a_place_that_was_made_just_now_is_nobody_elses(home: Path, watches: OwnedFd) -> None:
-    """Between being made and being locked, it looks as if its worker had been killed."""
-    ledger = book(home, watches, 1)
-    ledger.reserve(OWNER, None, None).give_back()
-    (home / "4270/0").touch()
-    with pytest.raises(LimitExceeded):
-        ledger.reserve(OWNER, None, None)
-    os.utime(home / "4270/0", (1, 1))
-    ledger.reserve(OWNER, None, None).give_back()
+def test_a_place_of_one_that_was_killed_is_anybody_s_at_once(home: Path, watches: OwnedFd) -> None:
+    """With what it has claimed; and one that somebody is about to write to is nobody else's."""
+    ledger = book(home, watches, maximum=1)
+    pid = os.fork()
+    if pid == 0:
+        ledger.claim(ledger.reserve(OWNER, "a rule", 1), "a directory")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    for _ in range(2):
+        place = ledger.reserve(OWNER, "a rule", 1)
+        ledger.claim(place, "a directory")
+        with pytest.raises(LimitExceeded):
+            ledger.reserve(OWNER, "a rule", 1)
+        place.give_back()
+    assert ledger.records() == []
+
+
+def test_a_place_that_is_taken_for_abandoned_while_it_is_made(
+    home: Path, watches: OwnedFd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its lock another has freed it: then there is another one."""
+    ledger = book(home, watches)
+    looked: list[int] = []
+
+    def late(fd: int) -> bool:
+        if not looked:
+            looked.append(fd)
+            ledger.records()
+        return is_locked(fd)
+
+    monkeypatch.setattr(module, "is_locked", late)
+    place = ledger.reserve(OWNER, None, None)
+    assert looked
+    assert os.path.exists(place.path)
+    with mount() as mounted:
+        fill(ledger, place, mounted, 5)
+        assert [record.id for record in ledger.records()] == [5]
