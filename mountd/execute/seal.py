@@ -103,11 +103,9 @@ class Seal:
     def again(self, name: str, *, locked: bool = True) -> OwnedFd | None:
         """Return another such mount as was kept under this name, None for none. Raises SyscallError.
 
-        Without `locked` it is one that must not leave mountd.
+        Without `locked` it is one for who may change its attributes anyway, or that nobody gets.
         """
-        if not locked:
-            return self._shared.find(name, mount_api.clone_mount)
-        found = self._shared.find(name)
+        found = self._shared.find(name) if locked else self._shared.find(name, mount_api.clone_mount)
         return None if found is None else self._private(found)
 
     def making(self, name: str) -> AbstractContextManager[None]:
@@ -120,7 +118,7 @@ class Seal:
     def keep(self, mount: OwnedFd, name: str) -> OwnedFd:
         """Take `mount` over, keep it for those who ask for it again, and return one that is not locked.
 
-        It must not leave mountd. Raises SyscallError, OSError.
+        It is for who may change its attributes anyway, or for nobody. Raises SyscallError, OSError.
         """
         try:
             kept = self._shared.keep(name, mount, mount_api.clone_mount)
@@ -130,10 +128,10 @@ class Seal:
         if kept is None:
             return mount
         mount.close()
-        return kept
+        return self._private(kept)
 
     def _private(self, sealed: OwnedFd) -> OwnedFd:
-        """Return `sealed` without a master: until the other is detached, it would have that for one."""
+        """Return `sealed` without a master or peers, which what it was cloned of would be."""
         try:
             mount_api.mount_setattr(sealed.fileno(), propagation=Propagation.PRIVATE)
         except BaseException:

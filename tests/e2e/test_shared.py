@@ -7,6 +7,7 @@ import mmap
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,8 @@ import pytest
 from mountd.execute.shared import KEPT
 from mountd.fds import OwnedFd
 from mountd.kernel import mount_api, namespaces
-from mountd.kernel.flags import MountAttr
-from tests.container import USER, as_user, in_container
+from mountd.kernel.flags import Clone, MountAttr, Propagation
+from tests.container import USER, as_user, forked, in_container
 from tests.daemon import Daemon
 from tests.e2e.calls import errno_of, mount, mounted, text_of
 from tests.e2e.conftest import TYPES, trusting
@@ -231,10 +232,29 @@ def test_roots_own_are_gone_with_it_and_those_for_containers_are_shared(
             found.append(superblock(daemon, images["squashfs"], 0, userns=path))
     assert found[0][0] == found[1][0]
     assert [os.fstat(each.fileno()).st_uid for _, each in found] == [100000, 300000]
+    assert not seen_in_the_other(found[0][1], found[1][1])
     for _, each in found:
         each.close()
     daemon.stop()
     wait_until_dropped(images["squashfs"])
+
+
+def seen_in_the_other(one: OwnedFd, other: OwnedFd) -> bool:
+    """Whether what is mounted in one mount shows in another one as well."""
+
+    def work() -> bool:
+        namespaces.unshare(Clone.NEWNS)
+        mount_api.set_propagation("/", Propagation.PRIVATE, recursive=True)
+        for mount_fd, place in ((one, "/mnt"), (other, "/media")):
+            mount_api.move_mount(mount_fd.fileno(), place)
+        subprocess.run(["mount", "-t", "tmpfs", "none", "/mnt/bin"], check=True)
+        seen = os.path.ismount("/media/bin")
+        subprocess.run(["umount", "/mnt/bin"], check=True)
+        for place in ("/mnt", "/media"):
+            mount_api.umount(place)
+        return seen
+
+    return forked(work)
 
 
 def replace_workers(daemon: Daemon, how: str) -> None:
