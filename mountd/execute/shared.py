@@ -67,7 +67,16 @@ def take_away(place: str) -> bool:
 class SharedMounts:
     """One worker's view of them."""
 
-    __slots__ = ("_clone", "_device", "_directory", "_held", "_look_at", "_looked_since", "_seconds")
+    __slots__ = (
+        "_clone",
+        "_device",
+        "_directory",
+        "_held",
+        "_look_at",
+        "_looked_since",
+        "_not_before",
+        "_seconds",
+    )
 
     def __init__(self, directory: str, seconds: float, clone: Callable[[str], OwnedFd]) -> None:
         """Look for them below `directory`; each is kept for `seconds` after its last use.
@@ -80,7 +89,7 @@ class SharedMounts:
         device = os.stat(directory).st_dev
         self._device = os.major(device), os.minor(device)
         self._held: str | None = None  # the name whose lock this process has
-        self._look_at = self._looked_since = time.monotonic()
+        self._look_at = self._looked_since = self._not_before = time.monotonic()
 
     def find(self, name: str, clone: Callable[[str], OwnedFd] | None = None) -> OwnedFd | None:
         """Return a clone of the mount with this name, None if there is none. Raises SyscallError.
@@ -125,6 +134,8 @@ class SharedMounts:
                 yield
             finally:
                 self._held = None
+                if not os.path.lexists(self._place(name)):
+                    os.unlink(self._file(name))  # it was not made
 
     def keep(
         self, name: str, mount: OwnedFd, clone: Callable[[str], OwnedFd] | None = None
@@ -138,6 +149,7 @@ class SharedMounts:
             return None
         count = len(os.listdir(f"{self._directory}/{NAMES}"))
         if count > PLACES:
+            self._look_at = time.monotonic()
             return None
         place = self._place(name)
         os.makedirs(place, 0o700, exist_ok=True)
@@ -152,7 +164,7 @@ class SharedMounts:
         """Return in how many seconds to look whether there is anything to settle, None for never."""
         if self._seconds <= 0:
             return None
-        return max(0.0, self._look_at - time.monotonic())
+        return max(0.0, max(self._look_at, self._not_before) - time.monotonic())
 
     def due(self) -> dict[str, set[Device]]:
         """Return what nobody has asked for lately, if it is time to look: name -> device numbers.
@@ -161,7 +173,7 @@ class SharedMounts:
         follow. Raises OSError.
         """
         now = self._looked_since = time.monotonic()
-        if now < self._look_at:
+        if now < max(self._look_at, self._not_before):
             return {}
         ages = self._ages(now)
         limit = self._limit(ages)
@@ -177,8 +189,8 @@ class SharedMounts:
             self._give_up(name, self._looked_since)
         if used:
             now = time.monotonic()
-            pause = max(self._seconds, SHARE_OF_TIME * (now - self._looked_since))
-            self._look_at = min(self._look_at, now + pause)
+            self._look_at = min(self._look_at, now + self._seconds)
+            self._not_before = now + SHARE_OF_TIME * (now - self._looked_since)
 
     def give_up_all(self) -> None:
         """Take away what nobody is about to make or to take away. Raises SyscallError, OSError."""
