@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from mountd.trust.policy_file import Loaded
 
 PR_SET_CHILD_SUBREAPER = 36
+SECONDS_TO_DROP = 0.5  # what is kept, when all ends
 QUESTIONS_FILE = "questions"  # a file in the runtime directory (service/consent)
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the listener decides when it ends
 
@@ -175,8 +176,7 @@ class ForkServer:
         finally:
             signal.set_wakeup_fd(-1)  # children may end later than the socket
             if self._staging is not None:
-                # The kernel does that as well, some time after the last process has ended.
-                self._staging.keep_nothing()
+                self._keep_nothing(self._staging)
 
     def _serve(self, woken: socket.socket) -> None:
         poller = select.poll()
@@ -345,6 +345,23 @@ class ForkServer:
             self._clean(slot, self._staging, group)
         else:
             channel.tell(self._control, Word.GONE, slot)
+
+    @staticmethod
+    def _keep_nothing(staging: Staging) -> None:
+        """Let a child take away what is kept, and wait for it, but not if dropping a file system hangs.
+
+        The kernel does that as well, some time after the last process has ended.
+        """
+        pid = os.fork()
+        if pid == 0:
+            try:
+                staging.keep_nothing()
+            finally:
+                os._exit(0)
+        deadline = time.monotonic() + SECONDS_TO_DROP
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
+                time.sleep(0.005)
 
     def _clean(self, slot: int, staging: Staging, worker: int) -> None:
         """Let a child detach what a killed worker has left: dropping a file system can take its time."""
