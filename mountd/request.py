@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 from mountd.errors import InvalidParameter, NotFound, OptionNotPermitted
 from mountd.fds import OwnedFd, close_all
@@ -11,7 +12,7 @@ from mountd.wire.framing import is_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     # The path of the hash data, the root hash in hexadecimal, the path of a signature of the root hash.
     Verity = tuple[str, str, str | None]
@@ -26,6 +27,7 @@ COMPOSEFS = "composefs:"
 MAXIMUM_DESCRIPTION = 64 << 20  # bytes of a composefs as text
 MAXIMUM_SIGNATURE = 256 << 10  # bytes
 MAXIMUM_KEY = 4096  # bytes
+PATIENCE = 60  # seconds for what comes through a pipe
 STANDARD_INPUT = 0
 MAXIMUM_INTEGER = (1 << 63) - 1
 NO_FILE = "there is no such file; see that the path is right"
@@ -302,17 +304,36 @@ def read_signature(path: str) -> str:
 
 
 def read_file(path: str, maximum: int) -> bytes:
-    """Return what is in a file, or comes through a pipe, as `read_bounded`. Raises NotFound, OSError."""
+    """Return what is in a file, or comes through a pipe, as `read_bounded`. Raises NotFound, OSError.
+
+    A pipe that nobody writes to is not waited for for ever: whoever it belongs to could hold others up.
+    """
+    import select
+
+    poller, end = select.poll(), time.monotonic() + PATIENCE
     with open_image(path) as fd:
-        os.set_blocking(fd.fileno(), True)
-        return read_bounded(fd.fileno(), maximum, path)
+        poller.register(fd.fileno(), select.POLLIN)
+
+        def wait() -> None:
+            if not poller.poll(max(0.0, end - time.monotonic()) * 1000):
+                raise OSError(errno.ETIMEDOUT, f"nothing came for {PATIENCE} seconds")
+
+        return read_bounded(fd.fileno(), maximum, path, wait)
 
 
-def read_bounded(fd: int, maximum: int, path: str) -> bytes:
-    """Read until the end, or until it is more than `maximum` bytes. Raises OSError, which names `path`."""
+def read_bounded(fd: int, maximum: int, path: str, wait: Callable[[], None] | None = None) -> bytes:
+    """Read until the end, or until it is more than `maximum` bytes. Raises OSError, which names `path`.
+
+    `wait` is called before each piece.
+    """
     data = b""
     try:
-        while len(data) <= maximum and (piece := os.read(fd, maximum + 1 - len(data))):
+        while len(data) <= maximum:
+            if wait is not None:
+                wait()
+            piece = os.read(fd, maximum + 1 - len(data))
+            if not piece:
+                break
             data += piece
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from None
