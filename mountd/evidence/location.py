@@ -12,6 +12,7 @@ open so. That is asked last: by then it takes to be root to open it.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -142,11 +143,13 @@ def problem_of_writers(fd: int) -> str | None:
     Who had it open before it became root's still can: an administrator may have moved it where it lies. None
     if nobody has. Raises SyscallError.
     """
-    with lease.open_again(fd) as own:
-        try:
+    try:
+        with lease.open_again(fd) as own:
             written = lease.has_writer(own.fileno())
-        except SyscallError as error:
-            return f"{UNKNOWN_WRITERS} ({error.errno_name})"
+    except SyscallError as error:
+        if error.errno == errno.EAGAIN:
+            raise  # somebody has a lease on it
+        return f"{UNKNOWN_WRITERS} ({error.errno_name})"
     return WRITTEN if written else None
 
 

@@ -58,9 +58,35 @@ UNKNOWN_LAYERS = "is on an overlay of which cannot be found out what it lies on"
 PLUGGED = "is on a disk that can be unplugged, and is mounted as for a user (nosuid, nodev)"
 
 
-@lru_cache(maxsize=64)
+class NotRoots(Exception):
+    """The contents of a mount are not root's alone, for this reason."""
+
+
 def problem_of(id: int, *, is_root: bool = False, depth: int = 0) -> str | None:
     """Return why the contents of the mount `id` are not root's alone, after “it”; None if they are.
+
+    Raises SyscallError.
+    """
+    try:
+        check(id, is_root, depth)
+    except NotRoots as problem:
+        return str(problem)
+    return None
+
+
+@lru_cache(maxsize=64)
+def check(id: int, is_root: bool, depth: int) -> None:
+    """Raise NotRoots unless the contents of the mount `id` are root's alone.
+
+    That they are is remembered; what speaks against it may be over in a moment. Raises SyscallError.
+    """
+    problem = look_for_problem(id, is_root, depth)
+    if problem is not None:
+        raise NotRoots(problem)
+
+
+def look_for_problem(id: int, is_root: bool, depth: int) -> str | None:
+    """As `problem_of`, without remembering.
 
     The id is never another's. `is_root` is for the file system that mountd itself runs from: that of a
     container is often idmapped, or lies on an image, and is its root's all the same. `depth` is how many
@@ -119,9 +145,10 @@ def problem_below(info: MountInfo, depth: int) -> str | None:
             at, below = look_at(device)
             devices += below
             backing = contents_of(f"{at}/loop/backing_file")
+            plugged = info.attributes & FOR_USERS == FOR_USERS and can_be_unplugged(at)
         except OSError:
             return UNKNOWN
-        if info.attributes & FOR_USERS == FOR_USERS and can_be_unplugged(at):
+        if plugged:
             return PLUGGED
         problem = problem_of_file(Path(at).resolve().name, backing, devices, depth) if backing else None
         if problem is not None:
@@ -137,6 +164,8 @@ def devices_of(info: MountInfo) -> list[str] | None:
     name = ":".join(map(str, info.sb_dev))
     if info.sb_dev[0]:
         return [name]
+    if info.fs_type == "erofs":
+        return None  # on a file, without a device that would tell which
     if info.fs_type != "btrfs":
         return []
     # Its own number is nobody's device, and it may have several.

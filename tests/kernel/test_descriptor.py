@@ -96,9 +96,9 @@ def test_a_good_descriptor(images: dict[str, Path], flags: int, writable: bool) 
 @pytest.fixture(autouse=True)
 def nothing_is_known_of_mounts() -> Iterator[None]:
     """What a test pretends about a mount is not remembered for the next one."""
-    mounts.problem_of.cache_clear()
+    mounts.check.cache_clear()
     yield
-    mounts.problem_of.cache_clear()
+    mounts.check.cache_clear()
 
 
 @pytest.fixture

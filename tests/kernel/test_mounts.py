@@ -28,9 +28,9 @@ WRITABLE = "is on a loop device, whose file is writable by others than root"
 
 @pytest.fixture(autouse=True)
 def nothing_is_known_of_mounts() -> Iterator[None]:
-    mounts.problem_of.cache_clear()
+    mounts.check.cache_clear()
     yield
-    mounts.problem_of.cache_clear()
+    mounts.check.cache_clear()
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def disk(scratch: Path) -> Iterator[Path]:
 
 def problem(file: Path, *, hint: Path | None = None) -> str | None:
     """What is wrong with where a file lies, but for the name of the place."""
-    mounts.problem_of.cache_clear()
+    mounts.check.cache_clear()
     with OwnedFd(os.open(file, os.O_RDONLY)) as fd, Walker() as walker:
         backing = inspect_descriptor(fd.fileno(), "image")
         if hint is not None:
