@@ -70,7 +70,11 @@ PLACES, IMPORT_PLACES, OWNER_PLACES = 0, 1 << 8, 1 << 40
 
 MAXIMUM_DETAIL, MAXIMUM_SOURCE = 200, 100  # characters
 # The text of a question may be shown by what understands markup, and has quotation marks of its own.
-MARKUP = str.maketrans({"<": "‹", ">": "›", "&": "+"} | dict.fromkeys('"″＂❝❞', "'"))
+MARKUP = str.maketrans(
+    {"<": "‹", ">": "›", "&": "+"}
+    | dict.fromkeys('"″＂❝❞❛❜❟❠〃‶ʺˮ˝˶״🙶🙷🙸', "'")
+    | dict.fromkeys("\u115f\u3164", "?")
+)
 # Quotation marks and brackets, by the categories that they have in Unicode, and which of them may stay.
 QUOTES, PLAIN = {"Pi": "'", "Pf": "'", "Ps": "[", "Pe": "]"}, frozenset("[]{}‹›")
 UNKNOWN = "unknown"
