@@ -128,7 +128,8 @@ def take_back(chosen: list[Live], everybody: list[Live]) -> tuple[list[Attachmen
             for payer in {record.payer for _, record in there}:
                 theirs = [(place, record) for place, record in there if record.payer == payer]
                 loose = {each.record.id for each in everybody if each.record.payer == payer}
-                own = inside == payer
+                # What root has asked for itself, it takes back from all of its containers.
+                own = inside == payer or (payer == (0, 0) and inside is not None and inside[0] == 0)
                 try:
                     moved |= take_back_there(theirs, space, None if own else loose, deadline)
                 except TooManyHanging:
