@@ -19,7 +19,7 @@ from mountd.cli.attaching import NO_MORE, SECONDS_TO_DETACH, can_attach, mount_a
 from mountd.cli.helper import Place, carry_out, read_line, run_program, tell
 from mountd.cli.helper import Wishes as CommandLine
 from mountd.cli.report import IN_USE, tell_done
-from mountd.errors import InUse, MountdError, NotFound, SyscallError
+from mountd.errors import InUse, NotFound, SyscallError, Unreachable
 from mountd.kernel import moving
 
 TYPE_CHECKING = False
@@ -107,7 +107,7 @@ def have_detached(wishes: Wishes, directory: str, id: int, *, in_use: bool) -> N
             client.detach(id, lazy=wishes.lazy)
     except InUse:
         raise
-    except MountdError as error:
+    except (NotFound, Unreachable) as error:
         if in_use:
             raise busy(directory) from None
         if not isinstance(error, NotFound):
