@@ -31,7 +31,7 @@ def grant_of(policy: Policy, name: str | None, caller: Caller) -> Grant | None:
         mismatch = caller_mismatch(rule.caller, caller, namespace_given=False)
         if rule.name == name:
             if mismatch is not None:
-                raise DeniedByPolicy(mismatch.reason, rule=name, hint=mismatch.hint or SOURCE_INSTEAD)
+                raise DeniedByPolicy(mismatch.reason, rule=name, hint=SOURCE_INSTEAD)
             return allowing_grant(rule)
         if rule.verdict is Verdict.DENY and rule.image.any and mismatch is None:
             allowing_grant(rule)
