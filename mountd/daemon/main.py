@@ -90,7 +90,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="SECONDS",
         type=float,
         default=SHARED_SECONDS,
-        help="for how long a mount is kept for whoever asks for the same again, 0 for not at all; "
+        help="for how long after its use a mount is kept for whoever asks for the same, 0 for not at all; "
         f"default: {SHARED_SECONDS}",
     )
     parser.add_argument(

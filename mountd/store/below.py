@@ -18,7 +18,7 @@ from mountd.store.tar_header import MAXIMUM_ID
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-MAXIMUM_BYTES = 4 << 20  # of what one layer tells the next: some ten thousand directories
+MAXIMUM_BYTES = 16 << 20  # of what one layer tells the next: more than a hundred thousand directories
 MAXIMUM_MODE = 0o7777
 
 

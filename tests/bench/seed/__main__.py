@@ -137,8 +137,9 @@ def run(directory: Path, options: argparse.Namespace) -> bool:
     try:
         with mapper():
             chosen = [way for way in ways(images) if options.only in (None, way.name)]
-            if not chosen:
-                sys.exit(f"bench-seed: there is no way of this name: {options.only}")
+            if all(way.missing for way in chosen):
+                why = ", ".join(str(way.missing) for way in chosen) or "there is no such way"
+                sys.exit(f"bench-seed: {options.only}: {why}")
             rows = measure(chosen, target, daemon.socket, options.seconds, control=options.control)
             where = conditions(copied, rows)
             print(figures.text_table(rows), where, sep="\n", flush=True)
