@@ -50,7 +50,6 @@ BTRFS = "/sys/fs/btrfs"
 MOUNTS = "/proc/self/mountinfo"
 MAXIMUM_DEVICES = 64
 MAXIMUM_DEPTH = 8  # of loop devices over files on loop devices
-OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 WRITTEN = "is on a loop device, whose file somebody has open for writing"
 UNKNOWN = "is on a device of which cannot be found out what it lies on"
 IDMAPPED = "is on an idmapped mount, which shows files of others as root's"
@@ -270,7 +269,7 @@ def problem_of_writers(loop: str, path: str, inode: tuple[int, int]) -> str | No
     try:
         if contents_of(f"{BLOCKS}/{loop}/ro") != "1":
             return None
-        with OwnedFd(os.open(path, OPEN_FILE)) as own:
+        with OwnedFd(os.open(path, lease.OPEN_TO_ASK)) as own:
             status = os.fstat(own.fileno())
             written = lease.has_writer(own.fileno())
     except OSError:

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 MAXIMUM_NAMES = 1 << 18  # a whole system has some hundred thousand files
 MAXIMUM_DEPTH = 8
 OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 STAYING = Resolve.NO_XDEV | Resolve.NO_SYMLINKS | Resolve.BENEATH
 LOOKED_AT = StatxMask.TYPE | StatxMask.MODE | StatxMask.UID | StatxMask.MNT_ID_UNIQUE
 
@@ -82,7 +81,7 @@ def problem_of_file(at: int, name: str, mode: int) -> str | None:
     """Return why others can write to a file of root's in the directory `at`, borrowed. Raises OSError."""
     # Root may have files that it cannot read itself.
     with nullcontext() if mode & stat.S_IRUSR else reading_everything():
-        own = OwnedFd(os.open(name, OPEN_FILE, dir_fd=at))
+        own = OwnedFd(os.open(name, lease.OPEN_TO_ASK, dir_fd=at))
     with own:
         written = lease.has_writer(own.fileno())
     return "somebody has what is in it open for writing" if written else None

@@ -9,6 +9,9 @@ import signal
 from mountd.errors import SyscallError
 from mountd.fds import OwnedFd
 
+# How a file is opened by its name to be asked about: it may be anything by now.
+OPEN_TO_ASK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -297,8 +297,9 @@ def mount_points(decision: Decision) -> list[str]:
 def written_down_and_put(
     parts: list[Part], rule: str | None, site: Site, records: Attachments, context: RequestContext
 ) -> None:
-    """Attach a tree of mounts once it is written down that it is. Raises what `put_there` and
-    `Attachments.add` do.
+    """Attach a tree of mounts once it is written down that it is.
+
+    Raises what `put_there` and `Attachments.held` do.
     """
     tree = tuple(each.id for each in parts) if len(parts) > 1 else ()
     attached = [
